@@ -6,8 +6,9 @@
 __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', 'EMBEDDED', 'AUGMENT', 'SCALE', 'RATIO',
            'IMAGENET', 'hashes', 'uniforms', 'order', 'Images', 'ranks', 'nested_subset', 'with_valid', 'keep_classes',
            'keep_subset', 'from_arrays', 'read_idx', 'from_idx', 'from_folders', 'digits', 'draw_shape', 'shapes',
-           'load_images', 'cache_dir', 'fingerprint', 'BadImage', 'decode', 'resize', 'center_box', 'crop_boxes',
-           'read', 'fetch', 'Loader', 'normalization', 'show_batch', 'show_counts', 'class_means']
+           'load_images', 'cache_dir', 'fingerprint', 'table_id', 'BadImage', 'decode', 'resize', 'center_box',
+           'crop_boxes', 'read', 'fetch', 'Loader', 'Pictures', 'normalization', 'show_batch', 'show_counts',
+           'class_means']
 
 # %% ../nbs/01b_data.ipynb #f5ee519a
 import gzip, hashlib, io, os, sqlite3, struct, sys, warnings
@@ -57,7 +58,7 @@ def order(
     "The order of an epoch."
     return np.argsort(hashes(seed, epoch, np.arange(n)), kind='stable')
 
-# %% ../nbs/01b_data.ipynb #57f501af
+# %% ../nbs/01b_data.ipynb #5c413ce5
 SPLITS = ('train', 'valid', 'test')
 
 @dataclass(repr=False)
@@ -73,7 +74,10 @@ class Images:
     mirror: bool = True  # whether a mirrored image still belongs to its class
     fixed: str = ''      # a name that stands for the content: of an embedded data set
     def __len__(self): return len(self.items)
-    def split(self, name): return np.flatnonzero(self.splits == SPLITS.index(name))
+    def split(self, name):
+        "Rows of a split"
+        if name not in SPLITS: raise _unknown(name, SPLITS, 'split')
+        return np.flatnonzero(self.splits == SPLITS.index(name))
     def take(self, rows): return replace(self, items=self.items[rows], labels=self.labels[rows], splits=self.splits[rows])
 
     def counts(self):
@@ -302,7 +306,7 @@ def _texture(kind, size, u):
     if kind == 'dotted': return (((s % period) - period/2)**2 + ((t % period) - period/2)**2 > (period*.28)**2)*1.
     return ((s % period < period/2) ^ (t % period < period/2))*1.
 
-# %% ../nbs/01b_data.ipynb #63cd3cdc
+# %% ../nbs/01b_data.ipynb #35fb5057
 def draw_shape(
     label: int,  # class: shape is label % 10, texture label // 10 % 4
     size: int,   # side in px
@@ -343,8 +347,8 @@ def shapes(
     names = [s if n_classes <= len(SHAPES) else f'{t} {s}' for t in TEXTURES for s in SHAPES][:n_classes]
     part = np.arange(n)//n_classes % 5
     name = 'shapes' if domain == 'photo' else f'shapes-{domain}'
-    return from_arrays(pixels, labels, names, np.select([part < 3, part == 3], [0, 1], 2), name=name,
-                       fixed=f'{name}-{n}-{n_classes}-{size}-{seed}')
+    fixed = name if (n, n_classes, size, seed) == (2500, 10, 64, 0) else f'{name}-{n}-{n_classes}-{size}-{seed}'
+    return from_arrays(pixels, labels, names, np.select([part < 3, part == 3], [0, 1], 2), name=name, fixed=fixed)
 
 # %% ../nbs/01b_data.ipynb #508625b5
 EMBEDDED = {'digits': digits, 'shapes': shapes, 'shapes-sketch': lambda: shapes(domain='sketch')}
@@ -407,9 +411,16 @@ def fingerprint(
         for item, content in zip(table.items, contents): h.update(Path(item).as_posix().encode() + b'\0' + content)
     return f'sha256:{h.hexdigest()[:16]}'
 
-# %% ../nbs/01b_data.ipynb #525798d0
+# %% ../nbs/01b_data.ipynb #3a8844c6
+def table_id(
+    table: Images,  # any
+) -> str:
+    "What stands for the data in a run's id: the name of embedded data, or the fingerprint."
+    return table.fixed or fingerprint(table)
+
+# %% ../nbs/01b_data.ipynb #438f81e6
 class BadImage(InputError):
-    "An image that can't be decoded."
+    "An image that can't be decoded; the message says why."
 
 def _cut_short(raw):
     "Whether a JPEG or PNG ends before its end marker"
@@ -490,17 +501,16 @@ def crop_boxes(
     height, width = np.minimum(h, np.sqrt(area/aspect)), np.minimum(w, np.sqrt(area*aspect))
     return np.stack([(h - height)*u[:, 2], (w - width)*u[:, 3], height, width], 1)
 
-# %% ../nbs/01b_data.ipynb #d0451db4
+# %% ../nbs/01b_data.ipynb #ffa9a87b
 def read(
     table: Images,  # any
     row: int,       # row of the table
 ) -> np.ndarray:    # uint8 [h, w] or [h, w, 3], RGB
-    "One image as it is; raises `BadImage` with its name."
+    "One image as it is; raises `BadImage` with the reason."
     item = table.items[row]
     if table.pixels is not None: return table.pixels[item]
     try: return decode((table.root/item).read_bytes())
-    except OSError as e: raise BadImage(f'{item} cannot be read ({e.strerror})') from None
-    except BadImage as e: raise BadImage(f'{item} {e}') from None
+    except OSError as e: raise BadImage(f'cannot be read ({e.strerror})') from None
 
 def fetch(
     table: Images,  # any
@@ -509,14 +519,14 @@ def fetch(
     augment: str = 'none',  # 'none' or 'crop-flip'
     seed: int = 0,  # 0 and up
     epoch: int = 0, # 0 and up
-) -> tuple:         # images uint8 [b, size, size, 3], labels int64 [b], rows int64 [b], and what could not be decoded
+) -> tuple:         # images uint8 [b, size, size, 3], labels int64 [b], rows int64 [b], {item: why} of what could not be decoded
     "A batch: a pure function of its arguments."
     rows = np.asarray(rows)
-    out, good, bad = np.empty((len(rows), size, size, 3), np.uint8), np.ones(len(rows), bool), []
+    out, good, bad = np.empty((len(rows), size, size, 3), np.uint8), np.ones(len(rows), bool), {}
     u = uniforms(seed, epoch, rows, 5)
     for i, row in enumerate(rows):
         try: image = read(table, row)
-        except BadImage as e: good[i] = False; bad.append(str(e)); continue
+        except BadImage as e: good[i] = False; bad[table.items[row]] = str(e); continue
         h, w = image.shape[:2]
         box = center_box(h, w, size) if augment == 'none' else crop_boxes([[h, w]], u[i:i + 1])[0]
         part = _cut(image, box, size)
@@ -555,7 +565,7 @@ def _tensors(batch):
     images, labels, rows, bad = batch
     return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(rows), bad
 
-# %% ../nbs/01b_data.ipynb #213792d7
+# %% ../nbs/01b_data.ipynb #94b2b143
 class Loader:
     "Batches (images uint8 [b, size, size, 3], labels int64 [b]) of one split on `device`."
     def __init__(
@@ -569,12 +579,13 @@ class Loader:
         workers: int = 0,      # processes; 0 loads in this one
         device: str = 'cpu',
         bad: str = 'stop',     # at an image that can't be decoded; or 'skip'
+        train: bool | None = None, # shuffled and augmented; by default where split is 'train'
     ):
         import torch
-        train = split == 'train'
+        train = split == 'train' if train is None else train
         if augment not in AUGMENT: raise _unknown(augment, AUGMENT, 'augment')
         kw = dict(size=size, augment=augment if train else 'none')
-        self.table, self.split, self.bad, self.device, self.skipped = table, split, bad, torch.device(device), set()
+        self.table, self.split, self.bad, self.device, self.skipped = table, split, bad, torch.device(device), {}
         self.batches = _Batches(table.split(split), batch_size, seed, train)
         more = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
         self.dl = torch.utils.data.DataLoader(
@@ -603,8 +614,19 @@ class Loader:
     def _meet(self, bad):
         self.skipped.update(bad)
         if self.bad == 'stop':
-            raise BadImage(f"{bad[0]}{f' (and {len(bad) - 1} more in its batch)' if bad[1:] else ''}: "
-                           'mend or remove it, or go on without such images by bad=skip')
+            item, why = next(iter(bad.items()))
+            more = f' (and {len(bad) - 1} more in its batch)' if len(bad) > 1 else ''
+            raise BadImage(f'{item} {why}{more}: mend or remove it, or go on without such images by bad=skip')
+
+# %% ../nbs/01b_data.ipynb #585f1166
+@dataclass
+class Pictures:
+    "Images of a table by position, as evaluation sees them: `Pictures(table, rows, size)[i]` is uint8 [size, size, 3]."
+    table: Images
+    rows: np.ndarray  # int [n], rows of the table
+    size: int         # side in px
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return fetch(self.table, [self.rows[i]], self.size)[0][0]
 
 # %% ../nbs/01b_data.ipynb #0841c43a
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

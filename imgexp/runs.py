@@ -281,7 +281,7 @@ BEAT, STALE = 10, 60  # seconds between two beats; seconds without one after whi
 
 def _now(): return datetime.now().astimezone().isoformat(timespec='seconds')
 
-# %% ../nbs/00_runs.ipynb #0fea791e
+# %% ../nbs/00_runs.ipynb #e717fcba
 class Run:
     "One experiment's directory: parameters, status, history, metrics, figures, checkpoints."
     def __init__(self, folder):
@@ -289,6 +289,7 @@ class Run:
         info = _read_json(self.dir/'params.json') or {}
         self.params, self.depends = Params(info.get('params') or {}), info.get('depends') or {}
         self.notebook, self.id = info.get('notebook', ''), info.get('id', '')
+        self.folder = info.get('folder', '.')  # where its relative paths begin
 
     @property
     def name(self): return self.dir.name
@@ -507,7 +508,7 @@ def find_run(
         raise InputError(f'{name!r} means {len(found)} runs ({told}): give more of the name')
     return Run(folder/found[-1])
 
-# %% ../nbs/00_runs.ipynb #6998b8d0
+# %% ../nbs/00_runs.ipynb #281ebd75
 def runs_dir(
     root: str | Path | None = None,  # the project; found by default
 ) -> Path:
@@ -532,7 +533,7 @@ def _new(folder, notebook, id, params, depends):
     versions = {k: v for k in ('torch', 'torchvision', 'fastai', 'numpy', 'tensorflow', 'keras', 'imgexp')
                 if (v := _version(k))}
     _write_json(path/'params.json', {'notebook': notebook, 'id': id, 'params': params, 'depends': depends,
-                                     'versions': versions, 'git': git_commit(project_root())})
+                                     'versions': versions, 'git': git_commit(project_root()), 'folder': str(Path.cwd())})
     _write_json(path/'env.json', environment())
     return Run(path)
 
