@@ -306,7 +306,7 @@ def _texture(kind, size, u):
     if kind == 'dotted': return (((s % period) - period/2)**2 + ((t % period) - period/2)**2 > (period*.28)**2)*1.
     return ((s % period < period/2) ^ (t % period < period/2))*1.
 
-# %% ../nbs/01b_data.ipynb #35fb5057
+# %% ../nbs/01b_data.ipynb #b7f9fdd1
 def draw_shape(
     label: int,  # class: shape is label % 10, texture label // 10 % 4
     size: int,   # side in px
@@ -330,7 +330,7 @@ def draw_shape(
     ground = 255*(u[7:10]*(1 - slope) + u[10:13]*slope)*.6 + 40
     light, dark = 255*(.35 + .65*u[13:16]), 255*.5*u[16:19]
     front = light*texture + dark*(1 - texture)
-    return np.uint8(np.clip(ground*(1 - mask) + front*mask + 40*noise, 0, 255))
+    return np.uint8(np.clip(ground*(1 - mask) + front*mask + 12*noise, 0, 255))
 
 def shapes(
     n: int = 2500,          # images in all: 60 % train, 20 % valid, 20 % test
@@ -418,13 +418,13 @@ def table_id(
     "What stands for the data in a run's id: the name of embedded data, or the fingerprint."
     return table.fixed or fingerprint(table)
 
-# %% ../nbs/01b_data.ipynb #438f81e6
+# %% ../nbs/01b_data.ipynb #520262bc
 class BadImage(InputError):
     "An image that can't be decoded; the message says why."
 
 def _cut_short(raw):
     "Whether a JPEG or PNG ends before its end marker"
-    if raw[:2] == b'\xff\xd8': return raw.rfind(b'\xff\xd9') < raw.rfind(b'\xff\xda')
+    if raw[:2] == b'\xff\xd8': return raw.rfind(b'\xff\xd9') <= raw.rfind(b'\xff\xda')
     if raw[:4] == b'\x89PNG': return b'IEND' not in raw[-4096:]
     return False
 
@@ -458,11 +458,11 @@ def _decode_pillow(raw):
     except Exception as e: raise BadImage(f'is not an image that can be read ({type(e).__name__})') from None
     return _flat(np.ascontiguousarray(np.array(image)[..., [2, 1, 0, 3]]))
 
-# %% ../nbs/01b_data.ipynb #6141cf1b
+# %% ../nbs/01b_data.ipynb #4ef4ea67
 def resize(
     image,   # uint8 [h, w] or [h, w, 3]
-    width: int,
-    height: int,
+    width: int,   # px wanted
+    height: int,  # px wanted
 ) -> np.ndarray:
     "Antialiased when shrinking, bilinear when enlarging."
     h, w = image.shape[:2]
@@ -565,7 +565,7 @@ def _tensors(batch):
     images, labels, rows, bad = batch
     return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(rows), bad
 
-# %% ../nbs/01b_data.ipynb #94b2b143
+# %% ../nbs/01b_data.ipynb #7a103094
 class Loader:
     "Batches (images uint8 [b, size, size, 3], labels int64 [b]) of one split on `device`."
     def __init__(
@@ -573,11 +573,11 @@ class Loader:
         table: Images,         # any
         split: str = 'train',  # or 'valid', 'test'; train is shuffled
         size: int = 64,        # side in px
-        batch_size: int = 64,
+        batch_size: int = 64,  # images
         augment: str = 'none', # 'none' or 'crop-flip'; train only
         seed: int = 0,         # sets order and augmentation
         workers: int = 0,      # processes; 0 loads in this one
-        device: str = 'cpu',
+        device: str = 'cpu',   # 'cuda', 'mps' or 'cpu'
         bad: str = 'stop',     # at an image that can't be decoded; or 'skip'
         train: bool | None = None, # shuffled and augmented; by default where split is 'train'
     ):
@@ -588,9 +588,10 @@ class Loader:
         self.table, self.split, self.bad, self.device, self.skipped = table, split, bad, torch.device(device), {}
         self.batches = _Batches(table.split(split), batch_size, seed, train)
         more = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
-        self.dl = torch.utils.data.DataLoader(
-            _Fetcher(table, seed, kw), batch_sampler=self.batches, num_workers=workers, collate_fn=_tensors,
-            pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker, **more)
+        with warnings.catch_warnings(action='ignore'):  # more workers than cores are the user's choice
+            self.dl = torch.utils.data.DataLoader(
+                _Fetcher(table, seed, kw), batch_sampler=self.batches, num_workers=workers, collate_fn=_tensors,
+                pin_memory=self.device.type == 'cuda', worker_init_fn=_start_worker, **more)
         self.dataset = self.dl.dataset
     def __len__(self): return len(self.batches)
     @property
@@ -606,7 +607,8 @@ class Loader:
         return self
 
     def __iter__(self):
-        for images, labels, rows, bad in self.dl:
+        with warnings.catch_warnings(action='ignore'): batches = iter(self.dl)
+        for images, labels, rows, bad in batches:
             if bad: self._meet(bad)
             self.rows = rows
             if len(rows): yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -647,19 +649,19 @@ def normalization(
     std = np.sqrt(np.maximum(squares/max(count, 1) - mean**2, 1e-6))
     return tuple(np.round(mean, 4).tolist()), tuple(np.round(std, 4).tolist())
 
-# %% ../nbs/01b_data.ipynb #0ebaffc7
+# %% ../nbs/01b_data.ipynb #fb2b3143
 def show_batch(
     images,         # uint8 [n, h, w, 3]
     labels=None,    # int [n]
     classes=None,   # names
     n: int = 16,    # images shown at most
-    columns: int = 8,
+    columns: int = 8, # images in a row
 ):  # a matplotlib figure
     "A sheet of images with their classes."
     import matplotlib.pyplot as plt
     images = np.asarray(images)[:n]
     rows = -(-len(images)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns*1.1, rows*1.3), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns*1.1, rows*1.3), squeeze=False, dpi=55)
     for i, ax in enumerate(axes.flat):
         ax.axis('off')
         if i >= len(images): continue

@@ -19,10 +19,18 @@ from .models import build_model
 from .runs import InputError, find_run, project_root
 from .train import best_device, choose_precision, predict as _predict_loader, read_index, read_weights
 
-# %% ../nbs/04_evaluate.ipynb #3f553bd9
+# %% ../nbs/04_evaluate.ipynb #862fd882
 class Trained:
     "A run's network, ready to be evaluated and to label images."
-    def __init__(self, run, model, about, checkpoint, device, precision):
+    def __init__(
+        self,
+        run,             # a `Run`
+        model,           # its network, in evaluation mode
+        about: dict,     # arch, classes, size, norm, stem
+        checkpoint: str, # which one the weights are from
+        device: str,     # 'cuda', 'mps' or 'cpu'
+        precision: str,  # 'fp32' or 'bf16'
+    ):
         self.run, self.model, self.about, self.checkpoint, self.device, self.precision = run, model, about, checkpoint, device, precision
     @property
     def classes(self): return self.about['classes']

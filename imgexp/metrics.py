@@ -240,7 +240,7 @@ def _title(ax, title, note=''):
     ax.set_title(title, pad=17)
     ax.annotate(note, (0, 1), (0, 5), xycoords='axes fraction', textcoords='offset points', color=_GRAY, fontsize=8)
 
-# %% ../nbs/02b_metrics.ipynb #151048c1
+# %% ../nbs/02b_metrics.ipynb #dc148f36
 _PANELS = {
     'loss': [('train_loss', 'train', _BLUE, '-'), ('valid_loss', 'valid', _RED, '-')],
     'accuracy': [('train_top1', 'train top-1', _BLUE, '-'), ('valid_top1', 'valid top-1', _RED, '-'),
@@ -248,9 +248,11 @@ _PANELS = {
     'learning rate': [('lr', 'lr', _GRAY, '-')]}
 
 def _best_row(history):
-    "Row of the highest valid_top1, else of the lowest valid_loss, the first of equals; None where there is neither"
-    for column, best in (('valid_top1', 'idxmax'), ('valid_loss', 'idxmin')):
-        if column in history and history[column].notna().any(): return getattr(history[column], best)()
+    "Row of the highest valid_top1, of equals the lowest valid_loss, then the first; None where there is neither"
+    for column, best in (('valid_top1', 'max'), ('valid_loss', 'min')):
+        if column not in history or not history[column].notna().any(): continue
+        top = history[history[column] == getattr(history[column], best)()]
+        return top['valid_loss'].idxmin() if 'valid_loss' in top and top['valid_loss'].notna().any() else top.index[0]
 
 # %% ../nbs/02b_metrics.ipynb #4d119443
 def _panels(history):

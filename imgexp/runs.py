@@ -233,10 +233,14 @@ def _track_mode(track):
     except (OSError, netrc.NetrcParseError): saved = None
     return 'online' if os.environ.get('WANDB_API_KEY') or saved else 'offline'
 
-# %% ../nbs/00_runs.ipynb #4d61db1c
+# %% ../nbs/00_runs.ipynb #c099bd1c
 class Tracker:
     "Sends a run's history, metrics and figures to Weights & Biases; a failure ends the tracking, never the run."
-    def __init__(self, run, track='auto'):
+    def __init__(
+        self,
+        run,                 # a `Run`
+        track: str = 'auto', # auto, online, offline or off
+    ):
         self.mode, self.wb = _track_mode(track), None
         if self.mode != 'off': self._try(self._init, run)
 
@@ -257,12 +261,14 @@ class Tracker:
         if self.wb: self._try(self.wb.log, {k: v for k, v in row.items() if v is not None})
 
     def figure(self, name, path):
+        "Send a picture"
         def send():
             import wandb
             self.wb.log({f'figures/{name}': wandb.Image(str(path))})
         if self.wb: self._try(send)
 
     def finish(self, metrics, failed=False):
+        "Send the metrics as the run's summary, and close it"
         def send():
             self.wb.summary.update(_flat(metrics))
             self.wb.finish(exit_code=int(failed))
@@ -281,10 +287,13 @@ BEAT, STALE = 10, 60  # seconds between two beats; seconds without one after whi
 
 def _now(): return datetime.now().astimezone().isoformat(timespec='seconds')
 
-# %% ../nbs/00_runs.ipynb #e717fcba
+# %% ../nbs/00_runs.ipynb #22d7c548
 class Run:
     "One experiment's directory: parameters, status, history, metrics, figures, checkpoints."
-    def __init__(self, folder):
+    def __init__(
+        self,
+        folder: str | Path, # its directory
+    ):
         self.dir, self._lock, self._beat, self.tracker = Path(folder), None, None, None
         info = _read_json(self.dir/'params.json') or {}
         self.params, self.depends = Params(info.get('params') or {}), info.get('depends') or {}
@@ -596,9 +605,9 @@ def _busy(run):
     return RunBusy(f"run {run.name} belongs to process {s.get('pid')} on {s.get('host')} "
                    f"(since {s.get('started')}): wait for it, stop it, or give resume=never for a run of its own")
 
-# %% ../nbs/00_runs.ipynb #332357cd
+# %% ../nbs/00_runs.ipynb #4a7a6b24
 def disk_use(
-    folder: str | Path,
+    folder: str | Path, # any
 ) -> int:  # bytes
     "Sum of the sizes of all files below `folder`."
     total, stack = 0, [folder]
