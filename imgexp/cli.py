@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'runs_app', 'Json', 'Name', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'prune', 'evaluate', 'predict', 'main']
 
-# %% ../nbs/90_cli.ipynb #a938e874
-import inspect, json, sys, traceback
+# %% ../nbs/90_cli.ipynb #69fc57d1
+import inspect, json, signal, sys, traceback
 from pathlib import Path
 from typing import Annotated, List, Optional
 
-import click, typer
+import typer
 
 from .runs import InputError, RunBusy, _headline, _shown, diff_params, find_run, prune_runs, remove_run, runs
 
@@ -59,7 +59,7 @@ def show(
     for k, v in rows: print(f'{k:<11}{v}')
     if not last: print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
 
-# %% ../nbs/90_cli.ipynb #2678df82
+# %% ../nbs/90_cli.ipynb #9bc80d06
 @runs_app.command()
 def diff(a: Name, b: Name, as_json: Json = False):
     "The parameters in which two runs differ, and both results."
@@ -77,7 +77,7 @@ def rm(
 ):
     "Delete runs."
     found = [find_run(n) for n in names]
-    if not yes: click.confirm(f"delete {', '.join(r.name for r in found)}?", abort=True, err=True)
+    if not yes: typer.confirm(f"delete {', '.join(r.name for r in found)}?", abort=True, err=True)
     for run in found: _say(f'deleted {run.name}, {remove_run(run.name)/1e6:.1f} MB')
 
 @runs_app.command()
@@ -87,15 +87,22 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without 
     for name in names: print(name)
     _say(f"{len(names)} runs without an epoch{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
-# %% ../nbs/90_cli.ipynb #d745adde
+# %% ../nbs/90_cli.ipynb #21599ccd
+_METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
+
+def _terminated(number, frame): raise KeyboardInterrupt('terminated')
+
 def _train_options():
     "`imgexp.train.train` with its documented parameters as options"
     from fastcore.docments import docments
     from imgexp.train import train as experiment
     docs, signature = docments(experiment), inspect.signature(experiment)
-    options = [p.replace(annotation=Annotated[p.annotation, typer.Option('--' + p.name.replace('_', '-'), help=docs[p.name])])
-               for p in signature.parameters.values()]
+    def option(p):  # as text: one place, `check_params`, converts and refuses
+        about = typer.Option('--' + p.name.replace('_', '-'), help=docs[p.name], metavar=_METAVAR[p.annotation])
+        return p.replace(annotation=Annotated[str, about], default=str(p.default))
+    options = [option(p) for p in signature.parameters.values()]
     def train(**kw):
+        signal.signal(signal.SIGTERM, _terminated)
         run = experiment(**kw)
         for k, v in [('run', _shown(run.dir)), *_headline(run)]: print(f'{k:<11}{v}')
     train.__signature__, train.__doc__ = signature.replace(parameters=options, return_annotation=None), experiment.__doc__
@@ -133,16 +140,21 @@ def predict(
     failed = table.error.notna().sum()
     if failed: _say(f'{failed} of {len(table)} images could not be read: see the column error')
 
-# %% ../nbs/90_cli.ipynb #59b63956
+# %% ../nbs/90_cli.ipynb #da0f866f
 STOPPED = 75  # stopped, and the same command continues (sysexits.h: EX_TEMPFAIL)
+_UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 def _fail(e):
     "Exit status for an exception, after its message on stderr"
     if isinstance(e, KeyboardInterrupt):
         _say(f'{e or "interrupted"}')
         return STOPPED
-    if isinstance(e, (InputError, click.UsageError)):
-        _say(f'imgexp: {e.format_message() if isinstance(e, click.UsageError) else e}')
+    if isinstance(e, _UsageError):
+        text, where = e.format_message().rstrip('.'), e.ctx.command_path if e.ctx else 'imgexp'
+        _say(text if 'Usage:' in text else f'imgexp: {text}: `{where} --help` tells what there is')
+        return 2
+    if isinstance(e, InputError):
+        _say(f'imgexp: {e}')
         return 1 if isinstance(e, RunBusy) or type(e).__name__ == 'BadImage' else 2
     traceback.print_exception(e)
     return 1
@@ -159,7 +171,7 @@ def main(
             single.command()(_train_options())
             command.commands['train'] = typer.main.get_command(single)
         return command.main(args, prog_name='imgexp', standalone_mode=False) or 0
-    except click.Abort: return 1
+    except typer.Abort: return 1
     except BrokenPipeError: return 0
     except BaseException as e:
         if isinstance(e, SystemExit): return e.code or 0

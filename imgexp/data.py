@@ -127,7 +127,7 @@ def nested_subset(
     keep = np.maximum(1, np.floor(counts * fraction + 0.5))
     return ranks(labels, seed) < keep[labels]
 
-# %% ../nbs/01b_data.ipynb #1ca2529e
+# %% ../nbs/01b_data.ipynb #88df2540
 VALID = 0.2  # fraction of the training images that becomes the validation split where the data bring none
 
 def with_valid(
@@ -139,6 +139,8 @@ def with_valid(
     labels = table.labels[train]
     held = ranks(labels, seed=0) < np.floor(np.bincount(labels, minlength=1) * VALID + 0.5)[labels]
     held &= np.bincount(labels, minlength=1)[labels] > 1
+    if not held.any():
+        raise InputError(f'{table.name} is too small for a validation split: give three images or more of a class, or a valid/ folder')
     splits = table.splits.copy()
     splits[train[held]] = 1
     return replace(table, splits=splits)

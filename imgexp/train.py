@@ -104,7 +104,7 @@ class Precision(Part):
         self.leave()
         self.learn.pred = self.pred.float()
 
-# %% ../nbs/03_train.ipynb #f140d880
+# %% ../nbs/03_train.ipynb #1e20d6bf
 class _Loaders:
     "What a Learner asks for: the two loaders and the device"
     n_inp, path = 1, '.'
@@ -114,6 +114,7 @@ class _Loaders:
 class ImageLearner(Learner):
     "fastai's Learner, able to begin at batch `first_batch` of epoch `first_epoch`."
     first_epoch = first_batch = 0
+    used = False
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self.dls.train.at(self.epoch, self.first_batch)
@@ -513,7 +514,7 @@ def find_lr(
         raise InputError(f'the LR finder saw the loss explode after {len(sweep.losses)} steps: give lr yourself')
     return valley(rates, losses, steps)[0], rates, losses
 
-# %% ../nbs/03_train.ipynb #a758b565
+# %% ../nbs/03_train.ipynb #2e5e60da
 def _describe(learn):
     "What is needed to use the weights elsewhere"
     report = learn.model.report
@@ -521,14 +522,16 @@ def _describe(learn):
 
 def _train(learn, run, epochs, optimizer, weight_decay, lr):
     "The training itself: optimizer, learning rate, parts, loop"
-    learn.opt = make_optimizer(learn.model, optimizer, weight_decay)
-    if lr == 0 and not checkpoints(run):
+    begun = checkpoints(run)
+    if learn.used and not begun: raise InputError('this learner has been trained already: make a new one, with new initial weights')
+    learn.opt, learn.used = make_optimizer(learn.model, optimizer, weight_decay), True
+    if lr == 0 and not begun:
         lr = find_lr(learn)[0]
         print(f'lr={lr:.2g} by the LR finder', flush=True)
     with asked_to_stop() as asked:
-        learn.add_cbs([Schedule(lr), History(run), Progress(), Checkpoints(run, _describe(learn), asked)])
-        restore(run, learn)
-        learn.fit(epochs)
+        with learn.added_cbs([Schedule(lr), History(run), Progress(), Checkpoints(run, _describe(learn), asked)]):
+            restore(run, learn)
+            learn.fit(epochs)
         if asked: raise Stopped(f'{asked[0]}; the same call continues')
 
 def fit(
@@ -581,7 +584,7 @@ def predict_split(
                     device=valid.device, bad=valid.bad, train=False)
     return predict(learn.model, loader, learn.norm, learn.precision.kind)
 
-# %% ../nbs/03_train.ipynb #ab296f53
+# %% ../nbs/03_train.ipynb #438d0e73
 def conclude(
     run,       # a `Run`
     learn,     # an `ImageLearner` with the best weights
@@ -589,8 +592,8 @@ def conclude(
 ) -> dict:     # figures by name
     "Evaluate validation and test, draw the pictures, and finish the run; raises what goes wrong after marking it failed."
     told = {s: predict_split(learn, s) for s in ('valid', 'test') if len(learn.table.split(s))}
+    probs, labels, rows = told[max(told, key=('valid', 'test').index)]
     metrics = {s: score(probs, labels) for s, (probs, labels, _) in told.items() if len(labels)}
-    probs, labels, rows = told.get('test', told['valid'])
     classes, history = learn.table.classes, run.history
     figures = {'curves': plot_curves(history, len(learn.table.split('valid'))),
                'confusion': plot_confusion(confusion(labels, probs.argmax(1), len(classes)), classes),

@@ -2,6 +2,7 @@
 import os, shutil, tempfile
 from pathlib import Path
 import pytest
+from launch import Launcher
 
 _made = None
 
@@ -21,3 +22,17 @@ def pytest_unconfigure(config):
 def root():
     "The checkout that holds these tests."
     return Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='session')
+def launcher(tmp_path_factory):
+    "Starts `imgexp …` and papermill as processes of their own."
+    launcher = Launcher(tmp_path_factory.mktemp('jobs'))
+    yield launcher
+    launcher.close()
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "An empty project: runs/ and the cache of file contents lie in a folder of this test."
+    monkeypatch.setenv('IMGEXP_ROOT', str(tmp_path))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    return tmp_path

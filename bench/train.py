@@ -1,0 +1,210 @@
+"""Speed of training and of imports, side by side: the contenders of a table take turns (A B A B …) in one process.
+
+    python bench/train.py --only step,plain,imports --repeats 5
+
+Prints the table and writes its rows, with the machine, into bench/results/train.csv. See bench/README.md.
+"""
+import argparse, contextlib, csv, datetime, gc, io, operator, os, platform, statistics, subprocess, sys, tempfile, time
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT/'bench'/'results'/'train.csv'
+CLASSES, SIZE, BATCH, WARM = 10, 64, 64, 3  # classes, px, images a step, steps before the clock starts
+
+# ---- What all training contenders share
+
+Task = namedtuple('Task', 'images labels steps device precision')  # uint8 [n, h, w, 3], int64 [n], steps that are timed
+
+def make_task(steps, device):
+    "Images in memory: one epoch of WARM + `steps` batches."
+    from imgexp.train import choose_precision
+    rng, n = np.random.default_rng(0), BATCH*(WARM + steps)
+    images = rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    return Task(images, np.arange(n) % CLASSES, steps, device, choose_precision('auto', device))
+
+class Clock:
+    "Is told of every step that is done; times all but the first WARM, from the end of one step to the end of another."
+    def __init__(self, task): self.task, self.done = task, 0
+    def tick(self):
+        self.done += 1
+        if self.done == WARM: self.start = self.now()
+        if self.done == WARM + self.task.steps: self.seconds = (self.now() - self.start)/self.task.steps
+    def now(self):
+        if self.task.device == 'cuda':
+            import torch
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+def new_network(task):
+    import torch, torchvision
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=CLASSES).to(task.device).train()
+
+# ---- Training contenders: Task -> seconds a step
+
+def imgexp_fit(task):
+    "One epoch of `imgexp.train.fit` as 03_train calls it, all its parts attached; validation and checkpoint are not timed."
+    from imgexp.data import IMAGENET, from_arrays
+    from imgexp.models import build_model
+    from imgexp.runs import start_run
+    from imgexp.train import Part, fit, make_learner
+    class Ticks(Part):
+        order, run_valid = 1000, False  # after every other part
+        def after_batch(self): clock.tick()
+    clock, n = Clock(task), len(task.images)
+    pixels, labels = np.concatenate([task.images, task.images[:BATCH]]), np.concatenate([task.labels, task.labels[:BATCH]])
+    table = from_arrays(pixels, labels, splits=np.arange(n + BATCH) >= n)  # the last batch again: validation
+    model = build_model('resnet18', CLASSES, size=SIZE, stem='standard')
+    learn = make_learner(table, model, IMAGENET, SIZE, BATCH, augment='none', precision=task.precision, device=task.device)
+    learn.add_cb(Ticks())
+    with tempfile.TemporaryDirectory() as root, silent():
+        with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
+            fit(run, learn, epochs=1, optimizer='adamw', lr=1e-3)
+    return clock.seconds
+
+def handwritten(task):
+    "The same work without a framework: uint8 batches, normalized, bf16 autocast, channels last, fused AdamW."
+    import torch
+    import torch.nn.functional as F
+    from imgexp.data import IMAGENET
+    clock, model = Clock(task), new_network(task).to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    images, labels = torch.from_numpy(task.images), torch.from_numpy(task.labels)
+    mean, std = (torch.tensor(v, device=task.device)*255 for v in IMAGENET)
+    for rows in torch.randperm(len(images)).split(BATCH):
+        x, y = (v[rows].to(task.device, non_blocking=True) for v in (images, labels))
+        x = ((x.float() - mean)/std).permute(0, 3, 1, 2)
+        with torch.autocast(task.device, torch.bfloat16, enabled=task.precision == 'bf16'): out = model(x)
+        F.cross_entropy(out.float(), y).backward()
+        opt.step()
+        opt.zero_grad()
+        clock.tick()
+    return clock.seconds
+
+def plain_fp32(task):
+    "A usual script: float32 tensors [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
+    import torch
+    import torch.nn.functional as F
+    clock, model = Clock(task), new_network(task)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images = (torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().float()/255 - 0.45)/0.225
+    labels = torch.from_numpy(task.labels)
+    for rows in torch.randperm(len(images)).split(BATCH):
+        x, y = images[rows].to(task.device), labels[rows].to(task.device)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        clock.tick()
+    return clock.seconds
+
+@contextlib.contextmanager
+def silent():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
+
+# ---- Importing contenders: -> seconds of the import, in a fresh process
+
+ALONE = 'import torch, torchvision, pandas, matplotlib.pyplot, cv2; from fastai.learner import Learner'
+
+def fresh_import(statement):
+    "Seconds that `statement` takes in a new Python, its start and end excluded."
+    code = f'import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode: sys.exit(f'bench: `{statement}` failed: {done.stderr.strip()}')
+    return float(done.stdout.split()[-1])
+
+# ---- Tables: name -> (contenders, the first is what the others are compared with; {contender: target})
+
+def step(task): return {'hand-written loop, same precision': partial(handwritten, task),
+                        'imgexp.train.fit': partial(imgexp_fit, task)}
+
+def plain(task): return {'imgexp.train.fit': partial(imgexp_fit, task),
+                         'plain fp32 loop': partial(plain_fp32, task)}
+
+def imports(task): return {'torch, torchvision, Learner, pandas, matplotlib, cv2': partial(fresh_import, ALONE),
+                           'import imgexp.train': partial(fresh_import, 'import imgexp.train'),
+                           'import imgexp': partial(fresh_import, 'import imgexp')}
+
+TABLES = {'step': (step, {'imgexp.train.fit': 'ratio <= 1.05'}),
+          'plain': (plain, {'plain fp32 loop': 'ratio >= 1.6'}),
+          'imports': (imports, {'import imgexp.train': 'ratio <= 1.25', 'import imgexp': 'median <= 0.3'})}
+
+# ---- Measuring and telling
+
+def measure(contenders, repeats):
+    "{contender: seconds of each round}; the contenders take turns, after one round that is not counted."
+    seconds = {name: [] for name in contenders}
+    for k in range(repeats + 1):
+        for name, run in contenders.items():
+            gc.collect()
+            s = run()
+            if k: seconds[name].append(s)
+            print('.', end='', file=sys.stderr, flush=True)
+    return seconds
+
+def compare(table, seconds, targets):
+    "One row a contender: median, min and max of its seconds, and of its ratio to the first contender round by round."
+    first = next(iter(seconds.values()))
+    for name, own in seconds.items():
+        ratios = [a/b for a, b in zip(own, first)]
+        row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own),
+                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), target=targets.get(name, ''))
+        yield {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
+
+def met(row):
+    "'yes' or 'no'; '' without a target"
+    if not row['target']: return ''
+    key, sign, limit = row['target'].split()
+    return 'yes' if {'<=': operator.le, '>=': operator.ge}[sign](row[key], float(limit)) else 'no'
+
+def machine(device):
+    "What the numbers depend on; nothing that names the machine."
+    import torch
+    try: cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, cpu=cpu, cores=cores,
+                threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+                date=datetime.date.today().isoformat())
+
+def save(rows, path=RESULTS):
+    "Put `rows` into the file, in place of those of the same tables on the same device."
+    new = {(r['table'], r['device']) for r in rows}
+    old = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = [r for r in old if (r['table'], r['device']) not in new] + rows
+    rows.sort(key=lambda r: (list(TABLES).index(r['table']) if r['table'] in TABLES else len(TABLES), r['device']))
+    path.parent.mkdir(exist_ok=True)
+    with path.open('w', newline='') as f:
+        out = csv.DictWriter(f, list(rows[-1]), restval='', lineterminator='\n')
+        out.writeheader(); out.writerows(rows)
+
+def show(rows):
+    columns = ['table', 'contender', 'n', 'median', 'min', 'max', 'ratio', 'ratio_min', 'ratio_max', 'target', 'met']
+    cells = [columns] + [[str(r[c]) for c in columns] for r in rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+    for r in cells: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--only', default=','.join(TABLES), help='tables, separated by commas (all: %(default)s)')
+    parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
+    parser.add_argument('--steps', type=int, default=20, help='training steps timed in a round (%(default)s)')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
+    parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
+    args = parser.parse_args()
+    names = args.only.split(',')
+    if unknown := set(names) - set(TABLES): parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if args.repeats < 1 or args.steps < 1: parser.error('--repeats and --steps must be 1 or more')
+    task, rows = make_task(args.steps, args.device), []
+    for name in names:
+        contenders, targets = TABLES[name]
+        seconds = measure(contenders(task), args.repeats)
+        rows += [row | machine(args.device) for row in compare(name, seconds, targets)]
+    print(file=sys.stderr)
+    show(rows)
+    if not args.dry: save(rows)
+
+if __name__ == '__main__': main()
