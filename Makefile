@@ -73,8 +73,10 @@ train: ## train on half of the embedded digits; ARGS="-p epochs 2" changes param
 	bar=--no-progress-bar; if [ -t 2 ]; then bar=--progress-bar; fi
 	say "training: papermill nbs/03_train.ipynb $$notebook -p subset 0.5 $(ARGS)"
 	"$$bin/python" -m papermill nbs/03_train.ipynb "$$notebook" -p subset 0.5 $(ARGS) $$bar --log-level ERROR
-	"$$bin/imgexp" runs show --last
-	echo "notebook   $$notebook"
+	"$$bin/imgexp" runs show --last | tee "$$notebook.shown"
+	run=$$folder/$$(basename "$$(sed -n 's/^run *//p' "$$notebook.shown")"); rm "$$notebook.shown"
+	mv "$$notebook" "$$run/notebook.ipynb"
+	echo "notebook   $${run#./}/notebook.ipynb"
 
 test: ## everything that is checked: notebooks clean and exported, nbdev_test, pytest
 	@$(call environment,all)
