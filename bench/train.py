@@ -13,31 +13,33 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'bench'/'results'/'train.csv'
-CLASSES, SIZE, BATCH, WARM = 10, 64, 64, 3  # classes, px, images a step, steps before the clock starts
+CLASSES, SIZE, BATCH = 10, 64, 64  # classes, px, images a step
+WARM, GROUP = 3, 5  # steps before the clock starts; steps between two looks at it
 
 # ---- What all training contenders share
 
-Task = namedtuple('Task', 'images labels steps device precision')  # uint8 [n, h, w, 3], int64 [n], steps that are timed
+Task = namedtuple('Task', 'images labels device precision')  # uint8 [n, h, w, 3], int64 [n]
 
 def make_task(steps, device):
     "Images in memory: one epoch of WARM + `steps` batches."
     from imgexp.train import choose_precision
     rng, n = np.random.default_rng(0), BATCH*(WARM + steps)
     images = rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
-    return Task(images, np.arange(n) % CLASSES, steps, device, choose_precision('auto', device))
+    return Task(images, np.arange(n) % CLASSES, device, choose_precision('auto', device))
 
 class Clock:
-    "Is told of every step that is done; times all but the first WARM, from the end of one step to the end of another."
-    def __init__(self, task): self.task, self.done = task, 0
+    "Is told of every step that is done; `seconds` a step: the median of groups of GROUP steps, the first WARM left out."
+    def __init__(self, task): self.device, self.done, self.marks = task.device, 0, []
     def tick(self):
         self.done += 1
-        if self.done == WARM: self.start = self.now()
-        if self.done == WARM + self.task.steps: self.seconds = (self.now() - self.start)/self.task.steps
+        if self.done >= WARM and (self.done - WARM) % GROUP == 0: self.marks.append(self.now())
     def now(self):
-        if self.task.device == 'cuda':
+        if self.device == 'cuda':
             import torch
             torch.cuda.synchronize()
         return time.perf_counter()
+    @property
+    def seconds(self): return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:]))/GROUP
 
 def new_network(task):
     import torch, torchvision
@@ -191,13 +193,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default=','.join(TABLES), help='tables, separated by commas (all: %(default)s)')
     parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
-    parser.add_argument('--steps', type=int, default=20, help='training steps timed in a round (%(default)s)')
+    parser.add_argument('--steps', type=int, default=30, help='training steps timed in a round, a multiple of 5 (%(default)s)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     args = parser.parse_args()
     names = args.only.split(',')
     if unknown := set(names) - set(TABLES): parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    if args.repeats < 1 or args.steps < 1: parser.error('--repeats and --steps must be 1 or more')
+    if args.repeats < 1: parser.error('--repeats must be 1 or more')
+    if args.steps < GROUP or args.steps % GROUP: parser.error(f'--steps must be a multiple of {GROUP}')
     task, rows = make_task(args.steps, args.device), []
     for name in names:
         contenders, targets = TABLES[name]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'runs_app', 'Json', 'Name', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'prune', 'evaluate', 'predict', 'main']
 
-# %% ../nbs/90_cli.ipynb #69fc57d1
-import inspect, json, signal, sys, traceback
+# %% ../nbs/90_cli.ipynb #7ee152ac
+import inspect, json, os, signal, sys, traceback
 from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
 
-from .runs import InputError, RunBusy, _headline, _shown, diff_params, find_run, prune_runs, remove_run, runs
+from .runs import InputError, RunBusy, RunFailed, _headline, _shown, diff_params, find_run, prune_runs, remove_run, runs
 
 # %% ../nbs/90_cli.ipynb #728322cd
 app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.', no_args_is_help=True,
@@ -140,14 +140,14 @@ def predict(
     failed = table.error.notna().sum()
     if failed: _say(f'{failed} of {len(table)} images could not be read: see the column error')
 
-# %% ../nbs/90_cli.ipynb #da0f866f
+# %% ../nbs/90_cli.ipynb #15717a85
 STOPPED = 75  # stopped, and the same command continues (sysexits.h: EX_TEMPFAIL)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 def _fail(e):
     "Exit status for an exception, after its message on stderr"
     if isinstance(e, KeyboardInterrupt):
-        _say(f'{e or "interrupted"}')
+        _say(str(e) or 'interrupted')
         return STOPPED
     if isinstance(e, _UsageError):
         text, where = e.format_message().rstrip('.'), e.ctx.command_path if e.ctx else 'imgexp'
@@ -155,7 +155,7 @@ def _fail(e):
         return 2
     if isinstance(e, InputError):
         _say(f'imgexp: {e}')
-        return 1 if isinstance(e, RunBusy) or type(e).__name__ == 'BadImage' else 2
+        return 1 if isinstance(e, (RunBusy, RunFailed)) else 2
     traceback.print_exception(e)
     return 1
 
@@ -170,9 +170,14 @@ def main(
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_train_options())
             command.commands['train'] = typer.main.get_command(single)
-        return command.main(args, prog_name='imgexp', standalone_mode=False) or 0
+        with command.make_context('imgexp', args) as context: command.invoke(context)  # .main would hide interruptions
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as e: return e.exit_code
     except typer.Abort: return 1
-    except BrokenPipeError: return 0
+    except BrokenPipeError:  # `imgexp runs ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except BaseException as e:
         if isinstance(e, SystemExit): return e.code or 0
         return _fail(e)

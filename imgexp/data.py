@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', '
            'crop_boxes', 'read', 'fetch', 'Loader', 'Pictures', 'normalization', 'show_batch', 'show_counts',
            'class_means']
 
-# %% ../nbs/01b_data.ipynb #f5ee519a
+# %% ../nbs/01b_data.ipynb #5e6d809e
 import gzip, hashlib, io, os, sqlite3, struct, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .runs import InputError, _shown, _unknown, seed_worker
+from .runs import InputError, RunFailed, _shown, _unknown, seed_worker
 
 # %% ../nbs/01b_data.ipynb #4c77d3df
 def _mix(x):
@@ -420,8 +420,8 @@ def table_id(
     "What stands for the data in a run's id: the name of embedded data, or the fingerprint."
     return table.fixed or fingerprint(table)
 
-# %% ../nbs/01b_data.ipynb #520262bc
-class BadImage(InputError):
+# %% ../nbs/01b_data.ipynb #b9b1ec7d
+class BadImage(RunFailed):
     "An image that can't be decoded; the message says why."
 
 def _cut_short(raw):

@@ -10,7 +10,7 @@ __all__ = ['PRECISION', 'OPTIMIZERS', 'ALLOWED', 'best_device', 'choose_precisio
            'restore_best', 'find_lr', 'fit', 'predict', 'predict_split', 'conclude', 'identity', 'load_learner',
            'train']
 
-# %% ../nbs/03_train.ipynb #144026e0
+# %% ../nbs/03_train.ipynb #b4d80f7e
 import copy, hashlib, json, os, random, resource, shutil, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +30,8 @@ with warnings.catch_warnings():
 from .data import AUGMENT, IMAGENET, Loader, Pictures, keep_subset, load_images, normalization, table_id
 from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, score
 from .models import build_model, param_groups, weights_id
-from .runs import InputError, Params, TRACK, _shown, _write_json, check_params, seeds, set_seed, start_run
+from .runs import (InputError, Params, RunFailed, TRACK, _shown, _write_json, check_params, seeds, set_seed, start_run,
+                         writing)
 
 # %% ../nbs/03_train.ipynb #6d1ce54f
 PRECISION = ['auto', 'fp32', 'bf16']
@@ -204,7 +205,7 @@ def peak_memory(
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)
 
-# %% ../nbs/03_train.ipynb #bfe4093f
+# %% ../nbs/03_train.ipynb #d8264b68
 class History(Part):
     "Adds up each epoch and writes its row into the run."
     order = 20
@@ -233,7 +234,7 @@ class History(Part):
         self.to.log(self.row)
         self.sums = {}
         if not np.isfinite(sums['train'][0]):
-            raise InputError(f'train_loss is {sums["train"][0]} in epoch {self.row["epoch"]}: try a smaller lr (now {self.schedule.peak:g})')
+            raise RunFailed(f'train_loss is {sums["train"][0]} in epoch {self.row["epoch"]}: try a smaller lr (now {self.schedule.peak:g})')
 
     def state(self): return {'sums': self.sums, 'images': self.images, 'seconds': self.elapsed()}
     def load(self, state): self.sums, self.images, self.seconds = state['sums'], state['images'], state['seconds']
@@ -280,7 +281,7 @@ class Progress(Part):
                   f"top-1 {r['train_top1']:.1%} (valid {r['valid_top1']:.1%}), {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
 
-# %% ../nbs/03_train.ipynb #eb96a76e
+# %% ../nbs/03_train.ipynb #5d40f05b
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -305,8 +306,9 @@ def write_checkpoint(
     try:
         part.mkdir(parents=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        safetensors.torch.save_file(tensors, part/'model.safetensors', {'imgexp': json.dumps(about)})
-        torch.save(state, part/'state.pt')
+        with writing(folder/name), open(part/'state.pt', 'wb') as f:
+            safetensors.torch.save_file(tensors, part/'model.safetensors', {'imgexp': json.dumps(about)})
+            torch.save(state, f)
         files = {f.name: {'sha256': _sha256(f), 'bytes': f.stat().st_size} for f in sorted(part.iterdir())}
         for f in files: _sync(part/f)
         _write_json(part/'COMMITTED.json', told | {'step': step, 'files': files})
@@ -330,7 +332,7 @@ def damage(
         if _sha256(checkpoint/name) != file['sha256']: return f'{name} is damaged'
     return ''
 
-# %% ../nbs/03_train.ipynb #73b70a2e
+# %% ../nbs/03_train.ipynb #1f5e3a9f
 def checkpoints(
     run, # a `Run`
 ) -> list: # paths, newest first
@@ -347,7 +349,7 @@ def newest_checkpoint(
         wrong = damage(path)
         if not wrong: return path
         tell(f'{_shown(path)}: {wrong}; trying the one before')
-    if found: raise InputError(f'all {len(found)} checkpoints of run {run.name} are damaged: restore them from a copy, '
+    if found: raise RunFailed(f'all {len(found)} checkpoints of run {run.name} are damaged: restore them from a copy, '
                                'or give resume=never to begin anew')
 
 def read_weights(
@@ -390,7 +392,7 @@ def asked_to_stop(): # yields a list that holds the reason once somebody asked
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/03_train.ipynb #aaec1ac3
+# %% ../nbs/03_train.ipynb #d02d1053
 class Checkpoints(Part):
     "Writes checkpoints, keeps the last and the best, and stops where asked."
     order, run_valid = 60, False
@@ -432,6 +434,7 @@ class Checkpoints(Part):
         keep = {name, index['before'], *index['kept'], *(b['name'] for b in index['best'])}
         for path in checkpoints(self.to):
             if path.name not in keep: shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob('.step-*.part'): shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
 
 def read_index(
     run, # a `Run`
@@ -479,7 +482,7 @@ def restore_best(
         return best
     raise InputError(f'run {run.name} has no whole checkpoint of a finished epoch')
 
-# %% ../nbs/03_train.ipynb #f201e3e6
+# %% ../nbs/03_train.ipynb #b47c93e4
 class _Sweep(Part):
     "Raises the learning rate from batch to batch; ends when the loss explodes"
     run_valid = False
@@ -511,7 +514,7 @@ def find_lr(
     set_generators(random_state)
     rates, losses = sweep.rates[len(sweep.rates)//10:-5], sweep.losses[len(sweep.rates)//10:-5]
     if len(losses) < 10 or not np.isfinite(losses).all():
-        raise InputError(f'the LR finder saw the loss explode after {len(sweep.losses)} steps: give lr yourself')
+        raise RunFailed(f'the LR finder saw the loss explode after {len(sweep.losses)} steps: give lr yourself')
     return valley(rates, losses, steps)[0], rates, losses
 
 # %% ../nbs/03_train.ipynb #2e5e60da
