@@ -28,7 +28,7 @@ def make_task(steps, device):
     return Task(images, np.arange(n) % CLASSES, device, choose_precision('auto', device))
 
 class Clock:
-    "Is told of every step that is done; `seconds` a step: the median of groups of GROUP steps, the first WARM left out."
+    "Is told of each step done; `seconds` a step: the median over groups of GROUP steps, the first WARM left out."
     def __init__(self, task): self.device, self.done, self.marks = task.device, 0, []
     def tick(self):
         self.done += 1
@@ -49,7 +49,7 @@ def new_network(task):
 # ---- Training contenders: Task -> seconds a step
 
 def imgexp_fit(task):
-    "One epoch of `imgexp.train.fit` as 03_train calls it, all its parts attached; validation and checkpoint are not timed."
+    "One epoch of `imgexp.train.fit`, all its parts attached; validation and checkpoint are not timed."
     from imgexp.data import IMAGENET, from_arrays
     from imgexp.models import build_model
     from imgexp.runs import start_run
@@ -58,10 +58,10 @@ def imgexp_fit(task):
         order, run_valid = 1000, False  # after every other part
         def after_batch(self): clock.tick()
     clock, n = Clock(task), len(task.images)
-    pixels, labels = np.concatenate([task.images, task.images[:BATCH]]), np.concatenate([task.labels, task.labels[:BATCH]])
+    pixels, labels = (np.concatenate([v, v[:BATCH]]) for v in (task.images, task.labels))
     table = from_arrays(pixels, labels, splits=np.arange(n + BATCH) >= n)  # the last batch again: validation
     model = build_model('resnet18', CLASSES, size=SIZE, stem='standard')
-    learn = make_learner(table, model, IMAGENET, SIZE, BATCH, augment='none', precision=task.precision, device=task.device)
+    learn = make_learner(table, model, IMAGENET, SIZE, BATCH, 'none', task.precision, device=task.device)
     learn.add_cb(Ticks())
     with tempfile.TemporaryDirectory() as root, silent():
         with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
@@ -88,7 +88,7 @@ def handwritten(task):
     return clock.seconds
 
 def plain_fp32(task):
-    "A usual script: float32 tensors [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
+    "A usual script: float32 [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
     import torch
     import torch.nn.functional as F
     clock, model = Clock(task), new_network(task)
@@ -153,7 +153,8 @@ def compare(table, seconds, targets):
     for name, own in seconds.items():
         ratios = [a/b for a, b in zip(own, first)]
         row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own),
-                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), target=targets.get(name, ''))
+                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+                   target=targets.get(name, ''))
         yield {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
 
 def met(row):
@@ -193,21 +194,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default=','.join(TABLES), help='tables, separated by commas (all: %(default)s)')
     parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
-    parser.add_argument('--steps', type=int, default=30, help='training steps timed in a round, a multiple of 5 (%(default)s)')
+    parser.add_argument('--steps', type=int, default=30, help='steps timed in a round, a multiple of 5 (%(default)s)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     args = parser.parse_args()
     names = args.only.split(',')
-    if unknown := set(names) - set(TABLES): parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if unknown := set(names) - set(TABLES):
+        parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if args.repeats < 1: parser.error('--repeats must be 1 or more')
     if args.steps < GROUP or args.steps % GROUP: parser.error(f'--steps must be a multiple of {GROUP}')
     task, rows = make_task(args.steps, args.device), []
     for name in names:
         contenders, targets = TABLES[name]
         seconds = measure(contenders(task), args.repeats)
-        rows += [row | machine(args.device) for row in compare(name, seconds, targets)]
+        new = [row | machine(args.device) for row in compare(name, seconds, targets)]
+        if not args.dry: save(new)
+        rows += new
     print(file=sys.stderr)
     show(rows)
-    if not args.dry: save(rows)
 
 if __name__ == '__main__': main()

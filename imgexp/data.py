@@ -10,9 +10,10 @@ __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', '
            'crop_boxes', 'read', 'fetch', 'Loader', 'Pictures', 'normalization', 'show_batch', 'show_counts',
            'class_means']
 
-# %% ../nbs/01b_data.ipynb #5e6d809e
+# %% ../nbs/01b_data.ipynb #f5d5df07
 import gzip, hashlib, io, os, sqlite3, struct, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -217,20 +218,26 @@ def from_idx(
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
                        name=Path(folder).resolve().name)
 
-# %% ../nbs/01b_data.ipynb #43dd30c5
+# %% ../nbs/01b_data.ipynb #81cf7b5a
 SUFFIXES = frozenset('.jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
 SPLIT_NAMES = {'train': 0, 'training': 0, 'valid': 1, 'val': 1, 'validation': 1, 'test': 2, 'testing': 2}
 
 def _images_below(folder):
     "Sorted paths of the image files below `folder`, hidden ones aside"
-    found, stack = [], [str(folder)]
+    found, stack = [], [(str(folder), (_node(folder),))]
     while stack:
-        with os.scandir(stack.pop()) as entries:
+        path, above = stack.pop()
+        with os.scandir(path) as entries:
             for e in entries:
                 if e.name.startswith('.'): continue
-                if e.is_dir(): stack.append(e.path)
+                if os.path.isdir(e.path): stack += [(e.path, (*above, node)) for node in [_node(e.path)] if node not in above]
                 elif os.path.splitext(e.name)[1].lower() in SUFFIXES: found.append(e.path)
     return sorted(found)
+
+def _node(folder):
+    "What tells a folder from all others: links may lead back to where we are"
+    s = os.stat(folder)
+    return s.st_dev, s.st_ino
 
 def _folders(path): return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
 
@@ -370,35 +377,50 @@ def load_images(
     else: table = from_folders(path, classes)
     return with_valid(_trainable(table))
 
-# %% ../nbs/01b_data.ipynb #fa9c3cdf
+# %% ../nbs/01b_data.ipynb #cd4e37ca
 def cache_dir() -> Path:
     "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache)."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-def _remembered(root):
-    "The table of known contents, or an in-memory one where the cache can't be written"
-    try: db = sqlite3.connect(cache_dir()/'contents.sqlite', timeout=30)
-    except (OSError, sqlite3.OperationalError): db = sqlite3.connect(':memory:')
-    db.execute('create table if not exists contents (path text primary key, size int, time int, sha blob) without rowid')
-    known = db.execute('select path, size, time, sha from contents where path between ? and ?', (f'{root}/', f'{root}0'))
-    return db, {p: (s, t, h) for p, s, t, h in known}
+def _remembered(root, place=None):
+    "The table of known contents, or an in-memory one where the cache can't be used"
+    try:
+        db = sqlite3.connect(place or cache_dir()/'contents.sqlite', timeout=30)
+        db.execute('create table if not exists contents (path text primary key, size int, time int, sha blob) without rowid')
+        known = db.execute('select path, size, time, sha from contents where path between ? and ?', (f'{root}/', f'{root}0'))
+        return db, {p: (s, t, h) for p, s, t, h in known}
+    except (OSError, sqlite3.Error): return _remembered(root, ':memory:')
 
+def _key(path): return str(path).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')  # names may be no unicode
+
+def _stamp(path):
+    "Size and time of a file; None where there is none (a link to nowhere)"
+    try: s = os.stat(path)
+    except OSError: return None
+    return s.st_size, s.st_mtime_ns
+
+def _digest(path):
+    try: return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError: return None
+
+# %% ../nbs/01b_data.ipynb #8bc3483f
 def _content_hashes(paths, root):
-    "sha-256 of each file, read at most once for each (path, size, time)"
-    db, known = _remembered(root)
-    stats = [os.stat(f) for f in paths]
-    new = [i for i, (f, s) in enumerate(zip(paths, stats)) if known.get(f, (0, 0, b''))[:2] != (s.st_size, s.st_mtime_ns)]
-    def read(i): return hashlib.sha256(Path(paths[i]).read_bytes()).digest()
+    "sha-256 of each file, read at most once for each (path, size, time); b'' for one that can't be read"
+    db, known = _remembered(_key(root))
+    keys, stamps = [_key(f) for f in paths], [_stamp(f) for f in paths]
+    new = [i for i, (k, s) in enumerate(zip(keys, stamps)) if known.get(k, (0, 0, b''))[:2] != s]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(new), 4096):
             chunk = new[start:start + 4096]
-            rows = [(paths[i], stats[i].st_size, stats[i].st_mtime_ns, h) for i, h in zip(chunk, pool.map(read, chunk))]
-            with db: db.executemany('insert or replace into contents values (?, ?, ?, ?)', rows)
-            known.update({f: (s, t, h) for f, s, t, h in rows})
+            digests = pool.map(_digest, (paths[i] for i in chunk))
+            rows = [(keys[i], *(stamps[i] or (0, 0)), h) for i, h in zip(chunk, digests)]
+            known.update({k: (s, t, h) for k, s, t, h in rows})
+            with suppress(sqlite3.Error), db:  # it is only a cache
+                db.executemany('insert or replace into contents values (?, ?, ?, ?)', [r for r in rows if r[3]])
     db.close()
-    return [known[f][2] for f in paths]
+    return [known[k][2] or b'' for k in keys]
 
 def fingerprint(
     table: Images,  # any
@@ -410,7 +432,7 @@ def fingerprint(
     elif table.pixels is not None: h.update(np.ascontiguousarray(table.pixels[table.items]))
     else:
         contents = _content_hashes([f'{table.root}{os.sep}{i}' for i in table.items], table.root)
-        for item, content in zip(table.items, contents): h.update(Path(item).as_posix().encode() + b'\0' + content)
+        for item, content in zip(table.items, contents): h.update(Path(item).as_posix().encode('utf-8', 'surrogateescape') + b'\0' + content)
     return f'sha256:{h.hexdigest()[:16]}'
 
 # %% ../nbs/01b_data.ipynb #3a8844c6

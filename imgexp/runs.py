@@ -244,7 +244,7 @@ def environment() -> dict:  # python, platform, cpu, threads, device, packages
             'device': gpu or platform.processor() or platform.machine(),
             'packages': dict(sorted(packages.items(), key=lambda kv: str(kv[0]).lower()))}
 
-# %% ../nbs/00_runs.ipynb #4e962e65
+# %% ../nbs/00_runs.ipynb #6513a124
 TRACK = ['auto', 'online', 'offline', 'off']
 
 def _track_mode(track):
@@ -256,7 +256,7 @@ def _track_mode(track):
     if importlib.util.find_spec('wandb') is None: return 'off'
     import netrc
     host = re.sub(r'^https?://|[:/].*$', '', os.environ.get('WANDB_BASE_URL', '')) or 'api.wandb.ai'
-    try: saved = netrc.netrc().authenticators(host)
+    try: saved = netrc.netrc(os.environ.get('NETRC')).authenticators(host)
     except (OSError, netrc.NetrcParseError): saved = None
     return 'online' if os.environ.get('WANDB_API_KEY') or saved else 'offline'
 

@@ -205,7 +205,7 @@ def peak_memory(
     if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)
 
-# %% ../nbs/03_train.ipynb #d8264b68
+# %% ../nbs/03_train.ipynb #13c7fdbc
 class History(Part):
     "Adds up each epoch and writes its row into the run."
     order = 20
@@ -226,6 +226,8 @@ class History(Part):
 
     def after_epoch(self):
         sums = {k: v.tolist() for k, v in self.sums.items()}
+        for split in ('train', 'valid'):
+            if split not in sums: raise RunFailed(f'none of the {split} images can be read: mend them, or name other data')
         self.row = dict(epoch=self.learn.epoch + 1, step=self.schedule.done, images=self.images, seconds=round(self.elapsed(), 2),
                         lr=self.opt.hypers[0]['lr'])
         for split, (loss, top1, top5, n) in sums.items(): self.row |= {f'{split}_loss': loss/n, f'{split}_top1': top1/n}

@@ -165,20 +165,21 @@ def test_sigkill_while_a_checkpoint_within_an_epoch_is_written(launcher, project
     assert list((the_run(project)/'checkpoints').glob('.*'))
     finish(launcher.imgexp(*options(data), root=project), project, undisturbed)
 
-def test_sigkill_with_a_rate_from_the_lr_finder(launcher, project, data):
-    "The rate is found once, and kept."
+@pytest.mark.parametrize('given', [dict(lr=0), dict(arch='squeezenet1_1', size=32)], ids=['LR finder', 'dropout'])
+def test_sigkill_where_chance_matters(launcher, project, data, given):
+    "The rate is found once, and kept; the generator that dropout draws from is put back."
     runs = []
     for name, before in (('killed', at(3*BATCHES, 'os.kill(os.getpid(), signal.SIGKILL)')), ('whole', '')):
         root = project/name
         root.mkdir()
-        args = options(data, lr=0, epochs=4)
+        args = options(data, **given | dict(epochs=4))
         job = launcher.imgexp(*args, root=root, before=before)
         if before:
             assert job.wait() == -signal.SIGKILL, job.err
             job = launcher.imgexp(*args, root=root)
         assert job.wait() == 0, job.err
         runs.append(the_run(root))
-        assert ('lr=' in job.out) == (name == 'whole')
+        assert ('lr=' in job.out) == (name == 'whole' and 'lr' in given)
     (weights, history), (weights2, history2) = map(committed, runs)
     pd.testing.assert_frame_equal(history, history2, check_exact=True)
     assert weights == weights2 and history.lr.max() > 0

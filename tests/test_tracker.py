@@ -219,5 +219,7 @@ def test_auto(monkeypatch, tmp_path):
     saved.chmod(0o600)
     assert outside(NETRC=str(saved)) == 'online'
     (tmp_path/'.netrc').write_text(saved.read_text()); (tmp_path/'.netrc').chmod(0o600)
+    assert outside() == 'offline'  # NETRC names another file
+    monkeypatch.delenv('NETRC')
     assert outside() == 'online'
     assert outside(WANDB_BASE_URL='https://own.example.com:8080/x') == 'offline'
