@@ -169,10 +169,10 @@ def test_sigkill_while_a_checkpoint_within_an_epoch_is_written(launcher, project
 def test_sigkill_where_chance_matters(launcher, project, data, given):
     "The rate is found once, and kept; the generator that dropout draws from is put back."
     runs = []
-    for name, before in (('killed', at(3*BATCHES, 'os.kill(os.getpid(), signal.SIGKILL)')), ('whole', '')):
+    for name, before in (('killed', at(2*BATCHES + 2, 'os.kill(os.getpid(), signal.SIGKILL)')), ('whole', '')):
         root = project/name
         root.mkdir()
-        args = options(data, **given | dict(epochs=4))
+        args = options(data, **given | dict(epochs=3))
         job = launcher.imgexp(*args, root=root, before=before)
         if before:
             assert job.wait() == -signal.SIGKILL, job.err
