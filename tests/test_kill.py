@@ -261,7 +261,9 @@ def test_interrupting_the_kernel(project, data, holding, undisturbed):
     imports = [c.source for c in cells[:first] if re.search(r'(?m)^(import|from) ', c.source) and '#| export' not in c.source]
     manager, client = start_new_kernel(kernel_name='python3', env=environment(project, PYTHONPATH=str(holding)), cwd=str(project))
     try:
-        def run(source): return client.execute_interactive(source, timeout=SLOW, output_hook=lambda m: None)['content']
+        def once(source): return client.execute_interactive(source, timeout=SLOW, output_hook=lambda m: None)['content']
+        def run(source):  # for a moment after an error the kernel turns down what it is asked
+            return until(lambda: (found := once(source))['status'] != 'aborted' and found, 'the kernel to take a cell')
         for source in (names, *(i for i in imports if 'get_ipython' not in i), cells[first].source, f'# Parameters\n{given}'):
             found = run(source)
             assert found['status'] == 'ok', found
