@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', '
            'crop_boxes', 'read', 'fetch', 'Loader', 'Pictures', 'normalization', 'show_batch', 'show_counts',
            'class_means']
 
-# %% ../nbs/01b_data.ipynb #f5d5df07
+# %% ../nbs/01b_data.ipynb #6996d0d7
 import gzip, hashlib, io, os, sqlite3, struct, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .catalog import located
 from .runs import InputError, RunFailed, _shown, _unknown, seed_worker
 
 # %% ../nbs/01b_data.ipynb #4c77d3df
@@ -359,20 +360,21 @@ def shapes(
     fixed = name if (n, n_classes, size, seed) == (2500, 10, 64, 0) else f'{name}-{n}-{n_classes}-{size}-{seed}'
     return from_arrays(pixels, labels, names, np.select([part < 3, part == 3], [0, 1], 2), name=name, fixed=fixed)
 
-# %% ../nbs/01b_data.ipynb #508625b5
+# %% ../nbs/01b_data.ipynb #aca2b9b8
 EMBEDDED = {'digits': digits, 'shapes': shapes, 'shapes-sketch': lambda: shapes(domain='sketch')}
 
 def load_images(
-    data: str | Path | Images,  # 'digits', 'shapes', 'shapes-sketch', a folder, or a table
+    data: str | Path | Images,  # 'digits', 'shapes', 'shapes-sketch', a folder, a name of the catalog ('imagenette-160'), or a table
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
 ) -> Images:
     "The table for `data`, with a validation split; raises `InputError` where there is nothing to train on."
     path = Path(str(data)).expanduser()
     if isinstance(data, Images): table = keep_classes(data, classes)
     elif str(data) in EMBEDDED: table = keep_classes(EMBEDDED[str(data)](), classes)
+    elif not path.is_dir() and (place := located(str(data))): table = from_folders(place, classes)
     elif not path.is_dir():
-        raise InputError(f"data={str(data)!r}: no such folder; give a folder of class folders or of idx files, "
-                         f"or one of {', '.join(EMBEDDED)}")
+        raise InputError(f"data={str(data)!r}: no such folder, and no name of the catalog; give a folder of class folders or of idx files, "
+                         f"one of {', '.join(EMBEDDED)}, or a name of `imgexp data list`")
     elif any(path.glob('*-images-idx3-ubyte*')): table = keep_classes(from_idx(path), classes)
     else: table = from_folders(path, classes)
     return with_valid(_trainable(table))

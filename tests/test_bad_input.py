@@ -58,7 +58,7 @@ WRONG = {
     'size 4': ('--size 4', r'size=4 .*at least 8 and at most 1024'),
     'precision': ('--precision int4', r"precision='int4' .*auto, fp32, bf16"),
     'track': ('--track maybe', r"track='maybe' .*auto, online, offline, off"),
-    'no such folder': ('--data no/such/folder', r"data='no/such/folder': no such folder; give .*digits"),
+    'no such folder': ('--data no/such/folder', r"data='no/such/folder': no such folder, .*digits"),
     'a file, not a folder': ('--data a.txt', r"data='a.txt'"),
     'no images': ('--data empty', r'no images in .*empty.*one folder of images a class'),
     'empty class folders': ('--data hollow', r'no images in .*hollow'),
