@@ -591,7 +591,7 @@ def _tensors(batch):
     images, labels, rows, bad = batch
     return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(rows), bad
 
-# %% ../nbs/01b_data.ipynb #7a103094
+# %% ../nbs/01b_data.ipynb #e24d6b0d
 class Loader:
     "Batches (images uint8 [b, size, size, 3], labels int64 [b]) of one split on `device`."
     def __init__(
@@ -634,7 +634,7 @@ class Loader:
 
     def __iter__(self):
         with warnings.catch_warnings(action='ignore'): batches = iter(self.dl)
-        for images, labels, rows, bad in batches:
+        for self.batch, (images, labels, rows, bad) in enumerate(batches, self.batches.start):
             if bad: self._meet(bad)
             self.rows = rows
             if len(rows): yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

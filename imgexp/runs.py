@@ -211,8 +211,8 @@ def _read_json(path):
     except (OSError, ValueError): return None
     return value if isinstance(value, dict) else None
 
-# %% ../nbs/00_runs.ipynb #b3a3480e
-NOT_IN_ID = ('resume', 'track', 'workers')
+# %% ../nbs/00_runs.ipynb #0539c202
+NOT_IN_ID = ('resume', 'track', 'workers', 'bad')
 
 def run_id(
     notebook: str,  # '03_train'

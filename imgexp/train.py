@@ -394,7 +394,7 @@ def asked_to_stop(): # yields a list that holds the reason once somebody asked
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/03_train.ipynb #d02d1053
+# %% ../nbs/03_train.ipynb #9c378fc7
 class Checkpoints(Part):
     "Writes checkpoints, keeps the last and the best, and stops where asked."
     order, run_valid = 60, False
@@ -410,7 +410,7 @@ class Checkpoints(Part):
     def before_fit(self): self.wrote = time.monotonic()
 
     def after_batch(self):
-        batch = self.learn.first_batch + self.learn.iter + 1
+        batch = self.dls.train.batch + 1
         last = batch == self.dls.train.batches.n
         if not last and (self.asked or time.monotonic() - self.wrote > self.minutes*60): self.save(self.learn.epoch, batch)
 
