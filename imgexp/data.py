@@ -10,11 +10,11 @@ __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', '
            'crop_boxes', 'read', 'fetch', 'Loader', 'Pictures', 'normalization', 'show_batch', 'show_counts',
            'class_means']
 
-# %% ../nbs/01b_data.ipynb #6996d0d7
-import gzip, hashlib, io, os, sqlite3, struct, sys, warnings
+# %% ../nbs/01b_data.ipynb #95d2c09f
+import gzip, hashlib, io, os, sqlite3, struct, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
