@@ -438,7 +438,7 @@ def _imagenet_ids(names, index):
         out += ids
     return out
 
-# %% ../nbs/01_catalog.ipynb #f0b7ee2d
+# %% ../nbs/01_catalog.ipynb #c86a219a
 def _at(remote, base_url): return replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}") if base_url else remote
 
 @dataclass
@@ -487,6 +487,7 @@ class _Job:
         try: self.downloads.parent.rmdir()
         except OSError: pass
 
+# %% ../nbs/01_catalog.ipynb #d4d112b9
 @contextmanager
 def _alone(root):
     "Only one process at a time; a second one says that it waits"
