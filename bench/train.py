@@ -4,12 +4,13 @@
 
 Prints the table and writes its rows, with the machine, into bench/results/train.csv. See bench/README.md.
 """
-import argparse, contextlib, csv, datetime, gc, io, operator, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, gc, io, statistics, subprocess, sys, tempfile, time
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tables import compare, machine, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'bench'/'results'/'train.csv'
@@ -50,7 +51,8 @@ def new_network(task):
 
 def imgexp_fit(task):
     "One epoch of `imgexp.train.fit`, all its parts attached; validation and checkpoint are not timed."
-    from imgexp.data import IMAGENET, from_arrays
+    from imgexp.data import from_arrays
+    from imgexp.loader import IMAGENET
     from imgexp.models import build_model
     from imgexp.runs import start_run
     from imgexp.train import Part, fit, make_learner
@@ -72,7 +74,7 @@ def handwritten(task):
     "The same work without a framework: uint8 batches, normalized, bf16 autocast, channels last, fused AdamW."
     import torch
     import torch.nn.functional as F
-    from imgexp.data import IMAGENET
+    from imgexp.loader import IMAGENET
     clock, model = Clock(task), new_network(task).to(memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     images, labels = torch.from_numpy(task.images), torch.from_numpy(task.labels)
@@ -147,49 +149,6 @@ def measure(contenders, repeats):
             print('.', end='', file=sys.stderr, flush=True)
     return seconds
 
-def compare(table, seconds, targets):
-    "One row a contender: median, min and max of its seconds, and of its ratio to the first contender round by round."
-    first = next(iter(seconds.values()))
-    for name, own in seconds.items():
-        ratios = [a/b for a, b in zip(own, first)]
-        row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own),
-                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-                   target=targets.get(name, ''))
-        yield {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
-
-def met(row):
-    "'yes' or 'no'; '' without a target"
-    if not row['target']: return ''
-    key, sign, limit = row['target'].split()
-    return 'yes' if {'<=': operator.le, '>=': operator.ge}[sign](row[key], float(limit)) else 'no'
-
-def machine(device):
-    "What the numbers depend on; nothing that names the machine."
-    import torch
-    try: cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, cpu=cpu, cores=cores,
-                threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
-                date=datetime.date.today().isoformat())
-
-def save(rows, path=RESULTS):
-    "Put `rows` into the file, in place of those of the same tables on the same device."
-    new = {(r['table'], r['device']) for r in rows}
-    old = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [r for r in old if (r['table'], r['device']) not in new] + rows
-    rows.sort(key=lambda r: (list(TABLES).index(r['table']) if r['table'] in TABLES else len(TABLES), r['device']))
-    path.parent.mkdir(exist_ok=True)
-    with path.open('w', newline='') as f:
-        out = csv.DictWriter(f, list(rows[-1]), restval='', lineterminator='\n')
-        out.writeheader(); out.writerows(rows)
-
-def show(rows):
-    columns = ['table', 'contender', 'n', 'median', 'min', 'max', 'ratio', 'ratio_min', 'ratio_max', 'target', 'met']
-    cells = [columns] + [[str(r[c]) for c in columns] for r in rows]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
-    for r in cells: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default=','.join(TABLES), help='tables, separated by commas (all: %(default)s)')
@@ -208,7 +167,7 @@ def main():
         contenders, targets = TABLES[name]
         seconds = measure(contenders(task), args.repeats)
         new = [row | machine(args.device) for row in compare(name, seconds, targets)]
-        if not args.dry: save(new)
+        if not args.dry: save(new, RESULTS, TABLES)
         rows += new
     print(file=sys.stderr)
     show(rows)

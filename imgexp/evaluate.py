@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'load_run']
 
-# %% ../nbs/04_evaluate.ipynb #f02ab7cc
+# %% ../nbs/04_evaluate.ipynb #27eefc89
 import os
 from html import escape
 from pathlib import Path
@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .data import Images, Loader, Pictures, _images_below, load_images, table_id
+from .data import Images, _images_below, table_id
+from .loader import Loader, Pictures
+from .packs import as_prepared, load_images
 from .metrics import score
 from .models import build_model
 from .runs import InputError, find_run, project_root
@@ -69,7 +71,7 @@ def _newest_finished(folder):
     names = sorted((d.name for d in folder.glob('*') if (d/'metrics.json').is_file()), reverse=True) if folder.is_dir() else []
     return find_run(names[0] if names else '', folder)
 
-# %% ../nbs/04_evaluate.ipynb #774abada
+# %% ../nbs/04_evaluate.ipynb #0abf2523
 def _own_data(run):
     "The table that the run was trained on; raises InputError where it is gone or has changed"
     data = run.params['data']
@@ -77,7 +79,7 @@ def _own_data(run):
     table = load_images(data, run.params.get('classes', ''))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: name the data to evaluate on (data=…)')
-    return table
+    return as_prepared(table, run.depends.get('prepared', ''))
 
 def _same_classes(table, classes):
     "`table` with its labels in the order of `classes`"
@@ -100,6 +102,7 @@ def predict_split(
 ) -> tuple:               # probabilities [n, classes], labels [n], images
     "What the network says of a split, without augmentation; `images[i]` is image i as the network sees it."
     table = _same_classes(load_images(data, classes), self.classes) if data else _own_data(self.run)
+    if data: table = as_prepared(table, self.run.depends.get('prepared', ''))
     if not len(table.split(split)): raise InputError(f'{table.name} has no {split} images: choose another split')
     probs, labels, rows, _ = _predict(self, table, split=split)
     return probs, labels, Pictures(table, rows, self.size)
@@ -114,7 +117,7 @@ def evaluate(
     "Accuracy and loss on a split."
     return score(*self.predict_split(split, data, classes)[:2])
 
-# %% ../nbs/04_evaluate.ipynb #34cdb290
+# %% ../nbs/04_evaluate.ipynb #df27a80b
 @patch
 def predict(
     self: Trained,
@@ -124,12 +127,13 @@ def predict(
     import pandas as pd
     folder = Path(folder).expanduser()
     if not folder.exists(): raise InputError(f'{str(folder)!r}: no such folder or image')
-    files = _images_below(folder) if folder.is_dir() else [str(folder)]
+    files = _images_below(folder) if folder.is_dir() else [folder.name]
     if not files: raise InputError(f'no images in {str(folder)!r}')
     root = folder if folder.is_dir() else folder.parent
-    names = np.array([os.path.relpath(f, root) for f in files], object)
+    names = np.array(files, object)
     zeros = np.zeros(len(names), np.int64)
     table = Images(names, zeros, np.full(len(names), 2, np.int8), self.classes, root=root.resolve())
+    table = as_prepared(table, self.run.depends.get('prepared', ''))
     probs, _, rows, loader = _predict(self, table, bad='skip')
     out = pd.DataFrame({'file': names, 'predicted': None, 'probability': np.nan, 'error': None})
     if len(rows):

@@ -211,8 +211,8 @@ def _read_json(path):
     except (OSError, ValueError): return None
     return value if isinstance(value, dict) else None
 
-# %% ../nbs/00_runs.ipynb #0539c202
-NOT_IN_ID = ('resume', 'track', 'workers', 'bad')
+# %% ../nbs/00_runs.ipynb #3bb6cd2c
+NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack')  # a pack shows in `depends` where it changes what the network sees
 
 def run_id(
     notebook: str,  # '03_train'

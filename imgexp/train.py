@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRECISION', 'OPTIMIZERS', 'ALLOWED', 'best_device', 'choose_precision', 'Part', 'to_input', 'ToInput', 'Precision',
            'ImageLearner', 'make_learner', 'make_optimizer', 'one_cycle', 'Schedule', 'peak_memory', 'History',
-           'duration', 'Progress', 'write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights',
-           'generators', 'set_generators', 'Stopped', 'asked_to_stop', 'Checkpoints', 'read_index', 'restore',
-           'restore_best', 'find_lr', 'fit', 'predict', 'predict_split', 'conclude', 'identity', 'load_learner',
-           'train']
+           'duration', 'Progress', 'Bottleneck', 'write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint',
+           'read_weights', 'generators', 'set_generators', 'Stopped', 'asked_to_stop', 'Checkpoints', 'read_index',
+           'restore', 'restore_best', 'find_lr', 'fit', 'predict', 'predict_split', 'conclude', 'images', 'identity',
+           'load_learner', 'train']
 
-# %% ../nbs/03_train.ipynb #b4d80f7e
+# %% ../nbs/03_train.ipynb #9a2d77c9
 import copy, hashlib, json, os, random, resource, shutil, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +27,10 @@ with warnings.catch_warnings():
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-from .data import AUGMENT, IMAGENET, Loader, Pictures, keep_subset, load_images, normalization, table_id
+from .augment import FLIPS, augment_id
+from .data import keep_subset, table_id
+from .loader import IMAGENET, Loader, Pictures, normalization
+from .packs import load_images, packed, preparation
 from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, score
 from .models import build_model, param_groups, weights_id
 from .runs import (InputError, Params, RunFailed, TRACK, _shown, _write_json, check_params, seeds, set_seed, start_run,
@@ -105,7 +108,7 @@ class Precision(Part):
         self.leave()
         self.learn.pred = self.pred.float()
 
-# %% ../nbs/03_train.ipynb #1e20d6bf
+# %% ../nbs/03_train.ipynb #f1e5bebd
 class _Loaders:
     "What a Learner asks for: the two loaders and the device"
     n_inp, path = 1, '.'
@@ -128,19 +131,20 @@ def make_learner(
     norm,           # (mean, std) of the channels, in units of full scale
     size: int = 32, # side in px
     batch_size: int = 32, # images a step
-    augment: str = 'crop-flip', # of `imgexp.data.AUGMENT`
+    augment='crop-flip',     # a name of `imgexp.augment.AUGMENT`, a callable, or 'module:function'
     precision: str = 'auto', # 'auto', 'fp32' or 'bf16'
-    workers: int = -1,       # processes that load images; -1 chooses
+    workers: int = -1,       # threads that load images; -1 chooses
     seed: int = 0,           # of order and augmentation
     device: str = '',        # 'cuda', 'mps', 'cpu'; '' chooses
     bad: str = 'stop',       # at an image that can't be decoded; or 'skip'
     label_smoothing: float = 0., # 0 to 1
+    flip: str = 'random',    # 'random', 'alternating' or 'none'
 ) -> ImageLearner:
     "Data, network, loss, device and precision put together; nothing is trained yet."
     device = device or best_device()
-    if workers < 0: workers = 0 if table.pixels is not None else min(8, os.cpu_count())
+    if workers < 0: workers = 0 if table.pixels is not None and device == 'cpu' else min(8, os.cpu_count())
     kw = dict(size=size, batch_size=batch_size, workers=workers, device=device, bad=bad, seed=seed)
-    loaders = _Loaders(Loader(table, 'train', augment=augment, **kw), Loader(table, 'valid', **kw))
+    loaders = _Loaders(Loader(table, 'train', augment=augment, flip=flip, **kw), Loader(table, 'valid', **kw))
     model = model.to(device, memory_format=torch.channels_last)
     parts = [TrainEvalCallback(), ToInput(norm), Precision(choose_precision(precision, device), device)]
     loss = partial(F.cross_entropy, label_smoothing=label_smoothing)
@@ -282,6 +286,29 @@ class Progress(Part):
         self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}: loss {r['train_loss']:.3f} (valid {r['valid_loss']:.3f}), "
                   f"top-1 {r['train_top1']:.1%} (valid {r['valid_top1']:.1%}), {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
+
+# %% ../nbs/03_train.ipynb #c80e4c0e
+class Bottleneck(Part):
+    "Tells which share of the training steps' time went into waiting for images, moving them, and computing."
+    order, run_valid = 35, False
+    def __init__(
+        self,
+        tell=partial(print, flush=True), # called with the line
+    ): self.tell, self.seconds, self.shares = tell, 0., {}
+    def before_fit(self): self.before = self.dls.train.waited, self.dls.train.moved
+    def before_train(self): self.began = time.perf_counter()
+    def after_train(self): self.seconds += time.perf_counter() - self.began
+    def after_fit(self):
+        if not self.seconds: return
+        waited, moved = self.dls.train.waited - self.before[0], self.dls.train.moved - self.before[1]
+        spent = {'waiting': waited, 'moving': moved, 'computing': self.seconds - waited - moved}
+        self.shares = {k: round(v/self.seconds, 3) for k, v in spent.items()}
+        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them', 'computing'), self.shares.values()))
+                  + self.advice())
+    def advice(self):
+        if self.shares['waiting'] < 0.2 or self.dls.train.table.pixels is not None: return ''
+        packed = self.dls.train.table.pack is not None
+        return '; more workers would help' if packed else '; `imgexp data pack` or more workers would help'
 
 # %% ../nbs/03_train.ipynb #5d40f05b
 def _sha256(path):
@@ -519,7 +546,7 @@ def find_lr(
         raise RunFailed(f'the LR finder saw the loss explode after {len(sweep.losses)} steps: give lr yourself')
     return valley(rates, losses, steps)[0], rates, losses
 
-# %% ../nbs/03_train.ipynb #2e5e60da
+# %% ../nbs/03_train.ipynb #d8df2019
 def _describe(learn):
     "What is needed to use the weights elsewhere"
     report = learn.model.report
@@ -534,7 +561,8 @@ def _train(learn, run, epochs, optimizer, weight_decay, lr):
         lr = find_lr(learn)[0]
         print(f'lr={lr:.2g} by the LR finder', flush=True)
     with asked_to_stop() as asked:
-        with learn.added_cbs([Schedule(lr), History(run), Progress(), Checkpoints(run, _describe(learn), asked)]):
+        bottleneck = Bottleneck()
+        with learn.added_cbs([Schedule(lr), History(run), Progress(), bottleneck, Checkpoints(run, _describe(learn), asked)]):
             restore(run, learn)
             learn.fit(epochs)
         if asked: raise Stopped(f'{asked[0]}; the same call continues')
@@ -561,7 +589,7 @@ def fit(
         finally: learn.precision.leave()
     return restore_best(run, learn.model)
 
-# %% ../nbs/03_train.ipynb #79aae285
+# %% ../nbs/03_train.ipynb #4e42dd83
 @torch.inference_mode()
 def predict(
     model,             # in evaluation mode afterwards
@@ -577,7 +605,7 @@ def predict(
         with _autocast(kind, loader.device): out = model(to_input(images, norm))
         probs.append(out.float().softmax(1).cpu()); labels.append(y.cpu()); rows.append(loader.rows)
     if not probs: return np.zeros((0, len(loader.table.classes)), np.float32), np.zeros(0, int), np.zeros(0, int)
-    return tuple(torch.cat(v).numpy() for v in (probs, labels, rows))
+    return torch.cat(probs).numpy(), torch.cat(labels).numpy(), np.concatenate(rows)
 
 def predict_split(
     learn,       # an `ImageLearner`
@@ -585,7 +613,7 @@ def predict_split(
 ) -> tuple:      # probabilities, labels, rows
     "`predict` for one split of the learner's table, without augmentation."
     valid = learn.dls.valid
-    loader = Loader(learn.table, split, learn.size, valid.batches.batch_size, workers=valid.dl.num_workers,
+    loader = Loader(learn.table, split, learn.size, valid.batches.batch_size, workers=valid.workers,
                     device=valid.device, bad=valid.bad, train=False)
     return predict(learn.model, loader, learn.norm, learn.precision.kind)
 
@@ -610,38 +638,47 @@ def conclude(
                     'skipped': learn.dls.train.skipped | learn.dls.valid.skipped})
     return figures
 
-# %% ../nbs/03_train.ipynb #f247468e
-ALLOWED = dict(subset='(0, 1]', retrain=(-1, 1000), size=(8, 1024), augment=AUGMENT, epochs=(1, 10_000), batch_size=(1, 65_536),
+# %% ../nbs/03_train.ipynb #5d37c2f3
+ALLOWED = dict(subset='(0, 1]', retrain=(-1, 1000), size=(8, 1024), flip=FLIPS, epochs=(1, 10_000), batch_size=(1, 65_536),
                optimizer=list(OPTIMIZERS), lr=(0, 100), precision=PRECISION, seed=(0, 2**32 - 1), seed_subset=(-1, 2**32 - 1),
                seed_order=(-1, 2**32 - 1), seed_init=(-1, 2**32 - 1), workers=(-1, 256), bad=['stop', 'skip'], track=TRACK)
 
+def images(
+    p: Params, # parameters
+):             # `Images`
+    "The table that the parameters name, from a pack where there is one."
+    return packed(load_images(p.data, p.classes), p.size, p.pack)
+
 def identity(
     p: Params, # parameters
-    table,     # the `Images` that p.data names
+    table,     # of `images`
 ) -> dict:
     "What the parameters that name files stand for: part of the run's id."
-    return {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)}
+    more = {'prepared': preparation(table), 'augment': augment_id(p.augment)}
+    return {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}
 
 def load_learner(
     p: Params, # parameters
-    table,     # the `Images` that p.data names
+    table,     # of `images`
 ) -> ImageLearner:
     "Subset, normalization and network as the parameters say."
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'])
     norm = IMAGENET if p.weights else normalization(kept, p.size)
-    return make_learner(kept, model, norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'], bad=p.bad)
+    return make_learner(kept, model, norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'],
+                        bad=p.bad, flip=p.flip)
 
-# %% ../nbs/03_train.ipynb #1527b3a1
+# %% ../nbs/03_train.ipynb #7227dd1e
 def train(
-    data: str = 'digits',   # digits, shapes, shapes-sketch, or a folder of class folders or idx files
+    data: str = 'digits',   # digits, shapes, shapes-sketch, a name of the catalog, or a folder of class folders, of idx files, or of a pack
     classes: str = '',      # comma-separated names of the classes to keep; empty keeps all
     subset: float = 1.0,    # fraction of the training images kept
     arch: str = 'compact_resnet',  # or any classification architecture of torchvision
     weights: str = '',      # empty (from scratch), imagenet, or a .pth or .safetensors file
     retrain: int = -1,      # what is trained. -1 all, 0 the head, k the head and the last k blocks
     size: int = 32,         # side of the images in px
-    augment: str = 'crop-flip',  # or none
+    augment: str = 'crop-flip',  # none, crop-flip, color, randaugment, trivial, autoaugment, or module:function
+    flip: str = 'random',   # or alternating, or none
     epochs: int = 20,       # passes over the training images
     batch_size: int = 32,   # images a step
     optimizer: str = 'adamw', # or sgd
@@ -651,7 +688,8 @@ def train(
     seed_subset: int = -1,  # of the choice of images; -1 as seed
     seed_order: int = -1,   # of order and augmentation; -1 as seed
     seed_init: int = -1,    # of the initial weights; -1 as seed
-    workers: int = -1,      # processes that load images; -1 chooses
+    pack: str = 'auto',     # a pack of the images where there is one; off, memory, or a pack by kind and size (raw-256)
+    workers: int = -1,      # threads that load images; -1 chooses
     bad: str = 'stop',      # at an image that cannot be decoded; or skip
     resume: str = 'auto',   # auto, reuse, never, or the name of a run
     track: str = 'auto',    # Weights & Biases. auto, online, offline or off
@@ -660,7 +698,7 @@ def train(
     given = dict(locals())
     kinds = {k: v for k, v in train.__annotations__.items() if k != 'return'}
     p = check_params(given, kinds, ALLOWED)
-    table = load_images(p.data, p.classes)
+    table = images(p)
     learn = load_learner(p, table)
     with start_run('03_train', p, identity(p, table)) as run:
         conclude(run, learn, fit(run, learn, p.epochs, p.optimizer, p.lr, seed=p.seed))

@@ -6,8 +6,9 @@ import cv2, numpy as np, pytest
 from PIL import Image
 
 import imgexp.data as d
-from imgexp.data import (BadImage, Loader, decode, fingerprint, from_folders, keep_subset, load_images, normalization, read,
-                         shapes)
+from imgexp.data import BadImage, decode, fingerprint, from_folders, keep_subset, read, shapes
+from imgexp.loader import Loader, normalization
+from imgexp.packs import load_images
 from imgexp.runs import InputError, find_run
 from pictures import CLASSES, tree
 

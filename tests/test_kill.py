@@ -79,8 +79,8 @@ def undisturbed(launcher, data, tmp_path_factory):
 HOLD = '''
 import os, sys, threading, time
 def hold():
-    while not hasattr(sys.modules.get('imgexp.data'), 'Loader'): time.sleep(0.01)
-    Loader, seen = sys.modules['imgexp.data'].Loader, []
+    while not hasattr(sys.modules.get('imgexp.loader'), 'Loader'): time.sleep(0.01)
+    Loader, seen = sys.modules['imgexp.loader'].Loader, []
     real = Loader.__iter__
     def batches(self):
         for batch in real(self):
@@ -224,7 +224,7 @@ def test_asked_to_stop(launcher, project, data, undisturbed, number):
     assert f'at epoch 2, batch {s["batch"] + 1}' in job.out
 
 def test_a_signal_from_outside(launcher, project, data, undisturbed):
-    "With a worker process, which must not answer it."
+    "While a thread loads images."
     job = launcher.imgexp(*options(data, workers=1), root=project, before=hold(2*BATCHES + 3))
     assert held(project, job) == job.pid
     job.send(signal.SIGTERM)
@@ -339,35 +339,6 @@ def test_the_beat_goes_on(project, monkeypatch):
     last = run.status['beat']
     time.sleep(0.3)
     assert run.status['beat'] == last
-
-def children(pid):
-    found = []
-    for p in Path('/proc').glob('[0-9]*'):
-        try:
-            if int(p.joinpath('stat').read_text().rpartition(')')[2].split()[1]) == pid: found.append(int(p.name))
-        except (OSError, IndexError): pass
-    return found
-
-@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
-def test_workers_of_a_killed_trainer_do_not_keep_the_lock(launcher, project, data):
-    "Even workers that live on (here: stopped, so that they cannot notice) leave the run free."
-    job = launcher.imgexp(*options(data, workers=2), root=project, before=hold(BATCHES + 3))
-    held(project, job)
-    workers = children(job.pid)
-    try:
-        assert len(workers) >= 2
-        for w in workers: kill(w, signal.SIGSTOP)
-        job.send(signal.SIGKILL); job.wait()
-        assert not all(gone(w) for w in workers)
-        from imgexp.runs import find_run
-        run = find_run('', project/'runs')
-        assert run.state == 'died'
-        job = launcher.imgexp(*options(data, workers=0), root=project, before='imgexp.train.start_run.__defaults__ = imgexp.train.start_run.__defaults__[:-1] + (2.,)')
-        until(lambda: job.ended() or 'continuing' in job.out, 'the run to be continued')
-        assert 'continuing' in job.out, job.err
-        job.send(signal.SIGKILL); job.wait()
-    finally:
-        for w in workers: kill(w, signal.SIGKILL)
 
 # -- what became of papermill
 

@@ -1,0 +1,45 @@
+"What the benchmarks share: rows of ratios to the first contender, the machine, the file of results, the printed table."
+import csv, datetime, operator, os, platform, statistics
+
+def compare(table, values, targets):
+    "One row a contender: median, min and max of its values, and of its ratio to the first contender round by round."
+    first = next(iter(values.values()))
+    for name, own in values.items():
+        ratios = [a/b for a, b in zip(own, first)]
+        row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own),
+                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+                   target=targets.get(name, ''))
+        yield {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
+
+def met(row):
+    "'yes' or 'no'; '' without a target"
+    if not row['target']: return ''
+    key, sign, limit = row['target'].split()
+    return 'yes' if {'<=': operator.le, '>=': operator.ge}[sign](row[key], float(limit)) else 'no'
+
+def machine(device):
+    "What the numbers depend on; nothing that names the machine."
+    import torch
+    try: cpu = next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, cpu=cpu, cores=cores,
+                threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+                date=datetime.date.today().isoformat())
+
+def save(rows, path, tables):
+    "Put `rows` into the file, in place of those of the same tables on the same device; sorted by `tables`."
+    new = {(r['table'], r['device']) for r in rows}
+    old = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = [r for r in old if (r['table'], r['device']) not in new] + rows
+    rows.sort(key=lambda r: (list(tables).index(r['table']) if r['table'] in tables else len(tables), r['device']))
+    path.parent.mkdir(exist_ok=True)
+    with path.open('w', newline='') as f:
+        out = csv.DictWriter(f, list(rows[-1]), restval='', lineterminator='\n')
+        out.writeheader(); out.writerows(rows)
+
+def show(rows):
+    columns = ['table', 'contender', 'n', 'median', 'min', 'max', 'ratio', 'ratio_min', 'ratio_max', 'target', 'met']
+    cells = [columns] + [[str(r[c]) for c in columns] for r in rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+    for r in cells: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
