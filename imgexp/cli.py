@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'Json', 'Name', 'data_app', 'DataName', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'prune', 'data_list',
-           'data_info', 'data_fetch', 'data_pack', 'evaluate', 'predict', 'main']
+           'data_info', 'data_fetch', 'data_pack', 'data_check', 'evaluate', 'predict', 'main']
 
-# %% ../nbs/90_cli.ipynb #7ee152ac
+# %% ../nbs/90_cli.ipynb #775b639b
 import inspect, json, os, signal, sys, traceback
 from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
 
-from .runs import InputError, RunBusy, RunFailed, _headline, _shown, diff_params, find_run, prune_runs, remove_run, runs
+from .runs import (InputError, RunBusy, RunFailed, _headline, _shown, diff_params, find_run, prune_runs, remove_run,
+                         runs, writing)
 
 # %% ../nbs/90_cli.ipynb #8bbdc192
 app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.', no_args_is_help=True,
@@ -90,7 +91,7 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without 
     for name in names: print(name)
     _say(f"{len(names)} runs without an epoch{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
-# %% ../nbs/90_cli.ipynb #b611a2db
+# %% ../nbs/90_cli.ipynb #9099db08
 data_app = typer.Typer(help='Data sets by name.', no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name='data')
 
@@ -137,6 +138,53 @@ def data_pack(
     from imgexp.packs import pack
     signal.signal(signal.SIGTERM, _terminated)
     print(pack(source, size, kind, dest, workers, tell=_say))
+
+@data_app.command('pack')
+def data_pack(
+    source: Annotated[str, typer.Argument(help='A folder of class folders, or a name of the catalog that is fetched.')],
+    size: Annotated[int, typer.Option(help='Shorter side of the images in px; 0 keeps the files as they are (with --kind jpeg).')] = 256,
+    kind: Annotated[str, typer.Option(help='jpeg, or raw: pixels, five times as fast and ten times as large.')] = 'jpeg',
+    dest: Annotated[Optional[Path], typer.Option(help='Folder of packs; by default packs/ beside the data sets, where every notebook finds them.')] = None,
+    workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
+):
+    "Build a pack of a data set for speed; the same command continues what was interrupted."
+    from imgexp.packs import pack
+    signal.signal(signal.SIGTERM, _terminated)
+    print(pack(source, size, kind, dest, workers, tell=_say))
+
+# %% ../nbs/90_cli.ipynb #5e9f7734
+def _can_write(path, suffix=''):
+    "Raises InputError unless a file can be written at `path`; leaves nothing there"
+    if suffix and path.suffix.lower() != suffix: raise InputError(f'{path}: give a name that ends in {suffix}')
+    new = not path.exists()
+    try: path.open('ab').close()
+    except OSError as e:
+        raise InputError(f'{path} cannot be written ({e.strerror}): name a file in a folder that exists') from None
+    if new: path.unlink()
+
+@data_app.command('check')
+def data_check(
+    data: Annotated[str, typer.Argument(help='A folder, a pack, digits, shapes, or a name of `imgexp data list` that is here.')],
+    strict: Annotated[bool, typer.Option('--strict', help='Exit status 1 when anything is strange.')] = False,
+    csv: Annotated[Optional[Path], typer.Option(help='Write all findings there: a row for each finding and image.')] = None,
+    sheet: Annotated[Optional[Path], typer.Option(help='Write pictures of the findings there (PNG).')] = None,
+    as_json: Json = False,
+):
+    "Decode every image and tell what is strange: unreadable, duplicates, leaks between splits, odd sizes and modes."
+    from imgexp.check import check
+    if csv: _can_write(csv)
+    if sheet: _can_write(sheet, '.png')
+    report = check(data)
+    if as_json:
+        _print_table(report.table(), True)
+        _say(report.summary)
+    else: print(report)
+    if csv:
+        with writing(csv): report.table().to_csv(csv)
+    if sheet:
+        with writing(sheet): report.sheet().savefig(sheet)
+    for path in filter(None, (csv, sheet)): _say(f'{path} written')
+    if strict and len(report): raise typer.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #ee99ab46
 _METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}

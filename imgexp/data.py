@@ -435,7 +435,7 @@ def table_id(
     "What stands for the data in a run's id: the name of embedded data, or the fingerprint."
     return table.fixed or fingerprint(table)
 
-# %% ../nbs/01b_data.ipynb #478a3e24
+# %% ../nbs/01b_data.ipynb #4e02c712
 class BadImage(RunFailed):
     "An image that can't be decoded; the message says why."
 
@@ -463,6 +463,7 @@ def _decode_pillow(raw):
 
 def _decode_any(raw):
     "Every kind of file, at full size"
+    if (raw[:4] == b'\x89PNG' and b'eXIf' in raw) or (raw[:4] == b'RIFF' and b'EXIF' in raw): return _decode_pillow(raw)
     buffer = np.frombuffer(raw, np.uint8)
     try:
         if raw[:4] == b'\x89PNG' or raw[:4] == b'RIFF': image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
@@ -471,14 +472,14 @@ def _decode_any(raw):
     if image is None: return _decode_pillow(raw)
     return image if raw[:2] == b'\xff\xd8' else _flat(image) if raw[:4] in (b'\x89PNG', b'RIFF') else image
 
-# %% ../nbs/01b_data.ipynb #f3f86825
+# %% ../nbs/01b_data.ipynb #4d91d0c9
 def jpeg_size(
     raw: bytes,  # a file's content
 ) -> tuple | None: # height, width in px
     "Size of a JPEG that needs nothing but decoding: upright, and color or gray; None for everything else."
     if raw[:2] != b'\xff\xd8' or _has_exif(raw) and _exif_turned(raw): return None
     try: height, width, space, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
-    except ValueError: return None
+    except (ValueError, KeyError): return None  # KeyError: a sampling that it doesn't know
     return (height, width) if space in ('YCbCr', 'Gray', 'RGB') else None
 
 def _has_exif(raw):
@@ -516,7 +517,7 @@ def decode(
     height, width = -(-size[0]//k), -(-size[1]//k)
     buffer = scratch(3*height*width) if scratch else None
     try: return simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer, strict=False)
-    except ValueError: return _decode_any(raw)
+    except (ValueError, KeyError): return _decode_any(raw)
 
 # %% ../nbs/01b_data.ipynb #944423b9
 def resize(

@@ -287,7 +287,7 @@ class Progress(Part):
                   f"top-1 {r['train_top1']:.1%} (valid {r['valid_top1']:.1%}), {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
 
-# %% ../nbs/03_train.ipynb #c80e4c0e
+# %% ../nbs/03_train.ipynb #60fae990
 class Bottleneck(Part):
     "Tells which share of the training steps' time went into waiting for images, moving them, and computing."
     order, run_valid = 35, False
@@ -304,8 +304,8 @@ class Bottleneck(Part):
         spent = {'waiting': waited, 'moving': moved, 'computing': self.seconds - waited - moved}
         self.shares = {k: round(v/self.seconds, 3) for k, v in spent.items()}
         self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them', 'computing'), self.shares.values()))
-                  + self.advice())
-    def advice(self):
+                  + self._advice())
+    def _advice(self):
         if self.shares['waiting'] < 0.2 or self.dls.train.table.pixels is not None: return ''
         packed = self.dls.train.table.pack is not None
         return '; more workers would help' if packed else '; `imgexp data pack` or more workers would help'
