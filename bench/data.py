@@ -160,7 +160,7 @@ def imgexp_raw(folder): return _imgexp(_packed(folder, 'raw', 256))
 def imgexp_resident(folder, pack='memory-64', workers=0):
     from imgexp.data import from_folders
     from imgexp.packs import packed
-    return _imgexp(packed(from_folders(folder), 64, pack), 64, workers)
+    return _imgexp(packed(from_folders(folder), 64, pack, tell=lambda line: None), 64, workers)
 
 LOADERS = {
     'ImageFolder, Pillow, float32 (the usual loader)': usual, 'ImageFolder, Pillow, uint8': usual_uint8,
@@ -284,7 +284,7 @@ def large_index(folder, n=1_281_167, classes=1000):
     items = [f'train/n{c:08d}/n{c:08d}_{i}.JPEG' for c, i in zip(labels.tolist(), k.tolist())]
     ones = np.full(n, 256, np.int32)
     index = pa.table({'item': pa.array(items, pa.large_string()), 'label': pa.array(labels, pa.int32()), 'split': pa.array(np.zeros(n, np.int8)),
-                      'height': ones, 'width': ones, 'sha256': pa.array([k.tobytes()[8*i:8*i + 8]*4 for i in range(n)], pa.binary(32)),
+                      'height': ones, 'width': ones, 'sha256': pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), n, [None, pa.py_buffer(np.repeat(k[:, None], 4, 1).tobytes())]),
                       'error': pa.nulls(n, pa.large_string())})
     with pa.ipc.new_file(str(folder/'index.arrow'), index.schema) as f: f.write(index.combine_chunks())
     about = {'format': 1, 'name': 'large', 'kind': 'jpeg', 'size': 256, 'images': n, 'classes': [f'n{c:08d}' for c in range(classes)],
@@ -334,24 +334,47 @@ def table_start(folder, repeats, only):
     rows.append(('index of 1,281,167 images: MB', [m for _, m in opened], 'median <= 300'))
     return list(own_rows('start', rows))
 
+def accuracy(folder, pack, seed, weights):
+    "Test top-1 of a frozen MobileNetV2 with a new head, from images in this form"
+    args = ['--data', folder, '--arch', 'mobilenet_v2', '--weights', weights, '--retrain', 0, '--size', SIZE, '--subset', 0.5, '--epochs', 2,
+            '--batch-size', 64, '--seed', seed, '--pack', pack, '--track', 'off', '--resume', 'never']
+    with tempfile.TemporaryDirectory() as root:
+        env = os.environ | {'IMGEXP_ROOT': root, 'IMGEXP_DATA': str(Path(tempfile.gettempdir())/'imgexp-bench-data')}
+        for kind in ('jpeg', 'raw'):
+            if pack.startswith(kind): subprocess.run([sys.executable, '-m', 'imgexp.cli', 'data', 'pack', folder, '--kind', kind], env=env, check=True, capture_output=True)
+        subprocess.run([sys.executable, '-m', 'imgexp.cli', 'train', *map(str, args)], env=env, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(next(Path(root).glob('runs/*/metrics.json')).read_text())['test']['top1']['value']
+
+def table_accuracy(folder, repeats, only):
+    forms = {'class folders': 'off', 'pack of 256 px JPEG': 'jpeg-256', 'pack of 256 px raw': 'raw-256'}
+    values = {name: [] for name in forms}
+    for seed in range(repeats):
+        for name, pack in forms.items():
+            values[name].append(accuracy(folder.parent if folder.name == 'train' else folder, pack, seed, WEIGHTS))
+            print(f'{name}, seed {seed}: {values[name][-1]:.1%}', file=sys.stderr, flush=True)
+    return list(compare('test top-1', values, {}))
+
+WEIGHTS = 'imagenet'
 TARGETS = {'imgexp, class folders': 'ratio >= 2', 'imgexp, pack of 256 px JPEG': 'ratio >= 5', 'imgexp, pack of 256 px raw': 'ratio >= 10',
            'imgexp, resident, 64 px': 'ratio >= 30'}
 TABLES = {'loaders': table_loaders, 'loaders against uint8': None, 'loaders against the best peer': None, 'training': table_training,
-          'memory after each epoch, MB': table_memory, 'start': table_start}
+          'memory after each epoch, MB': table_memory, 'start': table_start, 'test top-1': None}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', help='class folders of JPEG files')
-    parser.add_argument('--only', default='loaders,training,memory,start', help='tables, separated by commas (all: %(default)s)')
+    parser.add_argument('--only', default='loaders,training,memory,start', help='tables, separated by commas (%(default)s; also accuracy)')
     parser.add_argument('--contenders', default='', help='parts of names, separated by commas: only these loaders, the first is compared with')
     parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
+    parser.add_argument('--weights', default='imagenet', help="of MobileNetV2, for the table accuracy: a file, or imagenet (%(default)s)")
     parser.add_argument('--serve', help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
     if not folder.is_dir(): parser.error(f'{args.folder}: no such folder')
     if args.serve: return serve(args.serve, folder)
-    rows, tables = [], {'loaders': table_loaders, 'training': table_training, 'memory': table_memory, 'start': table_start}
+    globals()['WEIGHTS'] = args.weights if args.weights == 'imagenet' else str(Path(args.weights).resolve())
+    rows, tables = [], {'loaders': table_loaders, 'training': table_training, 'memory': table_memory, 'start': table_start, 'accuracy': table_accuracy}
     for name in args.only.split(','):
         if name not in tables: parser.error(f"--only: no table {name}; there are {', '.join(tables)}")
     for name in args.only.split(','):

@@ -91,7 +91,7 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without 
     for name in names: print(name)
     _say(f"{len(names)} runs without an epoch{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
-# %% ../nbs/90_cli.ipynb #9099db08
+# %% ../nbs/90_cli.ipynb #b611a2db
 data_app = typer.Typer(help='Data sets by name.', no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name='data')
 
@@ -125,19 +125,6 @@ def data_fetch(
     signal.signal(signal.SIGTERM, _terminated)
     place = fetch(name, dest, classes, size, keep, archive or (), mirror, jobs)
     if place: print(place)
-
-@data_app.command('pack')
-def data_pack(
-    source: Annotated[str, typer.Argument(help='A folder of class folders, or a name of the catalog that is fetched.')],
-    size: Annotated[int, typer.Option(help='Shorter side of the images in px; 0 keeps the files as they are (with --kind jpeg).')] = 256,
-    kind: Annotated[str, typer.Option(help='jpeg, or raw: pixels, five times as fast and ten times as large.')] = 'jpeg',
-    dest: Annotated[Optional[Path], typer.Option(help='Folder of packs; by default packs/ beside the data sets, where every notebook finds them.')] = None,
-    workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
-):
-    "Build a pack of a data set for speed; the same command continues what was interrupted."
-    from imgexp.packs import pack
-    signal.signal(signal.SIGTERM, _terminated)
-    print(pack(source, size, kind, dest, workers, tell=_say))
 
 @data_app.command('pack')
 def data_pack(

@@ -175,7 +175,7 @@ def keep_subset(
     drop = train[~nested_subset(table.labels[train], fraction, seed)]
     return table.take(np.setdiff1d(np.arange(len(table)), drop))
 
-# %% ../nbs/01b_data.ipynb #9a12dc29
+# %% ../nbs/01b_data.ipynb #791b944e
 def from_arrays(
     pixels,         # uint8 [n, h, w] or [n, h, w, 3], RGB
     labels,         # int [n]
@@ -184,7 +184,7 @@ def from_arrays(
     **kw,           # other fields of `Images`
 ) -> Images:
     "A table of images in memory; raises `InputError` where the shapes don't fit."
-    pixels, labels = np.asarray(pixels), np.asarray(labels, np.int64)
+    pixels, labels = np.ascontiguousarray(pixels), np.asarray(labels, np.int64)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] != 3):
         raise InputError(f'images must be uint8 [n, h, w] or [n, h, w, 3], not {pixels.dtype} {list(pixels.shape)}')
     if len(labels) != len(pixels): raise InputError(f'{len(pixels)} images but {len(labels)} labels')
@@ -223,7 +223,7 @@ def from_idx(
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
                        name=Path(folder).resolve().name)
 
-# %% ../nbs/01b_data.ipynb #572ac9b5
+# %% ../nbs/01b_data.ipynb #b959d43a
 SUFFIXES = frozenset('.jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
 SPLIT_NAMES = {'train': 0, 'training': 0, 'valid': 1, 'val': 1, 'validation': 1, 'test': 2, 'testing': 2}
 
@@ -232,13 +232,19 @@ def _images_below(folder, name=''):
     found, stack = [], [(str(folder), name, (_node(folder),))]
     while stack:
         path, name, above = stack.pop()
-        with os.scandir(path) as entries:
+        try: entries = os.scandir(path)
+        except OSError as e: raise InputError(f'{_shown(path)} cannot be read ({e.strerror})') from None
+        with entries:
             for e in entries:
                 if e.name[0] == '.': continue
-                if not e.is_dir():
+                if not _is_folder(e):
                     if e.name[e.name.rfind('.'):].lower() in SUFFIXES: found.append(name + e.name)
                 elif (node := _node(e.path)) not in above: stack.append((e.path, f'{name}{e.name}{os.sep}', (*above, node)))
     return sorted(found)
+
+def _is_folder(entry):
+    try: return entry.is_dir()
+    except OSError: return False  # a link to itself
 
 def _node(folder):
     "What tells a folder from all others: links may lead back to where we are"
@@ -363,21 +369,21 @@ def shapes(
     fixed = name if (n, n_classes, size, seed) == (2500, 10, 64, 0) else f'{name}-{n}-{n_classes}-{size}-{seed}'
     return from_arrays(pixels, labels, names, np.select([part < 3, part == 3], [0, 1], 2), name=name, fixed=fixed)
 
-# %% ../nbs/01b_data.ipynb #cd4e37ca
+# %% ../nbs/01b_data.ipynb #982b3f35
 def cache_dir() -> Path:
     "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache)."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-def _remembered(root, place=None):
-    "The table of known contents, or an in-memory one where the cache can't be used"
+def _remembered(root, place=None, known=True):
+    "The table of known contents, or an in-memory one where the cache can't be used; and what it knows of files below `root`"
     try:
         db = sqlite3.connect(place or cache_dir()/'contents.sqlite', timeout=30)
         db.execute('create table if not exists contents (path text primary key, size int, time int, sha blob) without rowid')
-        known = db.execute('select path, size, time, sha from contents where path between ? and ?', (f'{root}/', f'{root}0'))
-        return db, {p: (s, t, h) for p, s, t, h in known}
-    except (OSError, sqlite3.Error): return _remembered(root, ':memory:')
+        rows = db.execute('select path, size, time, sha from contents where path between ? and ?', (f'{root}/', f'{root}0')) if known else ()
+        return db, {p: (s, t, h) for p, s, t, h in rows}
+    except (OSError, sqlite3.Error): return _remembered(root, ':memory:', known)
 
 def _key(path): return str(path).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')  # names may be no unicode
 
@@ -391,7 +397,12 @@ def _digest(path):
     try: return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError: return None
 
-# %% ../nbs/01b_data.ipynb #c749f1c7
+# %% ../nbs/01b_data.ipynb #1553b148
+def _remember(db, rows):
+    "Keep (path, size, time, sha-256) for the next time; files that couldn't be read aside"
+    with suppress(sqlite3.Error), db:  # it is only a cache
+        db.executemany('insert or replace into contents values (?, ?, ?, ?)', [r for r in rows if r[3]])
+
 def _content_hashes(paths, root):
     "sha-256 of each file, read at most once for each (path, size, time); b'' for one that can't be read"
     db, known = _remembered(_key(root))
@@ -403,8 +414,7 @@ def _content_hashes(paths, root):
             digests = pool.map(_digest, (paths[i] for i in chunk))
             rows = [(keys[i], *(stamps[i] or (0, 0)), h) for i, h in zip(chunk, digests)]
             known.update({k: (s, t, h) for k, s, t, h in rows})
-            with suppress(sqlite3.Error), db:  # it is only a cache
-                db.executemany('insert or replace into contents values (?, ?, ?, ?)', [r for r in rows if r[3]])
+            _remember(db, rows)
     db.close()
     return [known[k][2] or b'' for k in keys]
 
@@ -425,7 +435,7 @@ def fingerprint(
     elif table.pixels is not None: h.update(np.ascontiguousarray(table.pixels[table.items]))
     else:
         for item, content in zip(table.items, contents(table)):
-            h.update(item.replace(os.sep, '/').encode('utf-8', 'surrogateescape') + b'\0' + content)
+            h.update(_key(item).replace(os.sep, '/').encode() + b'\0' + content)
     return f'sha256:{h.hexdigest()[:16]}'
 
 # %% ../nbs/01b_data.ipynb #3a8844c6
@@ -472,22 +482,23 @@ def _decode_any(raw):
     if image is None: return _decode_pillow(raw)
     return image if raw[:2] == b'\xff\xd8' else _flat(image) if raw[:4] in (b'\x89PNG', b'RIFF') else image
 
-# %% ../nbs/01b_data.ipynb #4d91d0c9
+# %% ../nbs/01b_data.ipynb #423f0ba9
 def jpeg_size(
     raw: bytes,  # a file's content
 ) -> tuple | None: # height, width in px
     "Size of a JPEG that needs nothing but decoding: upright, and color or gray; None for everything else."
     if raw[:2] != b'\xff\xd8' or _has_exif(raw) and _exif_turned(raw): return None
-    try: height, width, space, _ = simplejpeg.decode_jpeg_header(raw, strict=False)
+    try: height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
     except (ValueError, KeyError): return None  # KeyError: a sampling that it doesn't know
     return (height, width) if space in ('YCbCr', 'Gray', 'RGB') else None
 
 def _has_exif(raw):
     "Whether a JPEG has a segment of EXIF data before its image"
     at = 2
-    while raw[at:at + 1] == b'\xff' and b'\xe0' <= raw[at + 1:at + 2] <= b'\xef':
-        if raw[at + 4:at + 10] == b'Exif\0\0': return True
-        at += 2 + int.from_bytes(raw[at + 2:at + 4], 'big')
+    while raw[at:at + 1] == b'\xff' and raw[at + 1:at + 2] not in (b'', b'\xda', b'\xd9'):
+        if raw[at + 1] == 0xff: at += 1  # a fill byte
+        elif raw[at + 1] == 0xe1 and raw[at + 4:at + 10] == b'Exif\0\0': return True
+        else: at += 2 + int.from_bytes(raw[at + 2:at + 4], 'big')
     return False
 
 def _exif_turned(raw):
@@ -516,7 +527,7 @@ def decode(
     k = _reduction(size, height, width)
     height, width = -(-size[0]//k), -(-size[1]//k)
     buffer = scratch(3*height*width) if scratch else None
-    try: return simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer, strict=False)
+    try: return simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer)  # strict: else it may give what lay in memory
     except (ValueError, KeyError): return _decode_any(raw)
 
 # %% ../nbs/01b_data.ipynb #944423b9

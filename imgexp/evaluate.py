@@ -71,7 +71,7 @@ def _newest_finished(folder):
     names = sorted((d.name for d in folder.glob('*') if (d/'metrics.json').is_file()), reverse=True) if folder.is_dir() else []
     return find_run(names[0] if names else '', folder)
 
-# %% ../nbs/04_evaluate.ipynb #0abf2523
+# %% ../nbs/04_evaluate.ipynb #cee927e9
 def _own_data(run):
     "The table that the run was trained on; raises InputError where it is gone or has changed"
     data = run.params['data']
@@ -79,7 +79,7 @@ def _own_data(run):
     table = load_images(data, run.params.get('classes', ''))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: name the data to evaluate on (data=…)')
-    return as_prepared(table, run.depends.get('prepared', ''))
+    return as_prepared(table, run.depends.get('prepared', ''), own=True)
 
 def _same_classes(table, classes):
     "`table` with its labels in the order of `classes`"

@@ -6,8 +6,8 @@
 __all__ = ['AHEAD', 'IMAGENET', 'center_boxes', 'Maker', 'make_batch', 'Loader', 'Pictures', 'normalization', 'show_batch',
            'class_means']
 
-# %% ../nbs/01e_loader.ipynb #163b1a56
-import os, threading, time
+# %% ../nbs/01e_loader.ipynb #0d223be2
+import ctypes, os, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def center_boxes(
     side = np.minimum(h, w)*(1. if size <= 64 else 0.875)
     return np.stack([(h - side)/2, (w - side)/2, side, side], 1)
 
-# %% ../nbs/01e_loader.ipynb #7c48ec41
+# %% ../nbs/01e_loader.ipynb #ae6ccd33
 def _resize_into(part, out, view):
     "`part`, uint8 [h, w] or [h, w, 3], as `out`, uint8 [size, size, 3]; `view` is `out` as a tensor [1, 3, size, size]"
     import torch
@@ -36,7 +36,14 @@ def _resize_into(part, out, view):
     if (h, w) == (size, size): out[:] = part if part.ndim == 3 else part[..., None]
     elif part.ndim == 2: cv2.cvtColor(_resize_gray(part, size), cv2.COLOR_GRAY2RGB, dst=out)
     elif h <= size and w <= size: cv2.resize(part, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
-    else: torch.ops.aten._upsample_bilinear2d_aa.out(torch.from_numpy(part).permute(2, 0, 1)[None], [size, size], False, None, None, out=view)
+    else:
+        source = torch.from_numpy(part if part.flags.writeable else _alias(part)).permute(2, 0, 1)[None]
+        torch.ops.aten._upsample_bilinear2d_aa.out(source, [size, size], False, None, None, out=view)
+
+def _alias(part):
+    "The same memory as an array that torch takes without a warning; nothing writes to it"
+    n = sum(s*(k - 1) for s, k in zip(part.strides, part.shape)) + 1
+    return np.ndarray(part.shape, np.uint8, (ctypes.c_uint8*n).from_address(part.ctypes.data), 0, part.strides)
 
 def _resize_gray(part, size):
     import torch
@@ -61,14 +68,15 @@ def _cut(held, full, box, size):
     y, x = round(top), round(left)
     return held[y:y + max(1, round(height)), x:x + max(1, round(width))]
 
-# %% ../nbs/01e_loader.ipynb #d19c5c10
+# %% ../nbs/01e_loader.ipynb #553afb8c
 def _open(table, row):
-    "An image and its size: pixels, or a JPEG's bytes as long as its part isn't known"
+    "What is stored of an image, and its size; None where it must be decoded to know"
     held = stored(table, row)
-    if not isinstance(held, bytes): return shrink(held, table.presize), None
+    if not isinstance(held, bytes):
+        held = shrink(held, table.presize)
+        return held, held.shape[:2]
     size = jpeg_size(held)
-    if size and not 0 < table.presize < min(size): return held, size
-    return shrink(decode(held, table.presize, table.presize), table.presize), None
+    return held, size if size and (not table.presize or table.pack is not None) else None
 
 class Maker:
     "Makes images of a table ready for the network: a pure function of (seed, epoch, row)."
@@ -83,6 +91,23 @@ class Maker:
         self.table, self.size, self.seed, self.moving = table, size, seed, augment != 'none'
         self.draws, self.change = policy(augment, size)
         self.flip = flip if self.moving and table.mirror else 'none'
+        flips(flip, seed, 0, [])  # refuses an unknown word
+
+    def _boxes(self, sizes, u): return (crop_boxes(sizes, u[:, :4]) if self.moving else center_boxes(sizes, self.size)).tolist()
+
+    def _held(self, rows):
+        "What is stored of each image, and its size; {place: why} of what can't be read"
+        held, bad = [], {}
+        for i, row in enumerate(rows.tolist()):
+            try: held.append(_open(self.table, row))
+            except BadImage as e: bad[i] = str(e); held.append((None, None))
+        return held, bad
+
+    def _part(self, image, size, box, u):
+        "The part of an image that is to be seen"
+        if size is not None: return _cut(image, size, box, self.size)
+        image = shrink(decode(image, self.table.presize, self.table.presize), self.table.presize)
+        return _cut(image, image.shape[:2], self._boxes([image.shape[:2]], u)[0], self.size)
 
     def __call__(
         self,
@@ -92,23 +117,18 @@ class Maker:
     ) -> dict:      # {place in out: why} of what can't be decoded
         "Make images."
         import torch
-        held, bad = [], {}
-        for i, row in enumerate(rows.tolist()):
-            try: held.append(_open(self.table, row))
-            except BadImage as e:
-                bad[i] = str(e)
-                held.append((np.zeros((1, 1, 3), np.uint8), None))
-        sizes = [size or image.shape[:2] for image, size in held]
+        held, bad = self._held(rows)
         u = uniforms(self.seed, epoch, rows, 4 + self.draws)
-        boxes = (crop_boxes(sizes, u[:, :4]) if self.moving else center_boxes(sizes, self.size)).tolist()
+        boxes = self._boxes([size or (1, 1) for _, size in held], u)
         mirrored = flips(self.flip, self.seed, epoch, rows).tolist()
         views = torch.from_numpy(out).permute(0, 3, 1, 2).split(1)
         for i, (image, size) in enumerate(held):
+            if i in bad: continue
             held[i] = None
-            try: _resize_into(_cut(image, size, boxes[i], self.size), out[i], views[i])
-            except BadImage as e: bad[i] = str(e)
+            try: _resize_into(self._part(image, size, boxes[i], u[i:i + 1]), out[i], views[i])
+            except BadImage as e: bad[i] = str(e); continue
             if mirrored[i]: cv2.flip(out[i], 1, dst=out[i])
-            if self.change is not None and i not in bad: out[i] = self.change(out[i], u[i, 4:])
+            if self.change is not None: out[i] = self.change(out[i], u[i, 4:])
         return bad
 
 # %% ../nbs/01e_loader.ipynb #d2864a45
@@ -128,7 +148,7 @@ def make_batch(
     if bad: out, rows, bad = np.delete(out, list(bad), 0), np.delete(rows, list(bad)), {table.items[rows[i]]: why for i, why in bad.items()}
     return out, table.labels[rows], rows, bad
 
-# %% ../nbs/01e_loader.ipynb #d6296105
+# %% ../nbs/01e_loader.ipynb #20249358
 class _Batches:
     "The rows of each batch of an epoch, from batch `start` on"
     def __init__(self, rows, batch_size, seed, shuffle):
@@ -157,9 +177,7 @@ class _Job:
 
 class _Here:
     "An executor that does the work at once, in this thread"
-    def submit(self, f, *args):
-        self.value = f(*args)
-        return _Done(self.value)
+    def submit(self, f, *args): return _Done(f(*args))
 
 @dataclass
 class _Done:
@@ -167,7 +185,7 @@ class _Done:
     def result(self): return self.value
     def cancel(self): pass
 
-# %% ../nbs/01e_loader.ipynb #ab5f4f9d
+# %% ../nbs/01e_loader.ipynb #217c899e
 AHEAD = 2  # batches made while the network computes
 
 class Loader:
@@ -232,7 +250,8 @@ class Loader:
 
     def _move(self, images, labels):
         import torch
-        return tuple(v.to(self.device, non_blocking=True) for v in (images, torch.from_numpy(labels)))
+        late = self.device.type == 'cuda'  # from pinned memory; elsewhere the source might be gone too early
+        return tuple(v.to(self.device, non_blocking=late) for v in (images, torch.from_numpy(labels)))
 
     def _without(self, bad, images, rows):
         "Stop at what can't be decoded, or leave it out"

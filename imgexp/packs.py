@@ -6,22 +6,23 @@
 __all__ = ['KINDS', 'FORMAT', 'EMBEDDED', 'QUALITY', 'Pack', 'from_pack', 'source', 'load_images', 'packs_dir', 'pack', 'packs',
            'enough', 'Resident', 'packed', 'in_memory', 'preparation', 'as_prepared']
 
-# %% ../nbs/01d_packs.ipynb #8a7e8b9f
-import hashlib, json, os, shutil, sys, time
+# %% ../nbs/01d_packs.ipynb #84a5722e
+import hashlib, os, shlex, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import simplejpeg
 
 from .catalog import data_dir, located
-from .data import (BadImage, Images, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
+from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
                          keep_classes, read, shapes, shrink, stored, with_valid)
 from .fetch import _amount
 from .runs import InputError, RunFailed, _read_json, _shown, _unknown, _write_json, writing
 
-# %% ../nbs/01d_packs.ipynb #2a18a63f
+# %% ../nbs/01d_packs.ipynb #bf4f4f46
 KINDS = ('jpeg', 'raw')
 FORMAT = 1
 
@@ -64,18 +65,16 @@ class Pack:
             whole = pa.memory_map(path).read_buffer()
             _, ends, data = pa.ipc.open_file(whole).get_batch(0)['image'].buffers()
         except (OSError, pa.ArrowInvalid) as e: raise RunFailed(f'{_shown(path)} is damaged ({e}): pack it again') from None
-        start = data.address - whole.address
-        mapped = np.memmap(path, np.uint8, 'c')[start:start + data.size]  # c: torch wants writable memory; the file stays as it is
-        self._shards[shard] = mapped, np.frombuffer(ends, np.int64)
+        self._shards[shard] = np.frombuffer(data, np.uint8), np.frombuffer(ends, np.int64)  # keeps no file open
         return self._shards[shard]
 
     def contents(
         self,
         places, # int [n]
     ) -> list:  # bytes [n]
-        "sha-256 of the files that the images come from."
+        "sha-256 of the files that the images come from; b'' for one that couldn't be read."
         raw = self.index['sha256'].combine_chunks().buffers()[1].to_pybytes()
-        return [raw[32*i:32*i + 32] for i in places]
+        return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in places]
 
     def damage(self):
         "What is wrong with its files, by their sha-256; None when whole."
@@ -126,7 +125,7 @@ def load_images(
     "The table for `data`, with a validation split; raises `InputError` where there is nothing to train on."
     return with_valid(_trainable(source(data, classes)))
 
-# %% ../nbs/01d_packs.ipynb #5ccf1d96
+# %% ../nbs/01d_packs.ipynb #94da863c
 QUALITY = 90
 
 def _packed_image(table, row, kind):
@@ -139,27 +138,26 @@ def _packed_image(table, row, kind):
     full = jpeg_size(raw) or image.shape[:2]
     if kind == 'jpeg' and not 0 < table.presize < min(full): return raw, *full, sha, None
     image = shrink(image, table.presize)
-    held = image.tobytes() if kind == 'raw' else simplejpeg.encode_jpeg(image, QUALITY, 'RGB', '420')
-    return held, *image.shape[:2], sha, None
+    return image.tobytes() if kind == 'raw' else _jpeg(image), *image.shape[:2], sha, None
+
+def _jpeg(image):
+    try: return simplejpeg.encode_jpeg(image, QUALITY, 'RGB', '420')
+    except ValueError: return cv2.imencode('.png', image[..., ::-1])[1].tobytes()  # longer than JPEG's 65,500 px
 
 def _stamps(table, rows):
-    "Size and time of each file: what tells whether it has changed since"
-    def stamp(path):
-        try: s = os.stat(path)
-        except OSError: return [0, 0]
-        return [s.st_size, s.st_mtime_ns]
-    return [stamp(f'{table.root}{os.sep}{table.items[r]}') for r in rows]
+    "What a file of images is made from: name, label, split, size and time of each"
+    return [[_key(table.items[r]), int(table.labels[r]), int(table.splits[r]), *(_stamp(_path(table, r)) or (0, 0))] for r in rows]
 
-# %% ../nbs/01d_packs.ipynb #3b559008
+def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
+
+# %% ../nbs/01d_packs.ipynb #a22d7f1d
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
-
-def _name(item): return item.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')  # arrow takes unicode only
 
 def _batch(table, rows, held):
     "The arrow batch of some images"
     import pyarrow as pa
     images, heights, widths, shas, errors = zip(*held)
-    names = [_name(table.items[r]) for r in rows]
+    names = [_key(table.items[r]) for r in rows]  # arrow takes unicode only
     return pa.record_batch({
         'item': pa.array(names, pa.large_string()), 'label': pa.array(table.labels[rows], pa.int32()),
         'split': pa.array(table.splits[rows], pa.int8()), 'height': pa.array(heights, pa.int32()),
@@ -191,26 +189,36 @@ def _make_shard(part, table, kind, k, rows, pool, tick):
     "File k of images, made or found; its sha-256"
     stamps = _stamps(table, rows)
     sha = _whole_shard(part, k, stamps)
-    if sha is None:
-        def one(row):
-            held = _packed_image(table, row, kind)
-            tick(1)
-            return held
-        sha = _write_arrow(part/_shard_name(k), _batch(table, rows, list(pool.map(one, rows))))
-        if _stamps(table, rows) != stamps: raise RunFailed(f'{_shown(table.root)} changed while it was packed: give the command again')
-        _write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'stamps': stamps})
-    else: tick(len(rows))
+    if sha is not None:
+        tick(len(rows))
+        return sha
+    def one(row):
+        held = _packed_image(table, row, kind)
+        tick(1)
+        return held
+    held = list(pool.map(one, rows))
+    sha = _write_arrow(part/_shard_name(k), _batch(table, rows, held))
+    if _stamps(table, rows) != stamps: raise RunFailed(f'{_shown(table.root)} changed while it was packed: give the command again')
+    _write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'stamps': stamps})
+    db, _ = _remembered(_key(table.root), known=False)  # hashed once for all that asks later
+    _remember(db, [(_key(_path(table, r)), *stamp[3:], h[3] if any(h[3]) else None) for r, stamp, h in zip(rows, stamps, held)])
+    db.close()
     return sha
 
-# %% ../nbs/01d_packs.ipynb #1df3d459
+# %% ../nbs/01d_packs.ipynb #d63e39d3
 def packs_dir() -> Path:
     "The user's folder of packs, beside the data sets."
     return data_dir()/'packs'
 
-def _rows_each(n, kind, size):
-    "Images in a file of about 100 MB"
-    side = size or 500
-    return int(min(n, max(16, 1e8//(side*side*1.35*(3 if kind == 'raw' else 0.35)))))
+def _image_bytes(table, kind):
+    "Bytes of a packed image, from a sample of 32"
+    if not table.presize: return np.mean([(_stamp(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
+    rows = np.linspace(0, len(table) - 1, 32).astype(int)
+    return np.mean([len(_packed_image(table, r, kind)[0]) for r in rows])
+
+def _rows_each(n, each):
+    "Images in a file of about 100 MB, from the bytes of one"
+    return int(np.clip(1e8//max(each, 1), 1, n))
 
 def _index(part, shards):
     "Write index.arrow from the files of images; its sha-256, and the errors by name"
@@ -234,35 +242,31 @@ class _Bar:
     def close(self):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/01d_packs.ipynb #22c0502f
-def _room(folder, table, kind, size):
+# %% ../nbs/01d_packs.ipynb #bbf59821
+def _room(part, wanted):
     "Raises InputError where the disk is too small"
-    side = size or 500
-    wanted, free = len(table)*side*side*1.4*(3 if kind == 'raw' else 0.3), shutil.disk_usage(folder).free
-    if wanted > free: raise InputError(f'{_shown(folder)} has {_amount(free)} free, and this pack needs about {_amount(wanted)}: '
-                                       'choose another --dest, a smaller --size, or --kind jpeg')
+    free = shutil.disk_usage(part).free + sum(f.stat().st_size for f in part.iterdir())
+    if wanted*1.05 > free: raise InputError(f'{_shown(part.parent)} has {_amount(free)} free, and this pack needs about {_amount(wanted)}: '
+                                            'choose another --dest, a smaller --size, or --kind jpeg')
 
-def _finish(part, table, kind, size, files, rows):
-    "Complete `part` and give it its name; the folder, and the errors by name"
+def _finish(part, whole, table, kind, size, files, rows):
+    "Complete `part` and give it the name `whole`; the errors by name"
     files['index.arrow'], errors = _index(part, len(files))
-    for side in part.glob('images-*.json'): side.unlink()
-    same = replace(table, pack=_Contents(part))
     about = {'format': FORMAT, 'name': table.name, 'kind': kind, 'size': size, 'quality': QUALITY if kind == 'jpeg' else None,
-             'images': len(table), 'classes': table.classes, 'fingerprint': fingerprint(same), 'rows': rows,
-             'bytes': sum((part/f).stat().st_size for f in files), 'files': files, 'source': str(table.root)}
+             'images': len(table), 'classes': table.classes, 'rows': rows, 'bytes': sum((part/f).stat().st_size for f in files),
+             'files': files, 'source': str(table.root)}
     _write_json(part/'pack.json', about)
-    whole = part.with_name(f"{table.name}-{kind}-{size}-{about['fingerprint'][-8:]}")
+    about['fingerprint'] = fingerprint(from_pack(part))
+    _write_json(part/'pack.json', about)
+    for stray in part.iterdir():
+        if stray.name not in (*files, 'pack.json') and not stray.name.startswith('images-'): stray.unlink()
     if whole.exists(): shutil.rmtree(whole)
     os.replace(part, whole)
-    return whole, errors
+    for side in whole.glob('images-*'):
+        if side.name not in files: side.unlink()
+    return errors
 
-class _Contents:
-    "sha-256 of the images of an unfinished pack"
-    def __init__(self, part):
-        import pyarrow as pa
-        self.shas = pa.ipc.open_file(pa.memory_map(str(part/'index.arrow'))).read_all()['sha256'].to_pylist()
-    def contents(self, places): return self.shas
-
+# %% ../nbs/01d_packs.ipynb #c7a64ce8
 def pack(
     data: str | Path,      # a folder of class folders, or a name of the catalog
     size: int = 256,       # shorter side in px; 0 keeps files as they are
@@ -278,50 +282,63 @@ def pack(
     table = source(data)
     if table.pixels is not None: raise InputError(f'{table.name} is held in memory already: a pack would not be faster')
     if table.pack is not None: raise InputError(f'{_shown(data)} is a pack already: give the images that it was made from')
-    table = replace(table, presize=size)
     folder = Path(dest or packs_dir()).expanduser().absolute()
+    if folder.is_relative_to(table.root): raise InputError(f'dest={_shown(folder)} lies among the images: name a folder elsewhere')
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    if (there := _find(table, [(kind, size)], folder)) is not None:
-        tell(f'{_shown(there.path)} is there already, made from the same images')
-        return there.path
-    return _build(table, kind, size, folder, workers if workers > 0 else os.cpu_count(), tell)
+    return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), tell)
 
 def _build(table, kind, size, folder, workers, tell):
-    "Make a new pack in `folder`"
+    "Find the pack in `folder`, or make it"
     from filelock import FileLock, Timeout
     plan = hashlib.sha256('\0'.join([str(table.root), kind, str(size), str(QUALITY), *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
-    part, rows = folder/f'.{table.name}-{kind}-{size}-{plan}.part', _rows_each(len(table), kind, size)
-    _room(folder, table, kind, size)
-    lock, bar, began = FileLock(f'{part}.lock'), _Bar(len(table), tell), time.perf_counter()
+    whole = folder/f'{table.name}-{kind}-{size}-{plan}'
+    part, began = folder/f'.{whole.name}.part', time.perf_counter()
     try:
-        with writing(folder), lock.acquire(timeout=0), ThreadPoolExecutor(workers) as pool:
-            part.mkdir(exist_ok=True)
-            files = {_shard_name(k): _make_shard(part, table, kind, k, range(start, min(start + rows, len(table))), pool, bar.tick)
-                     for k, start in enumerate(range(0, len(table), rows))}
-            whole, errors = _finish(part, table, kind, size, files, rows)
-            Path(lock.lock_file).unlink(missing_ok=True)
+        with writing(folder), FileLock(f'{part}.lock').acquire(timeout=0):
+            found = _find(table, [(kind, size)], folder)
+            if found is not None and found.damage() is None:
+                tell(f'{_shown(found.path)} is there already, made from the same images')
+                Path(f'{part}.lock').unlink(missing_ok=True)
+                return found.path
+            errors = _make(part, whole, table, kind, size, workers, tell)
+            Path(f'{part}.lock').unlink(missing_ok=True)
     except Timeout: raise RunFailed(f'{_shown(folder)}: another process is making this pack') from None
-    finally: bar.close()
     tell(f"{len(table):,} images, {_amount(_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
     for item, why in list(errors.items())[:10]: tell(f'{item} {why}: training will stop there, or leave it out by bad=skip')
     if len(errors) > 10: tell(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
     return whole
 
-# %% ../nbs/01d_packs.ipynb #e4810dd3
+def _make(part, whole, table, kind, size, workers, tell):
+    "Make the files of a pack, or those that are missing; the errors by name"
+    part.mkdir(exist_ok=True)
+    (part/'pack.json').unlink(missing_ok=True)
+    each, bar = _image_bytes(table, kind), _Bar(len(table), tell)
+    _room(part, each*len(table))
+    rows = _rows_each(len(table), each)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            files = {_shard_name(k): _make_shard(part, table, kind, k, range(start, min(start + rows, len(table))), pool, bar.tick)
+                     for k, start in enumerate(range(0, len(table), rows))}
+        return _finish(part, whole, table, kind, size, files, rows)
+    finally: bar.close()
+
+# %% ../nbs/01d_packs.ipynb #5f41f385
 def packs(
     folder: str | Path | None = None, # `packs_dir()` by default
 ) -> list: # folders
     "The packs that are there."
     folder = Path(folder or packs_dir())
-    return sorted(p.parent for p in folder.glob('*/pack.json') if (_read_json(p) or {}).get('format') == FORMAT)
+    return sorted(p.parent for p in folder.glob('[!.]*/pack.json') if (_read_json(p) or {}).get('format') == FORMAT)
 
 def _places(pack, table):
     "Where the images of `table` lie in `pack`; None unless it holds all of them with the same content"
     if set(table.classes) - set(pack.about['classes']) or len(pack) < len(table): return None
-    where = {item: i for i, item in enumerate(pack.index['item'].to_pylist())}
-    places = np.array([where.get(_name(i), -1) for i in table.items])
-    if (places < 0).any(): return None
-    return places if pack.contents(places) == contents(table) else None
+    known, names = pack.index['item'].to_numpy(), np.array([_key(i) for i in table.items], object)
+    if len(known) == len(names) and (known == names).all(): places = np.arange(len(known))
+    else:
+        where = {item: i for i, item in enumerate(known)}
+        places = np.array([where.get(i, -1) for i in names])
+    return places if (places >= 0).all() and pack.contents(places) == contents(table) else None
 
 def _find(table, wanted, folder=None):
     "The first pack of one of these (kind, size) that holds `table`; `places` tells where"
@@ -329,7 +346,8 @@ def _find(table, wanted, folder=None):
     for kind, size in wanted:
         for path, about in known:
             if (about['kind'], about['size']) != (kind, size) or about['images'] < len(table): continue
-            found = Pack(path)
+            try: found = Pack(path)
+            except InputError: continue  # damaged: it may be another's
             found.places = _places(found, table)
             if found.places is not None: return found
 
@@ -339,7 +357,7 @@ def enough(
     "Shorter side that a pack needs for training at `size`: evaluation looks at 7/8 of it; twice the size up to 64 px."
     return 2*size if size <= 64 else -(-8*size//7)
 
-# %% ../nbs/01d_packs.ipynb #5121ff14
+# %% ../nbs/01d_packs.ipynb #68f111c1
 class Resident:
     "Images in memory, shrunk, each kept when it is first asked for: `resident[i]` is uint8 [h, w, 3]."
     def __init__(
@@ -352,36 +370,50 @@ class Resident:
     def contents(self, places): return contents(self.table.take(places))
 
 def _fits(table):
-    "Whether the shrunk images take less than half of the memory that is free"
+    "Whether the shrunk images take less than half of the memory that is free, here or in this container"
     import psutil
-    return len(table)*table.presize**2*1.4*3 < psutil.virtual_memory().available/2
+    free = psutil.virtual_memory().available
+    try: free = min(free, int(Path('/sys/fs/cgroup/memory.max').read_text()) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
+    except (OSError, ValueError): pass  # no container, or one without a limit
+    return len(table)*table.presize**2*1.4*3 < free/2
 
 def packed(
     table: Images,       # any
     size: int,           # side in px at which images are used
     pack: str = 'auto',  # 'auto', 'off', a pack as 'raw-256', or 'memory', 'memory-256'
+    tell=print,          # called with a line where a pack or memory is used
 ) -> Images:
     "`table`, its images taken from a pack or kept in memory; raises `InputError` for a pack that isn't there."
     kind, _, side = pack.partition('-')
-    if pack not in ('auto', 'off', 'memory') and not (kind in (*KINDS, 'memory') and side.isdecimal()):
-        raise InputError(f"pack={pack!r}: give auto, off, memory, or a pack by kind and size, as raw-256 or memory-128")
+    if pack not in ('auto', 'off', 'memory') and not (kind in (*KINDS, 'memory') and side.isdecimal()
+                                                      and (8 <= int(side) <= 8192 or pack == 'jpeg-0')):
+        raise InputError(f'pack={pack!r}: give auto, off, memory, or a pack by kind and size, as raw-256 or memory-128 (8 to 8192 px)')
     if pack == 'off' or table.pixels is not None or table.pack is not None: return table
-    if kind == 'memory' or (pack == 'auto' and size <= 64 and not packs()): return in_memory(table, int(side or enough(size)))
-    known = {(a['kind'], a['size']) for a in map(_about, packs())} if pack == 'auto' else {(kind, int(side))}
-    wanted = sorted((k for k in known if pack != 'auto' or k[1] == 0 or k[1] >= enough(size)), key=lambda k: (k[0] != 'raw', k[1] or 1e9))
-    found = _find(table, wanted)
-    if found is not None: return replace(table, presize=found.size, pack=found, places=found.places)
-    if pack != 'auto': raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
-                                        f'`imgexp data pack {_shown(table.root)} --kind {kind} --size {side}` makes it')
-    return in_memory(table, enough(size)) if size <= 64 else table
+    if kind == 'memory': return in_memory(table, int(side or enough(size)), tell)
+    found = _find(table, _wanted(size) if pack == 'auto' else [(kind, int(side))])
+    if found is not None:
+        tell(f'images from the pack {found.path.name}' + ' (pack=off takes the files)'*(pack == 'auto'))
+        return replace(table, presize=found.size, pack=found, places=found.places)
+    if pack != 'auto':
+        raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
+                         f'`imgexp data pack {shlex.quote(str(table.root))} --kind {kind} --size {side}` makes it')
+    return in_memory(table, enough(size), tell) if size <= 64 else table
+
+def _wanted(size):
+    "(kind, size) of the packs that suit training at `size`, best first"
+    if size <= 64: return [('raw', enough(size))]  # the same images as in memory
+    known = {(a['kind'], a['size']) for a in map(_about, packs())}
+    return sorted((k for k in known if k[1] == 0 or k[1] >= enough(size)), key=lambda k: (k[0] != 'raw', k[1] or 1e9))
 
 def in_memory(
     table: Images,  # of files
     presize: int,   # shorter side in px
+    tell=print,     # called with a line
 ) -> Images:
     "`table` shrunk to `presize`, kept in memory where there is room."
-    table = replace(table, presize=presize)
-    return replace(table, pack=Resident(table), places=np.arange(len(table))) if _fits(table) else table
+    table, fits = replace(table, presize=presize), _fits(replace(table, presize=presize))
+    tell(f'images shrunk to {presize} px, ' + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
+    return replace(table, pack=Resident(table), places=np.arange(len(table))) if fits else table
 
 def preparation(
     table: Images,  # any
@@ -393,10 +425,14 @@ def preparation(
 def as_prepared(
     table: Images,  # any
     prepared: str,  # what `preparation` said of the images that a network was trained on
+    own: bool = False, # whether they are those very images
 ) -> Images:
-    "`table` with its images treated likewise, from that pack where it is there."
+    "`table` with its images treated likewise, from that pack where it is there; raises `InputError` where it is gone."
     kind, _, side = prepared.partition('-')
     if not prepared or table.pixels is not None or table.pack is not None: return table
-    found = _find(table, [('raw' if kind == 'presize' else kind, int(side))]) if packs() else None
-    table = replace(table, presize=int(side))
-    return table if found is None else replace(table, pack=found, places=found.places)
+    found = _find(table, [('raw' if kind == 'presize' else kind, int(side))])
+    if found is not None: return replace(table, presize=int(side), pack=found, places=found.places)
+    if own and kind == 'jpeg':
+        raise InputError(f'the pack {prepared} of {table.name} is gone: '
+                         f'`imgexp data pack {shlex.quote(str(table.root))} --kind jpeg --size {side}` makes it again')
+    return replace(table, presize=int(side))

@@ -55,6 +55,15 @@ def strange():
             'a.bmp': encoded(rgb, 'BMP'), 'a.webp': encoded(rgb, 'WEBP', quality=95), 'a.tiff': encoded(rgb, 'TIFF'),
             'a.ppm': encoded(rgb, 'PPM'), 'a.gif': encoded(rgb, 'GIF')}
 
+def test_a_comment_before_the_exif_data():
+    raw = encoded(picture(), 'JPEG', exif=turned(picture()), quality=95)
+    assert decode(raw[:2] + b'\xff\xfe\x00\x06text' + b'\xff' + raw[2:]).shape == decode(raw).shape == (32, 24, 3)
+
+def test_a_link_to_itself(project):
+    data = tree(project/'data', 4)
+    (data/'circle/loop.png').symlink_to('loop.png')
+    with pytest.raises(BadImage, match='circle/loop.png cannot be read'): batches(Loader(load_images(data), 'train', 8, train=False))
+
 DAMAGED = {'zero bytes.png': b'', 'truncated.jpg': encoded(picture(), 'JPEG')[:-90], 'truncated.png': encoded(picture(), 'PNG')[:-90],
            'truncated.gif': encoded(picture(), 'GIF')[:40], 'page.jpg': b'<html>not found</html>', 'zeros.jpg': bytes(500)}
 

@@ -34,6 +34,9 @@ def photos(project):
     exif = Image.Exif(); exif[0x112] = 6
     photo(23).save(root/'dog/turned.jpg', exif=exif)
     photo(24, (40, 30)).save(root/'dog/small.png')
+    (project/'a file').touch()
+    photo(25, (64, 64)).save(root/'cat/square.jpg', quality=95)    # smaller than most presizes here
+    photo(26, (200, 90)).save(root/'dog/wide.jpg', quality=95)
     return root
 
 def quiet(line): pass
@@ -46,12 +49,13 @@ def same(a, b): return len(a) == len(b) and all((x == v).all() and (y == w).all(
 
 @pytest.mark.parametrize('augment', ['none', 'crop-flip'])
 @pytest.mark.parametrize('workers', [0, 3])
-def test_a_raw_pack_gives_the_batches_of_the_files_at_its_size(photos, augment, workers):
-    files = replace(load_images(photos), presize=128)
-    from_files = batches(files, augment=augment)
-    assert same(batches(load_images(pack(photos, 128, 'raw', tell=quiet)), augment=augment, workers=workers), from_files)
-    assert same(batches(packed(load_images(photos), 64, 'memory'), augment=augment, workers=workers), from_files)
-    assert not same(batches(load_images(photos), augment=augment), from_files)
+@pytest.mark.parametrize('size', [24, 64])
+def test_a_raw_pack_gives_the_batches_of_the_files_at_its_size(photos, augment, workers, size):
+    kw = dict(augment=augment, workers=workers, size=size)
+    from_files = batches(replace(load_images(photos), presize=128), **kw)
+    assert same(batches(load_images(pack(photos, 128, 'raw', tell=quiet)), **kw), from_files)
+    assert same(batches(packed(load_images(photos), 64, 'memory-128', tell=quiet), **kw), from_files)
+    assert not same(batches(load_images(photos), **kw), from_files)
 
 def test_a_pack_of_the_files_themselves_gives_the_batches_of_the_files(photos):
     made = load_images(pack(photos, 0, 'jpeg', tell=quiet))
@@ -70,17 +74,19 @@ def test_a_jpeg_pack_is_a_little_off(photos):
 def test_evaluation_and_training_see_the_presized_image(photos):
     made = load_images(pack(photos, 96, 'raw', tell=quiet))
     for i, item in enumerate(made.items):
-        assert min(read(made, i).shape[:2]) == (30 if 'small' in item else 96)
+        assert min(read(made, i).shape[:2]) == {'dog/small.png': 30, 'cat/square.jpg': 64, 'dog/wide.jpg': 90}.get(item, 96)
     turned = read(made, list(made.items).index('dog/turned.jpg'))
     assert turned.shape[0] > turned.shape[1]
 
 # -- found by content
 
-def test_found_for_the_whole_for_classes_and_for_subsets(photos):
+def test_found_for_the_whole_for_classes_and_for_subsets(photos, capsys):
     path = pack(photos, 96, 'raw', tell=quiet)
     table = load_images(photos)
     for t in (table, keep_subset(table, 0.4), load_images(photos, 'cat,dog')):
         got = packed(t, 48)
+        told = capsys.readouterr().out
+        assert 'images from the pack photos-raw-96-' in told and 'pack=off takes the files' in told
         assert got.pack.path == path and list(got.items) == list(t.items) and fingerprint(got) == fingerprint(t)
         assert same(batches(got), batches(replace(t, presize=96)))
 
@@ -107,19 +113,51 @@ def test_a_removed_photo_leaves_a_part_of_the_pack(photos):
 def test_which_pack(photos):
     table = load_images(photos)
     def chosen(size, how='auto'):
-        t = packed(table, size, how)
+        t = packed(table, size, how, quiet)
         return f"{t.pack.about['kind']}-{t.pack.size}" if isinstance(t.pack, Pack) else preparation(t)
     assert [chosen(32), chosen(96)] == ['presize-64', '']
     for kind, size in (('raw', 64), ('jpeg', 64), ('jpeg', 112), ('raw', 200), ('jpeg', 0)): pack(photos, size, kind, tell=quiet)
-    assert [chosen(s) for s in (32, 64, 98, 150, 175, 180)] == ['raw-64', 'raw-200', 'raw-200', 'raw-200', 'raw-200', 'jpeg-0']
+    assert [chosen(s) for s in (32, 98, 150, 175, 180)] == ['raw-64', 'raw-200', 'raw-200', 'raw-200', 'jpeg-0']
+    assert chosen(24) == 'presize-48' and chosen(64) == 'presize-128'  # up to 64 px no pack changes what is seen
     assert chosen(180, 'raw-64') == 'raw-64' and chosen(98, 'jpeg-112') == 'jpeg-112' and chosen(98, 'off') == ''
     assert [enough(s) for s in (32, 64, 98, 224)] == [64, 128, 112, 256]
 
+@pytest.mark.parametrize('how', ['memory-0', 'memory-5', 'raw-0', 'raw', 'jpeg-1e3', 'zip-64', ''])
+def test_packs_that_cannot_be(photos, how):
+    with pytest.raises(InputError, match='give auto, off, memory, or a pack by kind and size'): packed(load_images(photos), 64, how)
+
+def test_images_that_would_fill_the_memory_are_shrunk_in_every_epoch(photos, monkeypatch):
+    table, told = load_images(photos), []
+    kept = packed(table, 32, tell=told.append)
+    monkeypatch.setattr(packs, '_fits', lambda table: False)
+    others = packed(table, 32, tell=told.append)
+    assert others.pack is None and kept.pack is not None and preparation(kept) == preparation(others)
+    assert 'kept in memory' in told[0] and 'half of the free memory' in told[1] and same(batches(kept, size=32), batches(others, size=32))
+
 def test_a_network_is_evaluated_on_images_treated_likewise(photos):
     table = load_images(photos)
-    assert as_prepared(table, '') is table and as_prepared(table, 'presize-96').presize == 96
+    assert as_prepared(table, '') is table
+    files, path = as_prepared(table, 'presize-96'), pack(photos, 96, 'raw', tell=quiet)
+    found = as_prepared(table, 'presize-96')
+    assert files.pack is None and found.pack.path == path and same(batches(files), batches(found))
+    with pytest.raises(InputError, match='the pack jpeg-96 of photos is gone: `imgexp data pack .*photos --kind jpeg --size 96` makes it again'):
+        as_prepared(table, 'jpeg-96', own=True)
     path = pack(photos, 96, 'jpeg', tell=quiet)
-    assert as_prepared(table, 'jpeg-96').pack.path == path and as_prepared(table, 'presize-96').pack is None
+    assert same(batches(as_prepared(table, 'jpeg-96', own=True)), batches(load_images(path)))
+
+def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch):
+    path = pack(photos, 128, 'raw', tell=quiet)
+    import imgexp.data
+    monkeypatch.setattr(imgexp.data, '_digest', lambda path: pytest.fail(f'{path} was read again'))
+    assert packed(load_images(photos), 100).pack.path == path
+
+def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
+    import resource
+    monkeypatch.setattr(packs, '_rows_each', lambda *args: 1)
+    table = load_images(pack(photos, 96, 'raw', tell=quiet))
+    inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
+    for i in range(len(table)): read(table, i)
+    assert len(os.listdir('/proc/self/fd')) <= inside + 1
 
 # -- what can't be decoded
 
@@ -135,6 +173,31 @@ def test_what_cannot_be_decoded_stays_with_its_reason(photos):
             with pytest.raises(BadImage, match=why): read(table, list(table.items).index(item))
         assert fingerprint(table) == fingerprint(load_images(photos))
         assert sum(len(y) for _, y in batches(table, bad='skip', train=True)) == sum(len(y) for _, y in batches(load_images(photos), bad='skip', train=True))
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_pack(photos):
+    (photos/'cat/lost.jpg').symlink_to('nowhere.jpg')
+    path = pack(photos, 128, 'raw', tell=quiet)
+    assert packed(load_images(photos), 100).pack.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
+
+def test_a_picture_too_long_for_jpeg(photos):
+    Image.fromarray(np.zeros((9, 70_000, 3), np.uint8)).save(photos/'cat/long.png')
+    table = load_images(pack(photos, 8, 'jpeg', tell=quiet))
+    assert read(table, list(table.items).index('cat/long.png')).shape[0] == 8
+
+def test_damaged_progressive_jpegs_never_show_another_image(photos):
+    from imgexp.data import decode
+    rng, odd = np.random.default_rng(0), 0
+    f = photos/'p.jpg'
+    photo(3, (128, 96)).save(f, progressive=True)
+    raw = f.read_bytes()
+    for _ in range(300):
+        k = int(rng.integers(2, len(raw)))
+        bad, seen = raw[:k] + bytes([int(rng.integers(256))]) + raw[k + 1:], []
+        for fill in (0, 255):
+            try: seen.append(decode(bad, scratch=lambda n: np.full(n, fill, np.uint8)).copy())
+            except BadImage: odd += 1
+        assert len(seen) in (0, 2) and (not seen or (seen[0] == seen[1]).all()), k
+    assert odd
 
 # -- whole or not there
 
@@ -182,6 +245,29 @@ def test_a_photo_that_changed_between_two_attempts(launcher, project, photos):
     assert job.wait() == 0, job.err
     assert same(batches(load_images(Path(job.out.strip()))), batches(replace(load_images(photos), presize=96)))
 
+def test_a_photo_that_was_moved_to_another_class_between_two_attempts(launcher, project, photos):
+    job = packing(launcher, project, photos)
+    until(lambda: len(parts(project)) >= 3, 'three files of images')
+    job.send(signal.SIGKILL); job.wait()
+    os.rename(photos/'cat/square.jpg', photos/'dog/-.jpg')  # the same place in the table
+    job = packing(launcher, project, photos, before="import imgexp.packs; imgexp.packs._rows_each = lambda *args: 3")
+    assert job.wait() == 0, job.err
+    made = load_images(Path(job.out.strip()))
+    assert fingerprint(made) == fingerprint(load_images(photos))
+    assert list(made.items) == list(load_images(photos).items) and (made.labels == load_images(photos).labels).all()
+
+def test_killed_before_it_got_its_name(launcher, project, photos):
+    "Between pack.json and the name: not a pack yet, and hardly anything is done again."
+    job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project,
+                          before="import imgexp.packs, signal; imgexp.packs.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
+    job.wait()
+    assert parts(project) and packs.packs() == []
+    stamps = {p.name: p.stat().st_mtime_ns for p in parts(project)}
+    job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project)
+    assert job.wait() == 0, job.err
+    path = Path(job.out.strip())
+    assert {p.name: p.stat().st_mtime_ns for p in path.glob('images-*')} == stamps and Pack(path).damage() is None
+
 def test_two_at_once(launcher, project, photos):
     first = packing(launcher, project, photos)
     until(lambda: parts(project), 'a file of images')
@@ -202,6 +288,9 @@ def test_a_damaged_pack(photos, name):
     with open(path/name, 'r+b') as f: f.truncate(1000)
     assert name in Pack.damage(type('P', (), {'path': path, 'about': json.loads((path/'pack.json').read_text())})())
     with pytest.raises((InputError, RunFailed), match=f'{name}.*pack it again'): read(load_images(path), 0)
+    if name == 'index.arrow': assert packed(load_images(photos), 80).pack is None
+    assert pack(photos, 96, 'raw', tell=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
+    assert packed(load_images(photos), 80).pack.path == path
 
 # -- wrong use
 
@@ -212,7 +301,8 @@ WRONG = {
     'size': ('photos', ('--size', '4'), 2, 'size=4 is out of range: 8 to 8192'),
     'raw without a size': ('photos', ('--size', '0', '--kind', 'raw'), 2, 'size=0 is out of range'),
     'size in words': ('photos', ('--size', 'big'), 2, '--size.*integer'),
-    'dest is a file': ('photos', ('--dest', 'photos/cat/0.jpg'), 1, '0.jpg'),
+    'dest is a file': ('photos', ('--dest', 'a file'), 1, 'a file'),
+    'dest among the images': ('photos', ('--dest', 'photos/packs'), 2, 'lies among the images'),
     'not fetched': ('imagenette', (), 2, 'imgexp data fetch imagenette'),
 }
 
@@ -234,12 +324,24 @@ def test_a_run_finds_the_pack_and_says_so(launcher, project, photos):
     from imgexp.runs import find_run
     run = find_run('', project/'runs')
     assert run.depends['prepared'] == 'presize-32' and re.search(r'time: \d+% waiting for images', job.out)
+    assert 'images from the pack photos-raw-32-' in job.out
     shutil.rmtree(project/'cache/imgexp/data/packs')  # the photos alone give the same images, and the run is found again
     job = launcher.imgexp(*args, '--resume', 'reuse', root=project)
     assert job.wait() == 0 and len(list((project/'runs').glob('2*'))) == 1, job.err
     job = launcher.imgexp('eval', run.name, '--split', 'valid', '--json', root=project)
     assert job.wait() == 0, job.err
     assert json.loads(job.out)['loss'] == pytest.approx(run.metrics['valid']['loss'], abs=1e-5)
+
+def test_a_pack_made_between_a_kill_and_its_continuation(launcher, project, photos):
+    args = 'train --data photos --size 72 --epochs 2 --batch-size 4 --track off'.split()
+    job = launcher.imgexp(*args, root=project, before="import imgexp.train as t; t.conclude = lambda *args: os._exit(1)")
+    assert job.wait() == 1
+    first = next((project/'runs').glob('2*')).name
+    assert launcher.imgexp('data', 'pack', 'photos', '--size', 96, '--kind', 'jpeg', root=project).wait() == 0
+    job = launcher.imgexp(*args, root=project)
+    assert job.wait() == 0 and re.search(f'run {first} is unfinished, but saw other images .*as they are, here jpeg-96.*pack=off continues it', job.out)
+    job = launcher.imgexp(*args, '--pack', 'off', root=project)
+    assert job.wait() == 0 and len(list((project/'runs').glob('2*'))) == 2, job.err
 
 def test_clothing(project):
     if not (SHARED/'clothing').is_dir(): pytest.skip('clothing is not here: the shared data are not part of the project')
