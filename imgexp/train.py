@@ -10,7 +10,7 @@ __all__ = ['PRECISION', 'OPTIMIZERS', 'ALLOWED', 'best_device', 'choose_precisio
            'Checkpoints', 'read_index', 'restore', 'restore_best', 'find_lr', 'fit', 'predict', 'predict_split',
            'conclude', 'images', 'identity', 'load_learner', 'train']
 
-# %% ../nbs/03_train.ipynb #3a3b21c3
+# %% ../nbs/03_train.ipynb #58dbfe49
 import copy, hashlib, json, os, random, resource, shutil, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-from .augment import FLIPS, augment_id, cutmix, erase, mixup
+from .augment import FLIPS, augment_id, cutmix as _cutmix, erase as _erase, mixup as _mixup
 from .data import keep_subset, table_id, uniforms
 from .loader import IMAGENET, Loader, Pictures, normalization
 from .packs import load_images, packed, preparation
@@ -87,7 +87,7 @@ class ToInput(Part):
     ): self.norm = norm
     def before_batch(self): self.learn.xb = (to_input(self.xb[0], self.norm),)
 
-# %% ../nbs/03_train.ipynb #03f80fde
+# %% ../nbs/03_train.ipynb #cbab4cb3
 class Mixtures(Part):
     "Mixes and erases training images on the device."
     order, run_valid = 2, False  # after ToInput
@@ -103,9 +103,9 @@ class Mixtures(Part):
     def before_batch(self):
         u = uniforms(self.seed, self.learn.epoch, self.dls.train.rows, 32)[:, 16:]  # the first ones belong to the images
         x, y = self.xb[0], self.yb[0]
-        if self.mixup and (not self.cutmix or u[0, 0] < 0.5): x, y = mixup(x, y, u[:, 1:2], self.n_classes, self.mixup)
-        elif self.cutmix: x, y = cutmix(x, y, u[:, 1:4], self.n_classes, self.cutmix)
-        if self.erase: x = erase(x, u[:, 8:13], self.erase)
+        if self.mixup and (not self.cutmix or u[0, 0] < 0.5): x, y = _mixup(x, y, u[:, 1:2], self.n_classes, self.mixup)
+        elif self.cutmix: x, y = _cutmix(x, y, u[:, 1:4], self.n_classes, self.cutmix)
+        if self.erase: x = _erase(x, u[:, 8:13], self.erase)
         self.learn.xb, self.learn.yb = (x,), (y,)
 
 # %% ../nbs/03_train.ipynb #637a850f

@@ -9,7 +9,7 @@ from pictures import CLASSES, tree
 
 pytestmark = pytest.mark.usefixtures('project')
 EPOCHS, BATCHES = 6, 8  # 160 images, a fifth of them for validation, 16 a batch
-GIVEN = dict(size=12, epochs=EPOCHS, batch_size=16, track='off')
+GIVEN = dict(size=12, epochs=EPOCHS, batch_size=16, augment='trivial', flip='alternating', mixup=0.2, cutmix=1.0, erase=0.25, track='off')
 VARIES = ['seconds', 'img_per_s', 'peak_mem_mb']
 
 def options(data, **more): return ['train', *(f'--{k.replace("_", "-")}={v}' for k, v in (GIVEN | {'data': data, 'workers': 0} | more).items())]

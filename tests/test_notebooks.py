@@ -58,6 +58,17 @@ def test_parameters_are_flat_literals(path):
             assert '|' not in line and '=' not in comment, f"{path.name}: a | or a comment with = hides it from papermill's help: {line}"
 
 @each_notebook
+def test_parameters_hide_nothing(path):
+    "In the notebook a parameter is a global: one that has the name of a function would take its place."
+    cells = [c.source for c in code(path)]
+    tagged = [c.source for c in code(path) if 'parameters' in c.metadata.get('tags', [])]
+    names = {n.target.id for source in tagged for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
+    tops = [n for source in cells if '#| export' in source for n in ast.parse(source).body]
+    known = {a.asname or a.name for n in tops if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    known |= {n.name for n in tops if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    assert not names & known, f'{path.name}: parameters {names & known} hide what the exported code calls'
+
+@each_notebook
 def test_no_trace_of_a_launcher(path):
     nb = read(path)
     assert 'papermill' not in nb.metadata, f'{path.name} was saved by papermill: keep its outputs out of nbs/'
