@@ -6,8 +6,8 @@
 __all__ = ['SCALE', 'RATIO', 'FLIPS', 'OPS', 'AUGMENT', 'DRAWS', 'crop_boxes', 'flips', 'magnitude', 'Policy', 'policy',
            'augment_id', 'mixup', 'cutmix', 'erase']
 
-# %% ../nbs/01c_augment.ipynb #a1f2988b
-import copy, hashlib, importlib, inspect, math, os, random, sys, threading
+# %% ../nbs/01c_augment.ipynb #4237bcd5
+import copy, difflib, hashlib, importlib, inspect, math, os, random, sys, threading
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -266,7 +266,7 @@ def _fitting(out, image, name):
     raise InputError(f'augment={name} made {kind} of an image uint8 {list(image.shape)}: '
                      'it must return a NumPy array uint8 of the same shape')
 
-# %% ../nbs/01c_augment.ipynb #13aa63bd
+# %% ../nbs/01c_augment.ipynb #fe5939e4
 def _try(f, name, size):
     "Raises InputError where `f` fails, or gives two results for one image and the same numbers"
     noise = np.uint8(hashes(0, 0, np.arange(size*size*3)) >> np.uint64(56)).reshape(size, size, 3)
@@ -283,7 +283,8 @@ def _try(f, name, size):
                 first = out
     except InputError: raise
     except Exception as e:
-        raise InputError(f'augment={name} failed on an image uint8 {[size, size, 3]} ({_said(e)})') from e
+        raise InputError(f'augment={name} failed on an image uint8 {[size, size, 3]} ({_said(e)}): it gets a NumPy array, '
+                         'and a generator where it has a parameter rng, and must return an array of the same shape') from e
     finally: random.setstate(states[0]); np.random.set_state(states[1])
 
 # %% ../nbs/01c_augment.ipynb #490669b2
@@ -304,7 +305,7 @@ _POLICIES = {'none': Policy(0, None), 'crop-flip': Policy(0, None), 'color': Pol
              'autoaugment': Policy(5, _autoaugment)}
 AUGMENT = list(_POLICIES)  # all but none begin with crop and flip
 
-# %% ../nbs/01c_augment.ipynb #aa0409ac
+# %% ../nbs/01c_augment.ipynb #4038a29e
 def policy(
     augment: str | Callable,  # of AUGMENT, 'module:function', or a function of an image
     size: int = 64,           # side in px of the images, at which a function is tried
@@ -312,7 +313,10 @@ def policy(
     "What `augment` does to one image; raises `InputError` for an unknown name or a function that can't be used."
     if not isinstance(augment, str): return _own(augment, getattr(augment, '__name__', type(augment).__name__), size)
     if ':' in augment: return _own(_imported(augment), repr(augment), size)
-    if augment not in AUGMENT: raise _unknown(augment, AUGMENT, 'augment')
+    if augment not in AUGMENT:
+        near = difflib.get_close_matches(augment, AUGMENT, 1, 0.75)
+        raise InputError(f'unknown augment {augment!r}' + (f': did you mean {near[0]!r}?' if near else '')
+                         + f": choose from {', '.join(AUGMENT)}, or give module:function")
     return _POLICIES[augment]
 
 def augment_id(

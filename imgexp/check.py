@@ -238,7 +238,7 @@ KINDS = {
     'long':              ('warning', 'one side more than 4 times the other'),
     'one color':         ('warning', 'nothing to see: channels deviate by less than 2 of 255')}
 
-# %% ../nbs/01f_check.ipynb #9a6c3f39
+# %% ../nbs/01f_check.ipynb #3f23deb3
 _NAMED = dict(JPEG='.jpg .jpeg .jpe', PNG='.png', GIF='.gif', BMP='.bmp', WEBP='.webp', TIFF='.tif .tiff',
               PPM='.ppm .pgm')
 _SUFFIX = {suffix: format for format, named in _NAMED.items() for suffix in named.split()}
@@ -249,7 +249,7 @@ def _strange_images(looked):
     yield 'unreadable', bad, bad.why != '', bad.why.where(bad['format'] != 'HTML', 'is a web page')
     format, mode = good['format'].astype(str), good['mode'].astype(str)
     expected = good.item.map(lambda i: _SUFFIX.get(os.path.splitext(i)[1].lower()))
-    yield 'wrong extension', good, expected.notna() & (expected != format), 'holds ' + format
+    yield 'wrong extension', good, expected.notna() & (expected != format) & (format != 'array'), 'holds ' + format
     common = mode.mode().iloc[0] if len(mode) else ''
     yield 'odd mode', good, mode != common, 'is ' + mode + f', most are {common}'
     def odd(mask): return mask & (mask.mean() <= .5)

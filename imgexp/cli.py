@@ -91,8 +91,8 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without 
     for name in names: print(name)
     _say(f"{len(names)} runs without an epoch{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
-# %% ../nbs/90_cli.ipynb #b611a2db
-data_app = typer.Typer(help='Data sets by name.', no_args_is_help=True, rich_markup_mode=None)
+# %% ../nbs/90_cli.ipynb #479585a5
+data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name='data')
 
 DataName = Annotated[str, typer.Argument(help='A name of `imgexp data list`, with a size where there are sizes (imagenette-320).')]
@@ -130,7 +130,7 @@ def data_fetch(
 def data_pack(
     source: Annotated[str, typer.Argument(help='A folder of class folders, or a name of the catalog that is fetched.')],
     size: Annotated[int, typer.Option(help='Shorter side of the images in px; 0 keeps the files as they are (with --kind jpeg).')] = 256,
-    kind: Annotated[str, typer.Option(help='jpeg, or raw: pixels, five times as fast and ten times as large.')] = 'jpeg',
+    kind: Annotated[str, typer.Option(help='jpeg, or raw: pixels, twice as fast and about ten times as large.')] = 'jpeg',
     dest: Annotated[Optional[Path], typer.Option(help='Folder of packs; by default packs/ beside the data sets, where every notebook finds them.')] = None,
     workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
 ):
@@ -224,14 +224,14 @@ def predict(
     failed = table.error.notna().sum()
     if failed: _say(f'{failed} of {len(table)} images could not be read: see the column error')
 
-# %% ../nbs/90_cli.ipynb #15717a85
+# %% ../nbs/90_cli.ipynb #6f3333e2
 STOPPED = 75  # stopped, and the same command continues (sysexits.h: EX_TEMPFAIL)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 def _fail(e):
     "Exit status for an exception, after its message on stderr"
     if isinstance(e, KeyboardInterrupt):
-        _say(str(e) or 'interrupted')
+        _say(str(e) or 'interrupted; the same command continues')
         return STOPPED
     if isinstance(e, _UsageError):
         text, where = e.format_message().rstrip('.'), e.ctx.command_path if e.ctx else 'imgexp'

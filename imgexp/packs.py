@@ -99,7 +99,7 @@ def from_pack(
                    presize=pack.size, pack=pack, places=np.arange(len(pack)))
     return keep_classes(table, classes)
 
-# %% ../nbs/01d_packs.ipynb #6f9198dd
+# %% ../nbs/01d_packs.ipynb #9944803d
 EMBEDDED = {'digits': digits, 'shapes': shapes, 'shapes-sketch': lambda: shapes(domain='sketch')}
 
 def source(
@@ -111,6 +111,7 @@ def source(
     if isinstance(data, Images): return keep_classes(data, classes)
     if str(data) in EMBEDDED: return keep_classes(EMBEDDED[str(data)](), classes)
     if not path.is_dir(): path = located(str(data)) or path
+    if path.is_file(): raise InputError(f'data={str(data)!r} is a file: give the folder of class folders (unpack an archive first)')
     if not path.is_dir():
         raise InputError(f"data={str(data)!r}: no such folder, and no name of the catalog; give a folder of class folders or of idx files, "
                          f"one of {', '.join(EMBEDDED)}, or a name of `imgexp data list`")
@@ -266,11 +267,11 @@ def _finish(part, whole, table, kind, size, files, rows):
         if side.name not in files: side.unlink()
     return errors
 
-# %% ../nbs/01d_packs.ipynb #c7a64ce8
+# %% ../nbs/01d_packs.ipynb #918dad5a
 def pack(
     data: str | Path,      # a folder of class folders, or a name of the catalog
     size: int = 256,       # shorter side in px; 0 keeps files as they are
-    kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large
+    kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
     workers: int = -1,     # threads; -1 takes one a core
     tell=print,            # called with each line
@@ -278,7 +279,8 @@ def pack(
     "Build a pack, or go on building it; raises `InputError` for what can't be packed."
     if kind not in KINDS: raise _unknown(kind, KINDS, 'kind')
     if not 8 <= size <= 8192 and (size, kind) != (0, 'jpeg'):
-        raise InputError(f'size={size} is out of range: 8 to 8192 px, or 0 for files as they are')
+        raise InputError(f'size={size}: give 8 to 8192 px' + (', or 0 with kind jpeg, which keeps files as they are' if size else
+                         '; 0 keeps files as they are and goes with kind jpeg'))
     table = source(data)
     if table.pixels is not None: raise InputError(f'{table.name} is held in memory already: a pack would not be faster')
     if table.pack is not None: raise InputError(f'{_shown(data)} is a pack already: give the images that it was made from')
@@ -304,6 +306,7 @@ def _build(table, kind, size, folder, workers, tell):
             Path(f'{part}.lock').unlink(missing_ok=True)
     except Timeout: raise RunFailed(f'{_shown(folder)}: another process is making this pack') from None
     tell(f"{len(table):,} images, {_amount(_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
+    if folder != packs_dir(): tell(f'notebooks find packs in {_shown(packs_dir())} by themselves; this one by data={_shown(whole)}')
     for item, why in list(errors.items())[:10]: tell(f'{item} {why}: training will stop there, or leave it out by bad=skip')
     if len(errors) > 10: tell(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
     return whole
@@ -357,7 +360,7 @@ def enough(
     "Shorter side that a pack needs for training at `size`: evaluation looks at 7/8 of it; twice the size up to 64 px."
     return 2*size if size <= 64 else -(-8*size//7)
 
-# %% ../nbs/01d_packs.ipynb #68f111c1
+# %% ../nbs/01d_packs.ipynb #89277683
 class Resident:
     "Images in memory, shrunk, each kept when it is first asked for: `resident[i]` is uint8 [h, w, 3]."
     def __init__(
@@ -397,7 +400,11 @@ def packed(
     if pack != 'auto':
         raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
                          f'`imgexp data pack {shlex.quote(str(table.root))} --kind {kind} --size {side}` makes it')
-    return in_memory(table, enough(size), tell) if size <= 64 else table
+    if size > 64: return table
+    for about in map(_about, packs()):
+        if about['name'] == table.name:
+            tell(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: pack={about['kind']}-{about['size']} takes it")
+    return in_memory(table, enough(size), tell)
 
 def _wanted(size):
     "(kind, size) of the packs that suit training at `size`, best first"

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_ID', 'TRACK', 'HISTORY', 'BEAT', 'STALE', 'InputError', 'RunBusy', 'RunFailed', 'project_root', 'Params',
-           'check_params', 'params', 'set_seed', 'seed_worker', 'seeds', 'writing', 'run_id', 'git_commit',
-           'environment', 'Tracker', 'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'disk_use', 'runs',
-           'remove_run', 'prune_runs']
+           'check_params', 'params', 'set_seed', 'seeds', 'writing', 'run_id', 'git_commit', 'environment', 'Tracker',
+           'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'disk_use', 'runs', 'remove_run', 'prune_runs']
 
 # %% ../nbs/00_runs.ipynb #757061f7
 import ast, atexit, csv, difflib, errno, hashlib, importlib.metadata, io, json, math, numbers, os, platform, random
@@ -134,7 +133,7 @@ def params(
     scope.update(out)
     return out
 
-# %% ../nbs/00_runs.ipynb #7b4457e9
+# %% ../nbs/00_runs.ipynb #d32a96ac
 def set_seed(
     seed: int,  # 0 to 2**32 - 1
 ):
@@ -143,13 +142,6 @@ def set_seed(
     random.seed(seed); np.random.seed(seed)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
     if 'keras' in sys.modules: sys.modules['keras'].utils.set_random_seed(seed)
-
-def seed_worker(
-    worker: int,  # the worker's number, 0 and up, as torch's DataLoader passes it
-):
-    "Give python's and numpy's generators in a DataLoader worker the worker's own seed: `worker_init_fn=seed_worker`."
-    seed = sys.modules['torch'].initial_seed() % 2**32
-    random.seed(seed); np.random.seed(seed)
 
 def seeds(
     p: dict,  # parameters with `seed` and perhaps `seed_subset`, `seed_order`, `seed_init`

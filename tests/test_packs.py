@@ -179,6 +179,15 @@ def test_a_file_that_cannot_be_read_does_not_hide_the_pack(photos):
     path = pack(photos, 128, 'raw', tell=quiet)
     assert packed(load_images(photos), 100).pack.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
 
+@pytest.mark.parametrize('kind', ['raw', 'jpeg'])
+def test_a_pack_is_checked_like_its_files(photos, kind):
+    from imgexp.check import check
+    path = pack(photos, 96, kind, tell=quiet)
+    found, wanted = (set(check(p).table().kind) for p in (path, photos))
+    assert 'wrong extension' not in found and found <= wanted, found - wanted
+    with open(path/'images-00000.arrow', 'r+b') as f: f.seek(5000); f.write(b'oops')
+    with pytest.raises(RunFailed, match='images-00000.arrow has changed: pack it again'): check(path)
+
 def test_a_picture_too_long_for_jpeg(photos):
     Image.fromarray(np.zeros((9, 70_000, 3), np.uint8)).save(photos/'cat/long.png')
     table = load_images(pack(photos, 8, 'jpeg', tell=quiet))
@@ -298,8 +307,9 @@ WRONG = {
     'no such folder': ('nowhere', (), 2, 'no such folder'),
     'in memory': ('digits', (), 2, 'digits is held in memory already'),
     'kind': ('photos', ('--kind', 'webp'), 2, "kind 'webp'.*jpeg, raw"),
-    'size': ('photos', ('--size', '4'), 2, 'size=4 is out of range: 8 to 8192'),
-    'raw without a size': ('photos', ('--size', '0', '--kind', 'raw'), 2, 'size=0 is out of range'),
+    'size': ('photos', ('--size', '4'), 2, 'size=4: give 8 to 8192 px'),
+    'raw without a size': ('photos', ('--size', '0', '--kind', 'raw'), 2, 'size=0: .*goes with kind jpeg'),
+    'a file': ('photos/cat/0.jpg', (), 2, 'is a file: give the folder of class folders'),
     'size in words': ('photos', ('--size', 'big'), 2, '--size.*integer'),
     'dest is a file': ('photos', ('--dest', 'a file'), 1, 'a file'),
     'dest among the images': ('photos', ('--dest', 'photos/packs'), 2, 'lies among the images'),
