@@ -185,7 +185,7 @@ class _Done:
     def result(self): return self.value
     def cancel(self): pass
 
-# %% ../nbs/01e_loader.ipynb #217c899e
+# %% ../nbs/01e_loader.ipynb #5f42bfed
 AHEAD = 2  # batches made while the network computes
 
 class Loader:
@@ -225,7 +225,7 @@ class Loader:
         return self
 
     def _jobs(self):
-        "The batches of the epoch, each waited for; made ahead by the threads"
+        "The batches of the epoch, `AHEAD` of them in the making"
         if self.pool is None: self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix='loader')
         epoch, ready, ahead = self.batches.epoch, deque(), AHEAD if self.workers else 0
         try:

@@ -151,7 +151,7 @@ def _stamps(table, rows):
 
 def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
 
-# %% ../nbs/01d_packs.ipynb #a22d7f1d
+# %% ../nbs/01d_packs.ipynb #cbb7c0f4
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
 
 def _batch(table, rows, held):
@@ -193,11 +193,10 @@ def _make_shard(part, table, kind, k, rows, pool, tick):
     if sha is not None:
         tick(len(rows))
         return sha
-    def one(row):
-        held = _packed_image(table, row, kind)
+    held = []
+    for image in pool.map(lambda row: _packed_image(table, row, kind), rows):
+        held.append(image)
         tick(1)
-        return held
-    held = list(pool.map(one, rows))
     sha = _write_arrow(part/_shard_name(k), _batch(table, rows, held))
     if _stamps(table, rows) != stamps: raise RunFailed(f'{_shown(table.root)} changed while it was packed: give the command again')
     _write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'stamps': stamps})

@@ -663,16 +663,17 @@ def conclude(
                     'skipped': learn.dls.train.skipped | learn.dls.valid.skipped})
     return figures
 
-# %% ../nbs/03_train.ipynb #c2c4dac3
+# %% ../nbs/03_train.ipynb #b1d3a9ef
 ALLOWED = dict(subset='(0, 1]', retrain=(-1, 1000), size=(8, 1024), flip=FLIPS, mixup=(0, 10), cutmix=(0, 10), erase=(0, 1), epochs=(1, 10_000), batch_size=(1, 65_536),
                optimizer=list(OPTIMIZERS), lr=(0, 100), precision=PRECISION, seed=(0, 2**32 - 1), seed_subset=(-1, 2**32 - 1),
                seed_order=(-1, 2**32 - 1), seed_init=(-1, 2**32 - 1), workers=(-1, 256), bad=['stop', 'skip'], track=TRACK)
 
 def images(
-    p: Params, # parameters
-):             # `Images`
+    p: Params,  # parameters
+    tell=print, # called with a line that says where the images come from
+):              # `Images`
     "The table that the parameters name, from a pack where there is one."
-    return packed(load_images(p.data, p.classes), p.size, p.pack)
+    return packed(load_images(p.data, p.classes), p.size, p.pack, tell)
 
 def identity(
     p: Params, # parameters
@@ -703,7 +704,7 @@ def load_learner(
     return make_learner(kept, model, norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'],
                         bad=p.bad, flip=p.flip, mixtures={k: p[k] for k in ('mixup', 'cutmix', 'erase')})
 
-# %% ../nbs/03_train.ipynb #ad1af098
+# %% ../nbs/03_train.ipynb #1bbe0965
 def train(
     data: str = 'digits',   # digits, shapes, shapes-sketch, a name of the catalog, or a folder of class folders, of idx files, or of a pack
     classes: str = '',      # comma-separated names of the classes to keep; empty keeps all
@@ -736,8 +737,10 @@ def train(
     given = dict(locals())
     kinds = {k: v for k, v in train.__annotations__.items() if k != 'return'}
     p = check_params(given, kinds, ALLOWED)
-    table = images(p)
+    told = []  # until there is a run: what is refused leaves nothing on stdout
+    table = images(p, told.append)
     learn = load_learner(p, table)
     with start_run('03_train', p, identity(p, table)) as run:
+        for line in told: print(line, flush=True)
         conclude(run, learn, fit(run, learn, p.epochs, p.optimizer, p.lr, seed=p.seed))
     return run
