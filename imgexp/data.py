@@ -133,7 +133,7 @@ def nested_subset(
     keep = np.maximum(1, np.floor(counts * fraction + 0.5))
     return ranks(labels, seed) < keep[labels]
 
-# %% ../nbs/01b_data.ipynb #88df2540
+# %% ../nbs/01b_data.ipynb #06ae2b78
 VALID = 0.2  # fraction of the training images that becomes the validation split where the data bring none
 
 def with_valid(
@@ -151,6 +151,7 @@ def with_valid(
     splits[train[held]] = 1
     return replace(table, splits=splits)
 
+# %% ../nbs/01b_data.ipynb #4b7fdd2f
 def keep_classes(
     table: Images, # any
     classes: str,  # comma-separated names; '' keeps all
@@ -223,7 +224,7 @@ def from_idx(
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
                        name=Path(folder).resolve().name)
 
-# %% ../nbs/01b_data.ipynb #b959d43a
+# %% ../nbs/01b_data.ipynb #8b9d96d4
 SUFFIXES = frozenset('.jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
 SPLIT_NAMES = {'train': 0, 'training': 0, 'valid': 1, 'val': 1, 'validation': 1, 'test': 2, 'testing': 2}
 
@@ -251,6 +252,7 @@ def _node(folder):
     s = os.stat(folder)
     return s.st_dev, s.st_ino
 
+# %% ../nbs/01b_data.ipynb #16fa663f
 def _folders(path): return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
 
 def from_folders(
@@ -482,7 +484,7 @@ def _decode_any(raw):
     if image is None: return _decode_pillow(raw)
     return image if raw[:2] == b'\xff\xd8' else _flat(image) if raw[:4] in (b'\x89PNG', b'RIFF') else image
 
-# %% ../nbs/01b_data.ipynb #423f0ba9
+# %% ../nbs/01b_data.ipynb #37cd4780
 def jpeg_size(
     raw: bytes,  # a file's content
 ) -> tuple | None: # height, width in px
@@ -508,6 +510,7 @@ def _exif_turned(raw):
         with warnings.catch_warnings(action='ignore'), Image.open(io.BytesIO(raw)) as f: return f.getexif().get(0x112, 1) != 1
     except Exception: return True  # damaged EXIF data: the slow way decides
 
+# %% ../nbs/01b_data.ipynb #03be6100
 def _reduction(size, height, width):
     "By what an image can be shrunk while decoding, and still be as large as wanted: 1, 2, 4 or 8"
     if not height or not width: return 1

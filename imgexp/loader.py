@@ -6,7 +6,7 @@
 __all__ = ['AHEAD', 'IMAGENET', 'center_boxes', 'Maker', 'make_batch', 'Loader', 'Pictures', 'normalization', 'show_batch',
            'class_means']
 
-# %% ../nbs/01e_loader.ipynb #0d223be2
+# %% ../nbs/01e_loader.ipynb #66af6562
 import ctypes, os, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from fastcore.basics import patch
 
 from .augment import crop_boxes, flips, policy
 from .data import BadImage, Images, decode, jpeg_size, order, shrink, stored, uniforms
@@ -68,7 +69,7 @@ def _cut(held, full, box, size):
     y, x = round(top), round(left)
     return held[y:y + max(1, round(height)), x:x + max(1, round(width))]
 
-# %% ../nbs/01e_loader.ipynb #553afb8c
+# %% ../nbs/01e_loader.ipynb #09622204
 def _open(table, row):
     "What is stored of an image, and its size; None where it must be decoded to know"
     held = stored(table, row)
@@ -78,6 +79,7 @@ def _open(table, row):
     size = jpeg_size(held)
     return held, size if size and (not table.presize or table.pack is not None) else None
 
+# %% ../nbs/01e_loader.ipynb #f7d02e06
 class Maker:
     "Makes images of a table ready for the network: a pure function of (seed, epoch, row)."
     def __init__(
@@ -109,27 +111,29 @@ class Maker:
         image = shrink(decode(image, self.table.presize, self.table.presize), self.table.presize)
         return _cut(image, image.shape[:2], self._boxes([image.shape[:2]], u)[0], self.size)
 
-    def __call__(
-        self,
-        out,        # uint8 [n, size, size, 3]: written into
-        rows,       # int [n], rows of the table
-        epoch: int, # 0 and up
-    ) -> dict:      # {place in out: why} of what can't be decoded
-        "Make images."
-        import torch
-        held, bad = self._held(rows)
-        u = uniforms(self.seed, epoch, rows, 4 + self.draws)
-        boxes = self._boxes([size or (1, 1) for _, size in held], u)
-        mirrored = flips(self.flip, self.seed, epoch, rows).tolist()
-        views = torch.from_numpy(out).permute(0, 3, 1, 2).split(1)
-        for i, (image, size) in enumerate(held):
-            if i in bad: continue
-            held[i] = None
-            try: _resize_into(self._part(image, size, boxes[i], u[i:i + 1]), out[i], views[i])
-            except BadImage as e: bad[i] = str(e); continue
-            if mirrored[i]: cv2.flip(out[i], 1, dst=out[i])
-            if self.change is not None: out[i] = self.change(out[i], u[i, 4:])
-        return bad
+# %% ../nbs/01e_loader.ipynb #180e2021
+@patch
+def __call__(
+    self: Maker,
+    out,        # uint8 [n, size, size, 3]: written into
+    rows,       # int [n], rows of the table
+    epoch: int, # 0 and up
+) -> dict:      # {place in out: why} of what can't be decoded
+    "Make images."
+    import torch
+    held, bad = self._held(rows)
+    u = uniforms(self.seed, epoch, rows, 4 + self.draws)
+    boxes = self._boxes([size or (1, 1) for _, size in held], u)
+    mirrored = flips(self.flip, self.seed, epoch, rows).tolist()
+    views = torch.from_numpy(out).permute(0, 3, 1, 2).split(1)
+    for i, (image, size) in enumerate(held):
+        if i in bad: continue
+        held[i] = None
+        try: _resize_into(self._part(image, size, boxes[i], u[i:i + 1]), out[i], views[i])
+        except BadImage as e: bad[i] = str(e); continue
+        if mirrored[i]: cv2.flip(out[i], 1, dst=out[i])
+        if self.change is not None: out[i] = self.change(out[i], u[i, 4:])
+    return bad
 
 # %% ../nbs/01e_loader.ipynb #d2864a45
 def make_batch(
@@ -185,7 +189,7 @@ class _Done:
     def result(self): return self.value
     def cancel(self): pass
 
-# %% ../nbs/01e_loader.ipynb #5f42bfed
+# %% ../nbs/01e_loader.ipynb #e91c4ca8
 AHEAD = 2  # batches made while the network computes
 
 class Loader:
@@ -224,45 +228,50 @@ class Loader:
         self.batches.epoch, self.batches.start = epoch, start
         return self
 
-    def _jobs(self):
-        "The batches of the epoch, `AHEAD` of them in the making"
-        if self.pool is None: self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix='loader')
-        epoch, ready, ahead = self.batches.epoch, deque(), AHEAD if self.workers else 0
-        try:
-            for rows in self.batches:
-                ready.append(_Job(self.make, rows, epoch, self.pool, max(self.workers, 1), self.device.type == 'cuda'))
-                if len(ready) > ahead: yield ready.popleft()
-            while ready: yield ready.popleft()
-        finally:
-            for job in ready: job.cancel()
+# %% ../nbs/01e_loader.ipynb #ea4d668a
+@patch
+def _jobs(self: Loader):
+    "The batches of the epoch, `AHEAD` of them in the making"
+    if self.pool is None: self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix='loader')
+    epoch, ready, ahead = self.batches.epoch, deque(), AHEAD if self.workers else 0
+    try:
+        for rows in self.batches:
+            ready.append(_Job(self.make, rows, epoch, self.pool, max(self.workers, 1), self.device.type == 'cuda'))
+            if len(ready) > ahead: yield ready.popleft()
+        while ready: yield ready.popleft()
+    finally:
+        for job in ready: job.cancel()
 
-    def __iter__(self):
-        jobs, start = self._jobs(), self.batches.start
-        for self.batch in range(start, self.batches.n):
-            began = time.perf_counter()
-            job = next(jobs)
-            images, self.rows, bad = job.images, job.rows, job.bad()
-            if bad: images, self.rows = self._without(bad, images, self.rows)
-            loaded = time.perf_counter()
-            batch = self._move(images, self.table.labels[self.rows])
-            self.waited, self.moved = self.waited + loaded - began, self.moved + time.perf_counter() - loaded
-            if len(self.rows): yield batch
+@patch
+def __iter__(self: Loader):
+    jobs, start = self._jobs(), self.batches.start
+    for self.batch in range(start, self.batches.n):
+        began = time.perf_counter()
+        job = next(jobs)
+        images, self.rows, bad = job.images, job.rows, job.bad()
+        if bad: images, self.rows = self._without(bad, images, self.rows)
+        loaded = time.perf_counter()
+        batch = self._move(images, self.table.labels[self.rows])
+        self.waited, self.moved = self.waited + loaded - began, self.moved + time.perf_counter() - loaded
+        if len(self.rows): yield batch
 
-    def _move(self, images, labels):
-        import torch
-        late = self.device.type == 'cuda'  # from pinned memory; elsewhere the source might be gone too early
-        return tuple(v.to(self.device, non_blocking=late) for v in (images, torch.from_numpy(labels)))
+@patch
+def _move(self: Loader, images, labels):
+    import torch
+    late = self.device.type == 'cuda'  # from pinned memory; elsewhere the source might be gone too early
+    return tuple(v.to(self.device, non_blocking=late) for v in (images, torch.from_numpy(labels)))
 
-    def _without(self, bad, images, rows):
-        "Stop at what can't be decoded, or leave it out"
-        names = {str(self.table.items[rows[i]]): why for i, why in bad.items()}
-        self.skipped.update(names)
-        if self.bad == 'stop':
-            item, why = next(iter(names.items()))
-            more = f' (and {len(bad) - 1} more in its batch)' if len(bad) > 1 else ''
-            raise BadImage(f'{item} {why}{more}: mend or remove it, or go on without such images by bad=skip')
-        good = np.setdiff1d(np.arange(len(rows)), list(bad))
-        return images[good], rows[good]
+@patch
+def _without(self: Loader, bad, images, rows):
+    "Stop at what can't be decoded, or leave it out"
+    names = {str(self.table.items[rows[i]]): why for i, why in bad.items()}
+    self.skipped.update(names)
+    if self.bad == 'stop':
+        item, why = next(iter(names.items()))
+        more = f' (and {len(bad) - 1} more in its batch)' if len(bad) > 1 else ''
+        raise BadImage(f'{item} {why}{more}: mend or remove it, or go on without such images by bad=skip')
+    good = np.setdiff1d(np.arange(len(rows)), list(bad))
+    return images[good], rows[good]
 
 # %% ../nbs/01e_loader.ipynb #1859137e
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'FORMAT', 'EMBEDDED', 'QUALITY', 'Pack', 'from_pack', 'source', 'load_images', 'packs_dir', 'pack', 'packs',
            'enough', 'Resident', 'packed', 'in_memory', 'preparation', 'as_prepared']
 
-# %% ../nbs/01d_packs.ipynb #84a5722e
+# %% ../nbs/01d_packs.ipynb #17300ba2
 import hashlib, os, shlex, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
+from fastcore.basics import patch
 
 from .catalog import data_dir, located
 from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
@@ -22,7 +23,7 @@ from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trai
 from .fetch import _amount
 from .runs import InputError, RunFailed, _read_json, _shown, _unknown, _write_json, writing
 
-# %% ../nbs/01d_packs.ipynb #bf4f4f46
+# %% ../nbs/01d_packs.ipynb #c6de95a4
 KINDS = ('jpeg', 'raw')
 FORMAT = 1
 
@@ -76,16 +77,20 @@ class Pack:
         raw = self.index['sha256'].combine_chunks().buffers()[1].to_pybytes()
         return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in places]
 
-    def damage(self):
-        "What is wrong with its files, by their sha-256; None when whole."
-        for name, sha in self.about['files'].items():
-            if not (self.path/name).is_file(): return f'{name} is missing'
-            if _file_sha(self.path/name) != sha: return f'{name} has changed'
-
 def _shard_name(k): return f'images-{k:05d}.arrow'
 
 def _file_sha(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/01d_packs.ipynb #c3389dca
+@patch
+def damage(
+    self: Pack,
+) -> str | None:
+    "What is wrong with its files, by their sha-256; None when whole."
+    for name, sha in self.about['files'].items():
+        if not (self.path/name).is_file(): return f'{name} is missing'
+        if _file_sha(self.path/name) != sha: return f'{name} has changed'
 
 # %% ../nbs/01d_packs.ipynb #7ca1bd73
 def from_pack(
@@ -151,7 +156,7 @@ def _stamps(table, rows):
 
 def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
 
-# %% ../nbs/01d_packs.ipynb #cbb7c0f4
+# %% ../nbs/01d_packs.ipynb #3bf683cc
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
 
 def _batch(table, rows, held):
@@ -180,6 +185,7 @@ def _write_arrow(path, table):
     os.replace(part, path)
     return sha
 
+# %% ../nbs/01d_packs.ipynb #4ade5d8c
 def _whole_shard(part, k, stamps):
     "sha-256 of a file of images that was finished from the same files, else None"
     told = _read_json(part/f'images-{k:05d}.json')
@@ -266,7 +272,7 @@ def _finish(part, whole, table, kind, size, files, rows):
         if side.name not in files: side.unlink()
     return errors
 
-# %% ../nbs/01d_packs.ipynb #918dad5a
+# %% ../nbs/01d_packs.ipynb #05b04469
 def pack(
     data: str | Path,      # a folder of class folders, or a name of the catalog
     size: int = 256,       # shorter side in px; 0 keeps files as they are
@@ -288,6 +294,7 @@ def pack(
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), tell)
 
+# %% ../nbs/01d_packs.ipynb #a7dda34b
 def _build(table, kind, size, folder, workers, tell):
     "Find the pack in `folder`, or make it"
     from filelock import FileLock, Timeout
@@ -359,7 +366,7 @@ def enough(
     "Shorter side that a pack needs for training at `size`: evaluation looks at 7/8 of it; twice the size up to 64 px."
     return 2*size if size <= 64 else -(-8*size//7)
 
-# %% ../nbs/01d_packs.ipynb #89277683
+# %% ../nbs/01d_packs.ipynb #67b1a2e4
 class Resident:
     "Images in memory, shrunk, each kept when it is first asked for: `resident[i]` is uint8 [h, w, 3]."
     def __init__(
@@ -371,6 +378,7 @@ class Resident:
         return self.kept[i]
     def contents(self, places): return contents(self.table.take(places))
 
+# %% ../nbs/01d_packs.ipynb #8ee7dc76
 def _fits(table):
     "Whether the shrunk images take less than half of the memory that is free, here or in this container"
     import psutil
@@ -379,6 +387,7 @@ def _fits(table):
     except (OSError, ValueError): pass  # no container, or one without a limit
     return len(table)*table.presize**2*1.4*3 < free/2
 
+# %% ../nbs/01d_packs.ipynb #c76cfb82
 def packed(
     table: Images,       # any
     size: int,           # side in px at which images are used
@@ -411,6 +420,7 @@ def _wanted(size):
     known = {(a['kind'], a['size']) for a in map(_about, packs())}
     return sorted((k for k in known if k[1] == 0 or k[1] >= enough(size)), key=lambda k: (k[0] != 'raw', k[1] or 1e9))
 
+# %% ../nbs/01d_packs.ipynb #030754a4
 def in_memory(
     table: Images,  # of files
     presize: int,   # shorter side in px
@@ -421,6 +431,7 @@ def in_memory(
     tell(f'images shrunk to {presize} px, ' + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
     return replace(table, pack=Resident(table), places=np.arange(len(table))) if fits else table
 
+# %% ../nbs/01d_packs.ipynb #86e00716
 def preparation(
     table: Images,  # any
 ) -> str:           # '', 'presize-256', 'jpeg-256'
