@@ -13,7 +13,7 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help train test lab export readme clean
+.PHONY: help train test torture lab export readme clean
 
 # $(call environment,EXTRAS): the environment in VENV, made or renewed only when its inputs changed; sets $$bin.
 # Its stamp holds the inputs (packaging files, this checkout, the place of the environment) and the extras it has.
@@ -89,6 +89,10 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + workers - 1) / workers ))} "$$bin/nbdev_test" --n_workers $$workers --timing
 	say "running tests/"
 	"$$bin/python" -m pytest tests -q
+
+torture: ## kill -9 twenty times for each feature of training: does every run end as if undisturbed? (an hour)
+	@$(call environment,all)
+	"$$bin/python" tests/torture.py $(ARGS)
 
 lab: ## open the notebooks in JupyterLab
 	@$(call environment,lab)

@@ -1,21 +1,29 @@
 "What the benchmarks share: rows of ratios to the first contender, the machine, the file of results, the printed table."
 import csv, datetime, operator, os, platform, statistics
 
-def compare(table, values, targets):
-    "One row a contender: median, min and max of its values, and of its ratio to the first contender round by round."
+def compare(table, values, targets, over=False):
+    "One row a contender: median, min, max of its values, of their ratios to the first's (`over`: first's to its)."
     first = next(iter(values.values()))
     for name, own in values.items():
-        ratios = [a/b for a, b in zip(own, first)]
-        row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own),
-                   ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-                   target=targets.get(name, ''))
-        yield {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
+        ratios = [b/a if over else a/b for a, b in zip(own, first)]
+        middle = statistics.median(ratios)
+        yield _row(table, name, own, targets, ratio=middle, ratio_min=min(ratios), ratio_max=max(ratios))
+
+def alone(table, values, targets):
+    "One row a name: median, min and max of its values, which are compared with nothing."
+    for name, own in values.items(): yield _row(table, name, own, targets, ratio='', ratio_min='', ratio_max='')
+
+def _row(table, name, own, targets, **ratios):
+    row = dict(table=table, contender=name, n=len(own), median=statistics.median(own), min=min(own), max=max(own))
+    row |= ratios | {'target': targets.get(name, '')}
+    return {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()} | {'met': met(row)}
 
 def met(row):
     "'yes' or 'no'; '' without a target"
     if not row['target']: return ''
     key, sign, limit = row['target'].split()
-    return 'yes' if {'<=': operator.le, '>=': operator.ge}[sign](row[key], float(limit)) else 'no'
+    holds = {'<=': operator.le, '<': operator.lt, '>=': operator.ge, '>': operator.gt}[sign]
+    return 'yes' if holds(row[key], float(limit)) else 'no'
 
 def machine(device):
     "What the numbers depend on; nothing that names the machine."

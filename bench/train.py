@@ -4,112 +4,30 @@
 
 Prints the table and writes its rows, with the machine, into bench/results/train.csv. See bench/README.md.
 """
-import argparse, contextlib, gc, io, statistics, subprocess, sys, tempfile, time
-from collections import namedtuple
+import argparse, gc, importlib, json, os, subprocess, sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-from tables import compare, machine, save, show
+from peers import GROUP, Task, handwritten, imgexp_fit, parts_seconds, peers, plain_fp32
+from tables import alone, compare, machine, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'bench'/'results'/'train.csv'
-CLASSES, SIZE, BATCH = 10, 64, 64  # classes, px, images a step
-WARM, GROUP = 3, 5  # steps before the clock starts; steps between two looks at it
 
-# ---- What all training contenders share
+# ---- Tables: the parsed command line -> rows
 
-Task = namedtuple('Task', 'images labels device precision')  # uint8 [n, h, w, 3], int64 [n]
+def table_step(args):
+    task = Task('resnet18', 64, 64, args.steps, args.device, 'adamw')
+    seconds = measure({'hand-written loop, same precision': partial(handwritten, task),
+                       'imgexp.train.fit': partial(imgexp_fit, task)}, args)
+    return compare('step', seconds, {'imgexp.train.fit': 'ratio <= 1.05'})
 
-def make_task(steps, device):
-    "Images in memory: one epoch of WARM + `steps` batches."
-    from imgexp.train import choose_precision
-    rng, n = np.random.default_rng(0), BATCH*(WARM + steps)
-    images = rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
-    return Task(images, np.arange(n) % CLASSES, device, choose_precision('auto', device))
-
-class Clock:
-    "Is told of each step done; `seconds` a step: the median over groups of GROUP steps, the first WARM left out."
-    def __init__(self, task): self.device, self.done, self.marks = task.device, 0, []
-    def tick(self):
-        self.done += 1
-        if self.done >= WARM and (self.done - WARM) % GROUP == 0: self.marks.append(self.now())
-    def now(self):
-        if self.device == 'cuda':
-            import torch
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    @property
-    def seconds(self): return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:]))/GROUP
-
-def new_network(task):
-    import torch, torchvision
-    torch.manual_seed(0)
-    return torchvision.models.resnet18(num_classes=CLASSES).to(task.device).train()
-
-# ---- Training contenders: Task -> seconds a step
-
-def imgexp_fit(task):
-    "One epoch of `imgexp.train.fit`, all its parts attached; validation and checkpoint are not timed."
-    from imgexp.data import from_arrays
-    from imgexp.loader import IMAGENET
-    from imgexp.models import build_model
-    from imgexp.runs import start_run
-    from imgexp.train import Part, fit, make_learner
-    class Ticks(Part):
-        order, run_valid = 1000, False  # after every other part
-        def after_batch(self): clock.tick()
-    clock, n = Clock(task), len(task.images)
-    pixels, labels = (np.concatenate([v, v[:BATCH]]) for v in (task.images, task.labels))
-    table = from_arrays(pixels, labels, splits=np.arange(n + BATCH) >= n)  # the last batch again: validation
-    model = build_model('resnet18', CLASSES, size=SIZE, stem='standard')
-    learn = make_learner(table, model, IMAGENET, SIZE, BATCH, 'none', task.precision, device=task.device)
-    learn.add_cb(Ticks())
-    with tempfile.TemporaryDirectory() as root, silent():
-        with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
-            fit(run, learn, epochs=1, optimizer='adamw', lr=1e-3)
-    return clock.seconds
-
-def handwritten(task):
-    "The same work without a framework: uint8 batches, normalized, bf16 autocast, channels last, fused AdamW."
-    import torch
-    import torch.nn.functional as F
-    from imgexp.loader import IMAGENET
-    clock, model = Clock(task), new_network(task).to(memory_format=torch.channels_last)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    images, labels = torch.from_numpy(task.images), torch.from_numpy(task.labels)
-    mean, std = (torch.tensor(v, device=task.device)*255 for v in IMAGENET)
-    for rows in torch.randperm(len(images)).split(BATCH):
-        x, y = (v[rows].to(task.device, non_blocking=True) for v in (images, labels))
-        x = ((x.float() - mean)/std).permute(0, 3, 1, 2)
-        with torch.autocast(task.device, torch.bfloat16, enabled=task.precision == 'bf16'): out = model(x)
-        F.cross_entropy(out.float(), y).backward()
-        opt.step()
-        opt.zero_grad()
-        clock.tick()
-    return clock.seconds
-
-def plain_fp32(task):
-    "A usual script: float32 [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
-    import torch
-    import torch.nn.functional as F
-    clock, model = Clock(task), new_network(task)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images = (torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().float()/255 - 0.45)/0.225
-    labels = torch.from_numpy(task.labels)
-    for rows in torch.randperm(len(images)).split(BATCH):
-        x, y = images[rows].to(task.device), labels[rows].to(task.device)
-        opt.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        opt.step()
-        clock.tick()
-    return clock.seconds
-
-@contextlib.contextmanager
-def silent():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
-
-# ---- Importing contenders: -> seconds of the import, in a fresh process
+def table_plain(args):
+    task = Task('resnet18', 64, 64, args.steps, args.device, 'adamw')
+    seconds = measure({'imgexp.train.fit': partial(imgexp_fit, task),
+                       'plain fp32 loop': partial(plain_fp32, task)}, args)
+    return compare('plain', seconds, {'plain fp32 loop': 'ratio >= 1.6'})
 
 ALONE = 'import torch, torchvision, pandas, matplotlib.pyplot, cv2; from fastai.learner import Learner'
 
@@ -120,53 +38,127 @@ def fresh_import(statement):
     if done.returncode: sys.exit(f'bench: `{statement}` failed: {done.stderr.strip()}')
     return float(done.stdout.split()[-1])
 
-# ---- Tables: name -> (contenders, the first is what the others are compared with; {contender: target})
+def table_imports(args):
+    seconds = measure({'torch, torchvision, Learner, pandas, matplotlib, cv2': partial(fresh_import, ALONE),
+                       'import imgexp.train': partial(fresh_import, 'import imgexp.train'),
+                       'import imgexp': partial(fresh_import, 'import imgexp')}, args)
+    return compare('imports', seconds, {'import imgexp.train': 'ratio <= 1.25', 'import imgexp': 'median <= 0.3'})
 
-def step(task): return {'hand-written loop, same precision': partial(handwritten, task),
-                        'imgexp.train.fit': partial(imgexp_fit, task)}
+SETTINGS = {'rn18-64': ('resnet18', 64, 64), 'rn18-128': ('resnet18', 128, 32), 'rn50-128': ('resnet50', 128, 32),
+            'rn50-224': ('resnet50', 224, 256)}  # network, px, images a step; the last one is for a GPU
 
-def plain(task): return {'imgexp.train.fit': partial(imgexp_fit, task),
-                         'plain fp32 loop': partial(plain_fp32, task)}
+def table_peers(setting, args):
+    "Images a second; ratio: the first contender's over this one's"
+    task = Task(*SETTINGS[setting], args.steps, args.device)
+    found, same = peers(task, args.data), 'hand-written loop, same precision' + ', compile'*(args.device == 'cuda')
+    seconds = measure({name: partial(peer.run, task) for name, peer in found.items()}, args)
+    targets = {same: 'ratio >= 0.971', 'fastai Learner': 'ratio > 1', 'Lightning Trainer': 'ratio > 1'}
+    if args.device == 'cpu': targets['plain fp32 loop'] = 'ratio >= 1.6' if setting == 'rn18-64' else 'ratio >= 2'
+    return compare(f'peers-{setting}', {k: [task.batch/s for s in v] for k, v in seconds.items()}, targets, over=True)
 
-def imports(task): return {'torch, torchvision, Learner, pandas, matplotlib, cv2': partial(fresh_import, ALONE),
-                           'import imgexp.train': partial(fresh_import, 'import imgexp.train'),
-                           'import imgexp': partial(fresh_import, 'import imgexp')}
+def table_memory(setting, args):
+    "Peak of each contender in a fresh process, MB"
+    values = {}
+    for name in peers(Task(*SETTINGS[setting], GROUP, args.device), args.data):
+        command = [sys.executable, __file__, '--only', f'memory-{setting}', '--child', name]
+        command += ['--device', args.device, '--data', args.data]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode: sys.exit(f'bench: {name!r} failed:\n{done.stderr[-2000:]}')
+        values[name] = [json.loads(done.stdout.splitlines()[-1])]
+        print('.', end='', file=sys.stderr, flush=True)
+    return compare(f'memory-{setting}', values, {})
 
-TABLES = {'step': (step, {'imgexp.train.fit': 'ratio <= 1.05'}),
-          'plain': (plain, {'plain fp32 loop': 'ratio >= 1.6'}),
-          'imports': (imports, {'import imgexp.train': 'ratio <= 1.25', 'import imgexp': 'median <= 0.3'})}
+def child(setting, args):
+    "The contender `args.child` in this process: MB at most, less what modules and images take"
+    import psutil
+    task = Task(*SETTINGS[setting], GROUP, args.device)
+    peer = peers(task, args.data)[args.child]
+    for module in peer.imports.split(): importlib.import_module(module)
+    before = psutil.Process().memory_info().rss/1e6
+    peer.run(task)
+    if args.device == 'cuda':
+        import torch
+        return torch.cuda.max_memory_allocated()/1e6
+    return peak() - before
+
+def peak():
+    "The most memory this process has held, MB"
+    try: return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])*1024/1e6
+    except (OSError, IndexError): pass
+    import resource  # on Linux its number would include the parent's
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)
+
+EPOCHS = 10
+
+def table_overhead(args):
+    "Share of a run's time that its checkpoints and its history take, %"
+    setting, values = SETTINGS['rn18-64'], {}
+    step = imgexp_fit(Task(*setting, 2*GROUP, args.device))
+    task = Task(*setting, round(args.minutes*60/EPOCHS/step), args.device)
+    for _ in range(min(args.repeats, 3)):
+        total, spent = parts_seconds(task, EPOCHS)
+        share = {k: 100*spent[k]/total for k in ('checkpoints', 'history')}
+        for name, percent in {'checkpoints and history': sum(share.values()), **share}.items():
+            values.setdefault(f'{name}, % of the time', []).append(percent)
+        print('.', end='', file=sys.stderr, flush=True)
+    return alone('overhead', values, {'checkpoints and history, % of the time': 'median < 2'})
+
+TABLES = {'step': table_step, 'plain': table_plain, 'imports': table_imports,
+          **{f'peers-{s}': partial(table_peers, s) for s in SETTINGS},
+          **{f'memory-{s}': partial(table_memory, s) for s in SETTINGS}, 'overhead': table_overhead}
 
 # ---- Measuring and telling
 
-def measure(contenders, repeats):
+def measure(contenders, args):
     "{contender: seconds of each round}; the contenders take turns, after one round that is not counted."
     seconds = {name: [] for name in contenders}
-    for k in range(repeats + 1):
+    for k in range(args.repeats + 1):
         for name, run in contenders.items():
-            gc.collect()
+            tidy(args.device)
             s = run()
             if k: seconds[name].append(s)
             print('.', end='', file=sys.stderr, flush=True)
     return seconds
 
+def tidy(device):
+    "Nothing of the contender before is left to the next one"
+    gc.collect()
+    if device == 'cuda':
+        import torch
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+def chosen(only, device):
+    "Names of the tables that the words of `only` stand for or begin"
+    if not only: return [t for t in TABLES if '-' not in t or (t.endswith('-224') == (device == 'cuda'))]
+    found = {w: [t for t in TABLES if t == w or t.startswith(f'{w}-')] for w in only.split(',')}
+    if unknown := [w for w, tables in found.items() if not tables]:
+        sys.exit(f"bench: --only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    return [t for tables in found.values() for t in tables]
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', default=','.join(TABLES), help='tables, separated by commas (all: %(default)s)')
+    parser.add_argument('--only', default='', help='tables, or what their names begin with, separated by commas: '
+                        f"{', '.join(TABLES)} (all but -224; on a GPU all but -64 and -128)")
     parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
     parser.add_argument('--steps', type=int, default=30, help='steps timed in a round, a multiple of 5 (%(default)s)')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
+    parser.add_argument('--minutes', type=float, default=2, help='length of a run of the table overhead (%(default)s)')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='(%(default)s)')
+    parser.add_argument('--data', default='', help='a pack: peers and memory get a row of training from it')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
+    parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    names = args.only.split(',')
-    if unknown := set(names) - set(TABLES):
-        parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if args.repeats < 1: parser.error('--repeats must be 1 or more')
     if args.steps < GROUP or args.steps % GROUP: parser.error(f'--steps must be a multiple of {GROUP}')
-    task, rows = make_task(args.steps, args.device), []
+    if args.data: args.data = str(Path(args.data).resolve())
+    if args.device == 'cpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''  # fastai and Keras would take a GPU unasked
+    names, rows = chosen(args.only, args.device), []
+    if args.child: return print(json.dumps(child(names[0].removeprefix('memory-'), args)))
+    if missing := [m for m in ('lightning', 'keras') if not find_spec(m)]:
+        more = f"{' and '.join(missing)} not installed: pip install -e '.[bench,keras]'"
+        if any('-' in n for n in names): parser.error(more)
     for name in names:
-        contenders, targets = TABLES[name]
-        seconds = measure(contenders(task), args.repeats)
-        new = [row | machine(args.device) for row in compare(name, seconds, targets)]
+        new = [row | machine(args.device) for row in TABLES[name](args)]
         if not args.dry: save(new, RESULTS, TABLES)
         rows += new
     print(file=sys.stderr)

@@ -330,10 +330,16 @@ def augment_id(
     except (TypeError, OSError): raw = getattr(augment, '__qualname__', type(augment).__qualname__).encode()  # compiled
     return hashlib.sha256(raw).hexdigest()[:8]
 
-# %% ../nbs/01c_augment.ipynb #5833fdd4
+# %% ../nbs/01c_augment.ipynb #03a447f7
 DRAWS = {'mixup': 1, 'cutmix': 3, 'erase': 5}  # uniform numbers that each needs for an image
 
 def _host(u): return np.asarray(u.cpu() if hasattr(u, 'cpu') else u, float)
+
+def _there(values, x, dtype):
+    "An array as a tensor where `x` is; a GPU is not waited for"
+    import torch
+    out = torch.as_tensor(values, dtype=dtype)
+    return out.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else out.to(x.device)
 
 # %% ../nbs/01c_augment.ipynb #e03a04ee
 def _beta(u, alpha):
@@ -342,23 +348,23 @@ def _beta(u, alpha):
     if not alpha > 0: raise InputError(f'alpha={alpha} is out of range: it must be more than 0')
     return u if alpha == 1 else betaincinv(alpha, alpha, u)
 
-# %% ../nbs/01c_augment.ipynb #d59ed913
+# %% ../nbs/01c_augment.ipynb #90329b5f
 def _targets(y, share, n_classes):
     "`share` of the own class, the rest of the partner's: float32 [n, n_classes]"
     import torch
     y = torch.nn.functional.one_hot(y, n_classes).float() if y.ndim == 1 else y
-    share = torch.as_tensor(share, dtype=torch.float32, device=y.device)[:, None]
+    share = _there(share, y, torch.float32)[:, None]
     return share*y + (1 - share)*y.flip(0)
 
-# %% ../nbs/01c_augment.ipynb #a89e27ec
+# %% ../nbs/01c_augment.ipynb #e2c0a04b
 def _inside(boxes, x):
     "bool [n, 1, h, w]: what lies in each box (top, left, bottom, right: int [n, 4])"
     import torch
-    top, left, bottom, right = torch.as_tensor(boxes, device=x.device).T[..., None, None, None]
+    top, left, bottom, right = _there(boxes, x, torch.int64).T[..., None, None, None]
     ys, xs = torch.arange(x.shape[2], device=x.device)[:, None], torch.arange(x.shape[3], device=x.device)
     return (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
 
-# %% ../nbs/01c_augment.ipynb #f43216ed
+# %% ../nbs/01c_augment.ipynb #05692105
 def mixup(
     x,                  # float [n, 3, h, w]
     y,                  # int64 [n], or soft targets float [n, n_classes]
@@ -369,7 +375,7 @@ def mixup(
     "Each image blended with its partner."
     import torch
     share = _beta(_host(u)[:, 0], alpha)
-    weight = torch.as_tensor(share, dtype=x.dtype, device=x.device)[:, None, None, None]
+    weight = _there(share, x, x.dtype)[:, None, None, None]
     return torch.lerp(x.flip(0), x, weight), _targets(y, share, n_classes)
 
 # %% ../nbs/01c_augment.ipynb #e0396651

@@ -8,6 +8,7 @@ __all__ = ['app', 'runs_app', 'Json', 'Name', 'data_app', 'DataName', 'STOPPED',
 
 # %% ../nbs/90_cli.ipynb #775b639b
 import inspect, json, os, signal, sys, traceback
+from collections import deque
 from pathlib import Path
 from typing import Annotated, List, Optional
 
@@ -173,24 +174,31 @@ def data_check(
     for path in filter(None, (csv, sheet)): _say(f'{path} written')
     if strict and len(report): raise typer.Exit(1)
 
-# %% ../nbs/90_cli.ipynb #ee99ab46
+# %% ../nbs/90_cli.ipynb #922579d4
 _METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
 
 def _train_options():
-    "`imgexp.train.train` with its documented parameters as options"
+    "`imgexp.train.train` with its documented parameters as options, and --seeds"
     from fastcore.docments import docments
     from imgexp.train import train as experiment
     docs, signature = docments(experiment), inspect.signature(experiment)
     def option(p):  # as text: one place, `check_params`, converts and refuses
-        about = typer.Option('--' + p.name.replace('_', '-'), help=docs[p.name], metavar=_METAVAR[p.annotation])
-        return p.replace(annotation=Annotated[str, about], default=str(p.default))
+        about = typer.Option('--' + p.name.replace('_', '-'), help=docs[p.name], metavar=_METAVAR[p.annotation], show_default=str(p.default) or False)
+        return p.replace(annotation=Annotated[Optional[str], about], default=None)
+    seeds = typer.Option('--seeds', min=1, help='So many runs, each with the next seed; then mean and standard deviation.')
     options = [option(p) for p in signature.parameters.values()]
-    def train(**kw):
-        signal.signal(signal.SIGTERM, _terminated)
-        run = experiment(**kw)
-        for k, v in [('run', _shown(run.dir)), *_headline(run)]: print(f'{k:<11}{v}')
+    options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds], default=1))
+    def train(seeds, **kw): _run_training({k: v for k, v in kw.items() if v is not None}, seeds)
     train.__signature__, train.__doc__ = signature.replace(parameters=options, return_annotation=None), experiment.__doc__
     return train
+
+def _run_training(given, seeds):
+    from imgexp.train import over_seeds, run_experiment, train_seeds
+    signal.signal(signal.SIGTERM, _terminated)
+    runs = train_seeds(seeds, given, given) if seeds > 1 else [run_experiment(given, given)]
+    if int(os.environ.get('RANK') or 0): return  # the first process tells
+    if seeds > 1: return print(over_seeds(runs).to_string(na_rep=''))
+    for k, v in [('run', _shown(runs[0].dir)), *_headline(runs[0])]: print(f'{k:<11}{v}')
 
 @app.command('train')
 def _train(): "Train one network on one data set; `imgexp train --help` lists the parameters."
@@ -224,7 +232,37 @@ def predict(
     failed = table.error.notna().sum()
     if failed: _say(f'{failed} of {len(table)} images could not be read: see the column error')
 
-# %% ../nbs/90_cli.ipynb #6f3333e2
+# %% ../nbs/90_cli.ipynb #b74f786f
+def _paired(args):
+    "The command line of `batch` with each `-p NAME V1,V2` as `-p NAME=V1,V2`"
+    out, left = [], deque(args)
+    while left:
+        out.append(left.popleft())
+        if out[-1] in ('-p', '--parameter') and left and '=' not in left[0]: out.append('='.join([left.popleft(), *([left.popleft()] if left else [])]))
+    return out
+
+def _grid(texts):
+    for t in texts:
+        if not t.partition('=')[2]: raise InputError(f'-p {t}: give a name and its values: -p seed 0,1,2')
+    return {k: v for k, _, v in (t.partition('=') for t in texts)}
+
+@app.command('batch')
+def _batch(
+    notebook: Annotated[str, typer.Argument(help='An experiment, as 03_train, or the path of a notebook.')],
+    parameter: Annotated[Optional[List[str]], typer.Option('--parameter', '-p', metavar='NAME V1,V2,…', help='A parameter and its values; may be repeated. Every combination is run.')] = None,
+    jobs: Annotated[int, typer.Option(min=1, help='Runs at once; they share the threads and the GPUs.')] = 1,
+    retry: Annotated[bool, typer.Option('--retry', help='Run those again that failed.')] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only tell what would be done, and how long it would take.')] = False,
+    as_json: Json = False,
+):
+    "Run a notebook for each combination of values; the same command repeats nothing that is finished."
+    from imgexp.batch import batch, table
+    signal.signal(signal.SIGTERM, _terminated)
+    found = batch(notebook, _grid(parameter or []), jobs, retry, dry_run, tell=_say)
+    _print_table(found.table() if dry_run else table(found), as_json)
+    if not dry_run and any(r.state == 'failed' for r in found): raise typer.Exit(1)
+
+# %% ../nbs/90_cli.ipynb #030c074e
 STOPPED = 75  # stopped, and the same command continues (sysexits.h: EX_TEMPFAIL)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
@@ -248,8 +286,10 @@ def main(
 ) -> int:  # exit status
     "The `imgexp` command."
     args = sys.argv[1:] if args is None else list(args)
+    if int(os.environ.get('WORLD_SIZE') or 1) > 1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a warning in each process
     command = typer.main.get_command(app)
     try:
+        if args[:1] == ['batch']: args = _paired(args)
         if args[:1] == ['train']:
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_train_options())

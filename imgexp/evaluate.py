@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trained', 'load_run']
 
-# %% ../nbs/04_evaluate.ipynb #27eefc89
+# %% ../nbs/04_evaluate.ipynb #6f8662ae
 import os
 from html import escape
 from pathlib import Path
@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from .checkpoints import read_index, read_weights, weights_kind
 from .data import Images, _images_below, table_id
+from .learner import best_device, choose_precision
 from .loader import Loader, Pictures
-from .packs import as_prepared, load_images
 from .metrics import score
 from .models import build_model
+from .packs import as_prepared, load_images
 from .runs import InputError, find_run, project_root
-from .train import best_device, choose_precision, predict as _predict_loader, read_index, read_weights
+from .train import predict as _predict_loader
 
-# %% ../nbs/04_evaluate.ipynb #862fd882
+# %% ../nbs/04_evaluate.ipynb #fe7860ea
 class Trained:
     "A run's network, ready to be evaluated and to label images."
     def __init__(
@@ -42,30 +44,35 @@ class Trained:
     def _repr_html_(self):
         return self.run._repr_html_() + escape(f'{self.about["arch"]} at {self.size} px, {len(self.classes)} classes, {self.checkpoint}')
 
-def _pick(run, checkpoint):
-    "Name of the checkpoint that is meant"
-    index = read_index(run)
-    names = {'last': index['last'], 'best': index['best'][0]['name'] if index['best'] else None}
+def _pick(run, index, checkpoint):
+    "Path of the checkpoint that is meant, or of weights alone"
+    names, folder = {'last': index['last'], 'best': index['best'][0]['name'] if index['best'] else None}, run.dir/'checkpoints'
     name = names.get(checkpoint, checkpoint)
-    if name and (run.dir/'checkpoints'/name).is_dir(): return name
-    have = ', '.join([k for k, v in names.items() if v] + sorted(d.name for d in (run.dir/'checkpoints').glob('step-*')))
+    for path in (folder/name, folder/f'{name}.safetensors') if name else ():
+        if path.exists(): return path
+    have = ', '.join([k for k, v in names.items() if v] + sorted(p.stem for g in ('step-*', 'weights-*') for p in folder.glob(g)))
     raise InputError(f'run {run.name} has no checkpoint {checkpoint!r}: ' + (f'choose one of {have}' if have else 'it finished no epoch yet'))
+
+def _precision(run, device):
+    "The run's own where this device offers it, or else what it does best"
+    try: return choose_precision(run.params.get('precision', 'auto'), device)
+    except InputError: return choose_precision('auto', device)
 
 def load_run(
     name: str = '',           # a run's name, an unambiguous part of it, or its directory; '' is the newest finished run
-    checkpoint: str = 'best', # 'best', 'last', or a checkpoint's name
+    checkpoint: str = 'best', # 'best', 'last', or the name of a checkpoint or of weights alone (weights-0002)
     device: str = '',         # 'cuda', 'mps', 'cpu'; '' chooses
     root: str | Path | None = None, # the project; found by default
 ) -> Trained:
-    "A run's network with its best weights; raises `InputError` where there is no such run or checkpoint."
+    "A run's network with its best weights (their averages where those were judged); raises `InputError` where there is no such run or checkpoint."
     folder = Path(root or project_root())/'runs'
     run = find_run(name, folder) if name else _newest_finished(folder)
-    weights, about = read_weights(run.dir/'checkpoints'/_pick(run, checkpoint))
+    index = read_index(run)
+    weights, about = read_weights(_pick(run, index, checkpoint), weights_kind(index['by']))
     model = build_model(about['arch'], len(about['classes']), size=about['size'], stem=about['stem'])
     model.load_state_dict(weights)
     device = device or best_device()
-    precision = choose_precision(run.params.get('precision', 'auto'), device)
-    return Trained(run, model.to(device).eval(), about, checkpoint, device, precision)
+    return Trained(run, model.to(device).eval(), about, checkpoint, device, _precision(run, device))
 
 def _newest_finished(folder):
     names = sorted((d.name for d in folder.glob('*') if (d/'metrics.json').is_file()), reverse=True) if folder.is_dir() else []

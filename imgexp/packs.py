@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'FORMAT', 'EMBEDDED', 'QUALITY', 'Pack', 'from_pack', 'source', 'load_images', 'packs_dir', 'pack', 'packs',
            'enough', 'Resident', 'packed', 'in_memory', 'preparation', 'as_prepared']
 
-# %% ../nbs/01d_packs.ipynb #17300ba2
+# %% ../nbs/01d_packs.ipynb #28d2e243
 import hashlib, os, shlex, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,9 +21,9 @@ from .catalog import data_dir, located
 from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
                          keep_classes, read, shapes, shrink, stored, with_valid)
 from .fetch import _amount
-from .runs import InputError, RunFailed, _read_json, _shown, _unknown, _write_json, writing
+from .runs import InputError, RunFailed, _read_json, _sha256, _shown, _unknown, _write_json, writing
 
-# %% ../nbs/01d_packs.ipynb #c6de95a4
+# %% ../nbs/01d_packs.ipynb #5465877d
 KINDS = ('jpeg', 'raw')
 FORMAT = 1
 
@@ -79,10 +79,7 @@ class Pack:
 
 def _shard_name(k): return f'images-{k:05d}.arrow'
 
-def _file_sha(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-# %% ../nbs/01d_packs.ipynb #c3389dca
+# %% ../nbs/01d_packs.ipynb #35c76cec
 @patch
 def damage(
     self: Pack,
@@ -90,7 +87,7 @@ def damage(
     "What is wrong with its files, by their sha-256; None when whole."
     for name, sha in self.about['files'].items():
         if not (self.path/name).is_file(): return f'{name} is missing'
-        if _file_sha(self.path/name) != sha: return f'{name} has changed'
+        if _sha256(self.path/name) != sha: return f'{name} has changed'
 
 # %% ../nbs/01d_packs.ipynb #7ca1bd73
 def from_pack(
@@ -156,7 +153,7 @@ def _stamps(table, rows):
 
 def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
 
-# %% ../nbs/01d_packs.ipynb #3bf683cc
+# %% ../nbs/01d_packs.ipynb #27d3bdf9
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
 
 def _batch(table, rows, held):
@@ -181,16 +178,16 @@ def _write_arrow(path, table):
         f.write(whole)
         f.flush()
         os.fsync(f.fileno())
-    if _file_sha(part) != sha: raise RunFailed(f'{_shown(path)} reads back differently: the disk may be failing')
+    if _sha256(part) != sha: raise RunFailed(f'{_shown(path)} reads back differently: the disk may be failing')
     os.replace(part, path)
     return sha
 
-# %% ../nbs/01d_packs.ipynb #4ade5d8c
+# %% ../nbs/01d_packs.ipynb #e5ba925f
 def _whole_shard(part, k, stamps):
     "sha-256 of a file of images that was finished from the same files, else None"
     told = _read_json(part/f'images-{k:05d}.json')
     if not told or told['stamps'] != stamps or not (part/_shard_name(k)).is_file(): return None
-    return told['sha256'] if _file_sha(part/_shard_name(k)) == told['sha256'] else None
+    return told['sha256'] if _sha256(part/_shard_name(k)) == told['sha256'] else None
 
 def _make_shard(part, table, kind, k, rows, pool, tick):
     "File k of images, made or found; its sha-256"

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NOT_IN_ID', 'TRACK', 'HISTORY', 'BEAT', 'STALE', 'InputError', 'RunBusy', 'RunFailed', 'project_root', 'Params',
            'check_params', 'params', 'set_seed', 'seeds', 'writing', 'run_id', 'git_commit', 'environment', 'Tracker',
-           'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'disk_use', 'runs', 'remove_run', 'prune_runs']
+           'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'Stopped', 'asked_to_stop', 'duration',
+           'disk_use', 'runs', 'remove_run', 'prune_runs']
 
 # %% ../nbs/00_runs.ipynb #757061f7
 import ast, atexit, csv, difflib, errno, hashlib, importlib.metadata, io, json, math, numbers, os, platform, random
-import re, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
+import re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, weakref
 from contextlib import contextmanager
 from datetime import datetime
 from html import escape
@@ -46,7 +47,7 @@ def _shown(path):
         if path.is_relative_to(base): return str(path.relative_to(base))
     return path.name
 
-# %% ../nbs/00_runs.ipynb #638600f1
+# %% ../nbs/00_runs.ipynb #d3e44070
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 _WORDS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
@@ -62,6 +63,13 @@ def _convert(value, kind):
     return int(value) if isinstance(value, int) else int(number) if number.is_integer() else _refuse()
 
 def _refuse(): raise ValueError
+
+def _sha256(path):
+    "Hex digest of a file's contents"
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20): digest.update(chunk)
+    return digest.hexdigest()
 
 # %% ../nbs/00_runs.ipynb #b94ec83a
 def _check(name, value, allowed):
@@ -203,8 +211,10 @@ def _read_json(path):
     except (OSError, ValueError): return None
     return value if isinstance(value, dict) else None
 
-# %% ../nbs/00_runs.ipynb #3bb6cd2c
-NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack')  # a pack shows in `depends` where it changes what the network sees
+# %% ../nbs/00_runs.ipynb #0a7408fc
+NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack',  # a pack shows in `depends` where it changes what the network sees
+             'recipe',  # its values are parameters
+             'max_minutes', 'keep_best', 'keep_every', 'keep_weights', 'upload')
 
 def run_id(
     notebook: str,  # '03_train'
@@ -252,7 +262,7 @@ def _track_mode(track):
     except (OSError, netrc.NetrcParseError): saved = None
     return 'online' if os.environ.get('WANDB_API_KEY') or saved else 'offline'
 
-# %% ../nbs/00_runs.ipynb #c099bd1c
+# %% ../nbs/00_runs.ipynb #079a11db
 class Tracker:
     "Sends a run's history, metrics and figures to Weights & Biases; a failure ends the tracking, never the run."
     def __init__(
@@ -284,6 +294,15 @@ class Tracker:
         def send():
             import wandb
             self.wb.log({f'figures/{name}': wandb.Image(str(path))})
+        if self.wb: self._try(send)
+
+    def artifact(self, folder):
+        "Send a checkpoint's files, under the run's name"
+        def send():
+            import wandb
+            artifact = wandb.Artifact(f'{self.wb.id}-checkpoint', 'model', metadata={'checkpoint': folder.name})
+            artifact.add_dir(str(folder))
+            self.wb.log_artifact(artifact)
         if self.wb: self._try(send)
 
     def finish(self, metrics, failed=False):
@@ -612,18 +631,48 @@ def start_run(
         if guard is None: raise RunBusy(f'{_shown(folder)} is locked by another process: try again')
         try:
             run = _choose(folder, notebook, id, params, depends, params.get('resume', 'auto'))
-            if run.finished: return run
+            if run.finished: return _tell(run, 'reused')
             far = run.status.get('host', socket.gethostname()) != socket.gethostname() and run.alive()
             lock = None if far else _take(run.dir/'lock')
-            if lock: return run._begin(lock, params.get('track', 'auto'))
+            if lock: return _tell(run._begin(lock, params.get('track', 'auto')), 'begun')
         finally: guard.release()
         if far or time.monotonic() > until: raise _busy(run)
         time.sleep(0.25)
+
+def _tell(run, how):
+    "Tell a launcher, in the file that it names, which run this process has; gives the run back"
+    if os.environ.get('IMGEXP_TELL'):
+        with open(os.environ['IMGEXP_TELL'], 'a') as f: f.write(f'{run.dir.resolve()}\t{how}\n')
+    return run
 
 def _busy(run):
     s = run.status
     return RunBusy(f"run {run.name} belongs to process {s.get('pid')} on {s.get('host')} "
                    f"(since {s.get('started')}): wait for it, stop it, or give resume=never for a run of its own")
+
+# %% ../nbs/00_runs.ipynb #140fb2df
+class Stopped(KeyboardInterrupt):
+    "What was asked to stop did so, and the same call continues."
+
+@contextmanager
+def asked_to_stop(): # yields a list that holds the reason once somebody asked
+    "Turn SIGINT and SIGTERM into a request, while in the main thread; the second SIGINT interrupts at once."
+    asked, old = [], {}
+    def ask(number, frame):
+        if asked and number == signal.SIGINT: raise KeyboardInterrupt
+        asked.append('interrupted' if number == signal.SIGINT else 'terminated')
+    if threading.current_thread() is threading.main_thread():
+        for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, ask)
+    try: yield asked
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
+# %% ../nbs/00_runs.ipynb #17595755
+def duration(
+    seconds: float, # 0 and up
+) -> str: # '42 s', '3.5 min', '2.1 h'
+    "Seconds as people say them."
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.1f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/00_runs.ipynb #4a7a6b24
 def disk_use(

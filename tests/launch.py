@@ -14,8 +14,9 @@ def reap(*_):
         try: pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError: return
         if pid == 0: return
-        with open(f'{where}/part', 'w') as f: f.write(str(os.waitstatus_to_exitcode(status)))
-        os.rename(f'{where}/part', numbers.pop(pid))
+        part = f'{where}/{pid}.part'  # its own: another child may end while this is written
+        with open(part, 'w') as f: f.write(str(os.waitstatus_to_exitcode(status)))
+        os.rename(part, numbers.pop(pid))
 where, numbers = sys.argv[1], {}
 signal.signal(signal.SIGCHLD, reap)
 print('ready', flush=True)

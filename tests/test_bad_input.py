@@ -72,6 +72,21 @@ WRONG = {
     'idx cut short': ('--data cutidx', r'train-images-idx3-ubyte.* is cut short'),
     'unknown arch': ('--arch resnet81', r"arch='resnet81' is not known.*resnet18"),
     'small for alexnet': ('--arch alexnet --size 32', r'size=32: alexnet needs'),
+    'unknown recipe': ('--recipe rn50-fcv-16', r"recipe='rn50-fcv-16' is not known: choose one of .*rn50-ffcv-16"),
+    "a recipe's rate for another optimizer": ('--recipe scratch-small --optimizer adamw', r"optimizer='adamw': the learning rate of recipe=scratch-small is for sgd: give lr too"),
+    'recipe and extend': ('--recipe quick --extend nothing', r"no run 'nothing'"),
+    'extend no run': ('--extend 2019', r"no run '2019' in .*imgexp runs ls"),
+    'warm-up without an end': ('--warmup 2', r'warmup=2 .*less than epochs=2'),
+    'sizes no multiples': ('--sizes 33-64', r"sizes='33-64' has 33, .*multiples of 32"),
+    'sizes for a transformer': ('--arch vit_b_32 --size 32 --sizes 64', r"sizes='64': vit_b_32 takes images of one size"),
+    'sizes too small': ('--arch alexnet --size 64 --sizes 32', r'size=32: alexnet needs'),
+    'fp16 on the processor': ('--precision fp16', r"precision='fp16' is not for cpu: choose fp32 or bf16"),
+    'best by what is not averaged': ('--best-by ema_top1', r"best_by='ema_top1' needs averaged weights: give ema"),
+    'no epochs': ('--keep-weights 1,b', r"keep_weights='1,b' .*separated by commas"),
+    'no seeds': ('--seeds 0', r'--seeds.*imgexp train --help'),
+    'negative time': ('--max-minutes -1', r'max_minutes=-1.0 .*at least 0'),
+    'drop_path 1': ('--drop-path 1', r'drop_path=1.0 .*less than 1'),
+    'drop_path without branches': ('--arch squeezenet1_1 --size 32 --drop-path 0.1', r'drop_path=0.1: squeezenet1_1'),
     'retrain too many blocks': ('--retrain 99', r'retrain=99: .*blocks'),
     'weights of another architecture': ('--arch squeezenet1_1 --size 32 --weights compact.pth', r'compact.pth.* not those of arch=squeezenet1_1'),
     'weights cut short': ('--weights cut.pth', r"weights='cut.pth' is damaged or no weights file.*fetch or save it again"),
@@ -169,10 +184,10 @@ def test_an_undecodable_test_image_keeps_the_training(launcher, project):
 
 def test_a_loss_that_is_no_number(launcher, project):
     args = ['train', *SMALL, '--data', tree(project/'data', 10), '--optimizer', 'sgd', '--lr', '100', '--precision', 'fp32']
-    before = ('real = imgexp.train.F.cross_entropy\n'
-              'imgexp.train.F.cross_entropy = lambda *a, **k: real(*a, **k)*float("nan")')
+    before = ('real = imgexp.learner.F.cross_entropy\n'
+              'imgexp.learner.F.cross_entropy = lambda *a, **k: real(*a, **k)*float("nan")')
     job = launcher.imgexp(*args, root=project, before=before)
-    failed(job, project, r'train_loss is nan in epoch 1: try a smaller lr \(now 100\)')
+    failed(job, project, r'train_loss is not finite in epoch 1, batch 1: try a smaller lr \(now 4\), clip=1, or precision=fp32')
     assert 'Traceback' not in job.err
 
 def test_an_error_of_the_program_is_told_with_its_traceback(launcher, project):
@@ -261,7 +276,7 @@ def test_disk_full_while_a_checkpoint_is_written(launcher, disk, shelf, undistur
     left = {'model.safetensors': weights//2, 'state.pt': weights + state//2, 'COMMITTED.json': weights + state,
             'index.json': weights + state + 4096}[place]
     fill = f'''
-import imgexp.train as t
+import imgexp.checkpoints as t
 real = t.write_checkpoint
 def write(folder, *args):
     if t.Path(folder).glob('step-*') and len(list(t.Path(folder).glob('step-*'))) == 1 and not t.Path({str(disk.path)!r}, 'filler').exists():

@@ -9,8 +9,9 @@ from pictures import CLASSES, tree
 
 pytestmark = pytest.mark.usefixtures('project')
 EPOCHS, BATCHES = 6, 8  # 160 images, a fifth of them for validation, 16 a batch
-GIVEN = dict(size=12, epochs=EPOCHS, batch_size=16, augment='trivial', flip='alternating', mixup=0.2, cutmix=1.0, erase=0.25, track='off')
-VARIES = ['seconds', 'img_per_s', 'peak_mem_mb']
+GIVEN = dict(size=12, epochs=EPOCHS, batch_size=16, augment='trivial', flip='alternating', mixup=0.2, cutmix=1.0, erase=0.25,
+             ema=0.9, micro_batch=6, clip=1.0, label_smoothing=0.1, schedule='cosine', warmup=0.5, track='off')
+VARIES = ['seconds', 'img_per_s', 'peak_mem_mb', 'checkpoint_mb', 'checkpoint_s']
 
 def options(data, **more): return ['train', *(f'--{k.replace("_", "-")}={v}' for k, v in (GIVEN | {'data': data, 'workers': 0} | more).items())]
 def injected(data): return [a for k, v in (GIVEN | {'data': data, 'workers': 0}).items() for a in ('-p', k, v)]
@@ -35,7 +36,7 @@ def committed(run):
     "What the last checkpoint holds: file name to sha-256, and the history without times."
     last = json.loads((run/'checkpoints/index.json').read_text())['last']
     files = json.loads((run/'checkpoints'/last/'COMMITTED.json').read_text())['files']
-    return files['model.safetensors']['sha256'], pd.read_csv(run/'history.csv').drop(columns=VARIES, errors='ignore')
+    return files['model.safetensors']['sha256'] + files['ema.safetensors']['sha256'], pd.read_csv(run/'history.csv').drop(columns=VARIES, errors='ignore')
 
 def state(run):
     import torch
@@ -80,12 +81,12 @@ HOLD = '''
 import os, sys, threading, time
 def hold():
     while not hasattr(sys.modules.get('imgexp.loader'), 'Loader'): time.sleep(0.01)
-    Loader, seen = sys.modules['imgexp.loader'].Loader, []
+    Loader, seen = sys.modules['imgexp.loader'].Loader, set()
     real = Loader.__iter__
     def batches(self):
         for batch in real(self):
             if self.split == 'train' and self.table.root:
-                seen.append(batch)
+                seen.add((self.batches.epoch, self.batch))  # after an epoch some are shown again, to measure statistics
                 if len(seen) == {after} + 1:
                     open('holding', 'w').write(str(os.getpid()))
                     while not os.path.exists('go'): time.sleep(0.02)
@@ -188,15 +189,16 @@ def test_sigkill_where_chance_matters(launcher, project, data, given):
 def test_sigkill_while_a_checkpoint_is_written(launcher, project, data, undisturbed, name):
     "At each of its files; what was half-written is passed over and cleared away."
     before = f'''
-import imgexp.train as t, imgexp.runs as r
+import imgexp.runs as r, safetensors.torch as st, torch
+from pathlib import Path
 def die(path):
-    if os.path.basename(path) == {name!r} and len(list(t.Path(path).parent.parent.glob('**/COMMITTED.json'))) >= 3:
+    if os.path.basename(path) == {name!r} and len(list(Path(path).parent.parent.glob('**/COMMITTED.json'))) >= 3:
         open(path, 'ab').write(b'half'); os.kill(os.getpid(), signal.SIGKILL)
 def wrapped(f, which):
     def g(*args, **kw): die(getattr(args[which], 'name', args[which])); return f(*args, **kw)
     return g
-t.safetensors.torch.save_file = wrapped(t.safetensors.torch.save_file, 1)
-t.torch.save = wrapped(t.torch.save, 1)
+st.save_file = wrapped(st.save_file, 1)
+torch.save = wrapped(torch.save, 1)
 r._write = wrapped(r._write, 0)
 '''
     job = launcher.imgexp(*options(data), root=project, before=before)
@@ -241,7 +243,9 @@ def test_asked_to_stop_outside_the_loop(launcher, project, data, undisturbed, wh
     before = f'''
 import imgexp.train as t
 def {where}(*args, **kw): os.kill(os.getpid(), signal.SIGTERM); signal.pause()
-t.{where} = {where}'''
+t.{where} = {where}''' if where != 'find_lr' else '''
+import imgexp.train as t
+t._Sweep.before_batch = lambda self: os.kill(os.getpid(), signal.SIGTERM)'''
     job = launcher.imgexp(*args, root=project, before=before)
     assert job.wait() == 75, job.err
     assert last_line(job.err).startswith('terminated')
@@ -268,7 +272,7 @@ def test_interrupting_the_kernel(project, data, holding, undisturbed):
             found = run(source)
             assert found['status'] == 'ok', found
         rest = [c.source for c in cells[first + 1:] if 'project.cleanup' not in c.source]
-        training = next(i for i, c in enumerate(rest) if re.search(r'(?m)^best = fit\(', c))
+        training = next(i for i, c in enumerate(rest) if re.search(r'(?m)^best = fit_as\(', c))
         for source in rest[:training]:
             found = run(source)
             assert found['status'] == 'ok', found

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
+from torchvision.ops import StochasticDepth
 
 from imgexp import models
-from imgexp.models import (archs, blocks, build_model, compact_resnet, param_groups, set_retrain, summary,
-                           trained_params, weights_id)
+from imgexp.models import (CompactResNet, archs, blocks, build_model, compact_resnet, drop_probs, param_groups,
+                           set_drop_path, set_retrain, summary, trained_params, weights_id)
 from imgexp.runs import InputError
 
 WEIGHTS = Path(__file__).resolve().parents[2]/'shared'/'weights'
@@ -399,6 +400,122 @@ def test_summary_leaves_the_model_as_it_was():
     assert [m.training for m in model.modules()] == before and torch.backends.mha.get_fastpath_enabled()
     assert info.size == 64 and info.trained == sum(p.numel() for p in trained_params(model)) < info.params
     assert '<table>' in info._repr_html_() and 'conv_proj' in repr(info)
+
+# --- stochastic depth ------------------------------------------------------------------------------------------------
+
+PLAIN = 'alexnet', 'densenet', 'googlenet', 'inception', 'shufflenet', 'squeezenet', 'vgg' # nothing is added to a shortcut
+
+def hooked(model): return [h.p for m in model.modules() for h in m._forward_hooks.values() if hasattr(h, 'p')]
+
+def depths(model): return [m.p for m in model.modules() if isinstance(m, StochasticDepth)]
+
+@pytest.mark.parametrize('arch', archs())
+def test_drop_path_grows_from_0_or_is_refused(arch):
+    model = shapes(arch, 7, size=size_of(arch))
+    keys = list(model.state_dict())
+    if arch.startswith(PLAIN):
+        with pytest.raises(InputError, match=f'{arch} has no residual branches') as e: set_drop_path(model, 0.1)
+        assert one_line(str(e.value)) and set_drop_path(model, 0) is model and not drop_probs(model)
+        return
+    probs = list(drop_probs(set_drop_path(model, 0.1)).values())
+    assert probs == pytest.approx([0.1*i/(len(probs) - 1) for i in range(len(probs))]) and len(probs) > 2
+    assert {0., *depths(model), *hooked(model)} == {*probs} and list(model.state_dict()) == keys
+    set_drop_path(set_drop_path(model, 0.2), 0)
+    assert not any([*drop_probs(model).values(), *depths(model)]) and not hooked(model)
+
+@pytest.mark.parametrize('arch, rate', [('convnext_tiny', 0.1), ('swin_t', 0.2), ('swin_v2_t', 0.2), ('maxvit_t', 0.2)])
+def test_drop_path_is_torchvisions(arch, rate):
+    model = shapes(arch, 7)
+    own, named = depths(model), drop_probs(model)
+    assert max(own) == rate and depths(set_drop_path(model, rate)) == pytest.approx(own)
+    assert drop_probs(model) == pytest.approx(named)
+
+def test_drop_path_of_build_model():
+    assert max(drop_probs(shapes('efficientnet_b0', 7)).values()) == 0.2*14/16 # as published
+    assert max(drop_probs(shapes('efficientnet_b0', 7, drop_path=0.2)).values()) == 0.2
+    assert not any(depths(shapes('efficientnet_b0', 7, drop_path=0.)))
+    assert not hooked(shapes('resnet18', 7)) and max(hooked(shapes('resnet18', 7, drop_path=0.3))) == 0.3
+    for rate in (-0.5, 1., float('nan')): refused(f'drop_path={rate}: a probab', 'compact_resnet', 7, drop_path=rate)
+    refused('squeezenet1_1 has no residual', 'squeezenet1_1', 7, drop_path=0.1)
+
+def passes(model, x, seed=0):
+    "What residual branches give in a forward pass, in order, and the logits."
+    seen = []
+    handles = [m.register_forward_hook(lambda m, args, out: seen.append(out.clone())) # `+=` may follow
+               for ends in models._residuals(model).values() for m in ends]
+    torch.manual_seed(seed)
+    with torch.no_grad(): logits = model(x)
+    for h in handles: h.remove()
+    return seen, logits
+
+def lost(branch): return ~branch.flatten(1).any(1) # by image
+
+@pytest.mark.parametrize('arch, size', [
+    ('resnet18', 64), ('resnet50', 64), ('compact_resnet', 32), ('mobilenet_v2', 64), ('mobilenet_v3_small', 64),
+    ('mnasnet0_5', 64), ('regnet_y_400mf', 64), ('vit_b_32', 64), ('convnext_tiny', 64), ('efficientnet_b0', 64),
+    ('efficientnet_v2_s', 64), ('swin_t', 64), ('swin_v2_t', 64), ('maxvit_t', 224)])
+def test_a_dropped_block_is_its_shortcut(arch, size, monkeypatch):
+    "With all branches dropped, each kind of block gives what it gets (after a ReLU, so ReLU changes nothing)."
+    small = dict(compact_resnet=CompactResNet(3, (1, 1, 1), (32, 32, 32)),
+                 vit_b_32=VisionTransformer(64, 32, 2, 2, 32, 64, num_classes=3))
+    model, seen = (small.get(arch) or build_model(arch, 3, size=size)).train(), []
+    for m in model.modules():
+        if isinstance(m, NORMS): nn.init.ones_(m.weight), nn.init.ones_(m.bias) # or branches may be zero anyway
+    for name, ends in models._residuals(model).items():
+        for m in ends: models._drop(m, 1 - 1e-9)
+        model.get_submodule(name).register_forward_hook(lambda m, x, y: seen.append((type(m), x[0].clone(), y)))
+    with torch.no_grad(): model(torch.randn(2, 3, size, size))
+    whole = [(kind, x.equal(y)) for kind, x, y in seen if x.shape == y.shape]
+    assert all(same for _, same in whole)
+    assert {kind for kind, _ in whole} == {type(m) for m in model.modules()} & set(models._BRANCHES)
+
+def test_drop_path_is_by_image_scaled_and_seeded():
+    model, x = build_model('resnet18', 10, size=32, drop_path=0.5).train(), torch.randn(16, 3, 32, 32)
+    once, again, other = passes(model, x), passes(model, x), passes(model, x, 1)
+    assert once[1].equal(again[1]) and not once[1].equal(other[1])
+    assert not lost(once[0][0]).any() and 0 < lost(once[0][-1]).sum() < 16
+    assert not lost(other[0][-1]).equal(lost(once[0][-1]))
+    block, z = model.layer4[1], torch.randn(16, 512, 4, 4)
+    dropped = passes(nn.Sequential(block), z)[0][0]
+    models._drop(block.bn2, 0.)
+    stays, whole = ~lost(dropped), passes(nn.Sequential(block), z)[0][0]
+    assert 0 < stays.sum() < 16 and torch.allclose(dropped[stays], 2*whole[stays])
+
+@pytest.mark.parametrize('arch', ['resnet18', 'convnext_tiny', 'mobilenet_v3_small'])
+@pytest.mark.parametrize('first', ['retrain', 'drop_path'])
+def test_frozen_blocks_do_not_drop(arch, first):
+    model, k = build_model(arch, 10, size=64), 3
+    for what in (('retrain', 'drop_path') if first == 'retrain' else ('drop_path', 'retrain')):
+        set_retrain(model, k) if what == 'retrain' else set_drop_path(model, 0.9)
+    for m in model.train().modules(): m.train()
+    trained = {b.name for b in blocks(model)[-1 - k:]}
+    frozen = [name not in trained for name in drop_probs(model)]
+    seen = passes(model, torch.randn(16, 3, 64, 64))[0]
+    assert 0 < sum(frozen) < len(frozen) == len(seen)
+    assert [bool(lost(branch).any()) for branch in seen] == [not f for f in frozen]
+
+@pytest.mark.parametrize('arch', ['resnet18', 'efficientnet_b0'])
+def test_drop_path_goes_with_copies(arch):
+    model, x = build_model(arch, 10, size=32, drop_path=0.5).train(), torch.randn(8, 3, 32, 32)
+    probs = drop_probs(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert drop_probs(twin) == probs and passes(twin, x)[1].equal(passes(copy.deepcopy(model), x)[1])
+        twin.eval() # as an average of weights is evaluated while the model goes on training
+        assert passes(twin, x, 0)[1].equal(passes(twin, x, 1)[1])
+        assert not passes(model, x, 0)[1].equal(passes(model, x, 1)[1])
+        set_drop_path(twin, 0)
+        assert drop_probs(model) == probs and not any(drop_probs(twin).values())
+
+@pytest.mark.parametrize('arch', ['resnet18', 'mobilenet_v2', 'efficientnet_b0'])
+def test_drop_path_in_bf16_and_channels_last(arch):
+    model = build_model(arch, 10, size=64, drop_path=0.5).train().to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.autocast('cpu', torch.bfloat16):
+        branches, plain = passes(model, x)[0], passes(set_drop_path(copy.deepcopy(model), 0), x)[0]
+        nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+    assert any(lost(b).any() for b in branches) and not any(lost(b).any() for b in plain)
+    assert [(b.dtype, b.stride()) for b in branches] == [(b.dtype, b.stride()) for b in plain]
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 # --- parameter groups ------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,11 @@ import nbformat, pytest
 from check import ROOT, differences
 from readme import _LINK, render
 
-ORDER = '''runs fetch catalog data augment packs loader check models metrics train evaluate batch sweep keras_cnn transfer curves snapshots store search
+ORDER = '''runs fetch catalog data augment packs loader check models metrics schedules parallel learner parts checkpoints recipes train evaluate batch sweep keras_cnn transfer curves snapshots store search
            zoo phases explain deploy report cli'''.split()  # the table of the design: imports go upwards only
 EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01b']                            # others that may have a parameters cell
-LIGHT = 'runs catalog data augment packs loader check metrics batch sweep cli'.split()
+LIGHT = 'runs catalog data augment packs loader check metrics schedules recipes batch sweep cli'.split()
 HEAVY = 'torch tensorflow keras wandb optuna ray gradio'.split()
 
 NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
@@ -233,6 +233,6 @@ def test_public_things_are_documented(path):
 
 @each_module
 def test_functions_are_short(path):
-    "Forty lines at most: longer ones grow into two, or by @patch."
-    fail([f'{path.stem}: {n.name} has {n.end_lineno - n.lineno + 1} lines' for n in ast.walk(ast.parse(path.read_text()))
-          if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno + 1 > 40])
+    "Forty lines at most, the list of parameters aside: longer ones grow into two, or by @patch."
+    lengths = {n.name: n.end_lineno - n.body[0].lineno + 2 for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)}
+    fail([f'{path.stem}: {name} has {lines} lines' for name, lines in lengths.items() if lines > 40])

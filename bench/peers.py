@@ -1,0 +1,293 @@
+"""The contenders of bench/train.py: each trains one epoch on the images of a `Task` and returns its seconds a step.
+
+All of them import what they need when they are called: importing this module takes no framework along.
+"""
+import contextlib, io, logging, os, statistics, sys, tempfile, time, warnings
+from collections import namedtuple
+from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
+
+import numpy as np
+
+os.environ.setdefault('KERAS_BACKEND', 'torch')
+sys.modules.setdefault('tensorflow', None)  # Keras would load it where it is installed, although torch does the work
+
+CLASSES, LR, MOMENTUM = 10, 0.01, 0.9
+WARM, GROUP = 3, 5  # steps before the clock starts; steps between two looks at it
+
+# ---- What all share
+
+@dataclass
+class Task:
+    "Random images in memory: `batch` times WARM + `steps`, one epoch; another `batch` for validation."
+    arch: str
+    size: int   # px
+    batch: int  # images a step
+    steps: int  # timed
+    device: str = 'cpu'      # or 'cuda'
+    optimizer: str = 'sgd'   # with momentum; or 'adamw'
+    pixels: np.ndarray = field(init=False, repr=False)  # uint8 [n + batch, size, size, 3]
+    def __post_init__(self):
+        from imgexp.train import choose_precision
+        self.precision, self.n = choose_precision('auto', self.device), self.batch*(WARM + self.steps)
+        rng = np.random.default_rng(0)
+        self.pixels = rng.integers(0, 256, (self.n + self.batch, self.size, self.size, 3), np.uint8)
+        self.targets = np.arange(self.n + self.batch) % CLASSES
+        self.images, self.labels = self.pixels[:self.n], self.targets[:self.n]
+        self.workers = 0 if self.device == 'cpu' else min(8, os.cpu_count())  # on a CPU they'd take the network's cores
+
+class Clock:
+    "Is told of each step done; `seconds` a step: the median over groups of GROUP steps, the first WARM left out."
+    def __init__(self, task): self.device, self.steps, self.done, self.marks = task.device, WARM + task.steps, 0, []
+    def tick(self):
+        self.done += 1
+        if self.done >= WARM and (self.done - WARM) % GROUP == 0: self.marks.append(self.now())
+    def now(self):
+        if self.device == 'cuda':
+            import torch
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    @property
+    def seconds(self):
+        assert self.done == self.steps, f'{self.done} steps instead of {self.steps}'
+        return statistics.median(b - a for a, b in zip(self.marks, self.marks[1:]))/GROUP
+
+def new_network(task):
+    import torch, torchvision
+    torch.manual_seed(0)
+    return torchvision.models.get_model(task.arch, num_classes=CLASSES).to(task.device).train()
+
+@contextlib.contextmanager
+def silent():
+    "Nothing is shown of what a framework prints, logs or warns of; it is written all the same"
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with out, err, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+# ---- imgexp
+
+def run_fit(task, part, epochs=1, pack='', augment='none', **options):
+    "`imgexp.train.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
+    from imgexp.data import from_arrays
+    from imgexp.loader import IMAGENET
+    from imgexp.models import build_model
+    from imgexp.packs import load_images
+    from imgexp.runs import start_run
+    from imgexp.train import fit, make_learner
+    if pack:
+        table = load_images(pack)
+        table = table.take(np.r_[np.resize(table.split('train'), task.n), table.split('valid')[:task.batch]])
+    else: table = from_arrays(task.pixels, task.targets, splits=np.arange(len(task.pixels)) >= task.n)
+    model = build_model(task.arch, len(table.classes), size=task.size, stem='standard')
+    learn = make_learner(table, model, IMAGENET, task.size, task.batch, augment, device=task.device, **options)
+    learn.add_cb(part)
+    with tempfile.TemporaryDirectory() as root, silent():
+        with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
+            began = time.perf_counter()
+            fit(run, learn, epochs=epochs, optimizer=task.optimizer, lr=LR if task.optimizer == 'sgd' else 1e-3)
+            return time.perf_counter() - began
+
+def imgexp_fit(task, **options):
+    "One epoch as a run does it; validation and checkpoint are not timed."
+    from imgexp.train import Part
+    class Ticks(Part):
+        order, run_valid = 1000, False  # after every other part
+        def after_batch(self): clock.tick()
+    clock = Clock(task)
+    run_fit(task, Ticks(), **options)
+    return clock.seconds
+
+def parts_seconds(task, epochs):
+    "`fit` over some epochs -> (seconds of the call, {name of a part: seconds spent in it})"
+    from imgexp.train import Part
+    spent, clock, call = {}, Clock(task), Part.__call__
+    def timed(part, event):
+        began = clock.now()
+        try: return call(part, event)
+        finally: spent[part.name] = spent.get(part.name, 0.) + clock.now() - began
+    with mock.patch.object(Part, '__call__', timed): total = run_fit(task, Part(), epochs)
+    return total, spent
+
+# ---- Loops without a framework
+
+def handwritten(task, compile=False):
+    "The same work: uint8 batches that are on the device, normalized; bf16 autocast, channels last, a fused optimizer."
+    import torch
+    import torch.nn.functional as F
+    from imgexp.loader import IMAGENET
+    clock, model = Clock(task), new_network(task).to(memory_format=torch.channels_last)
+    if task.optimizer == 'adamw': opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    else: opt = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=5e-4, nesterov=True, fused=True)
+    if compile: model = torch.compile(model)
+    images, labels = (torch.from_numpy(v).to(task.device) for v in (task.images, task.labels))
+    mean, std = (torch.tensor(v, device=task.device)*255 for v in IMAGENET)
+    for rows in torch.randperm(len(images), device=task.device).split(task.batch):
+        x, y = images[rows], labels[rows]
+        x = ((x.float() - mean)/std).permute(0, 3, 1, 2)
+        with torch.autocast(task.device, torch.bfloat16, enabled=task.precision == 'bf16'): out = model(x)
+        F.cross_entropy(out.float(), y).backward()
+        opt.step()
+        opt.zero_grad()
+        clock.tick()
+    return clock.seconds
+
+def plain_fp32(task):
+    "A usual script: float32 [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
+    import torch
+    import torch.nn.functional as F
+    clock, model = Clock(task), new_network(task)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images = (torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().float()/255 - 0.45)/0.225
+    labels = torch.from_numpy(task.labels)
+    for rows in torch.randperm(len(images)).split(task.batch):
+        x, y = images[rows].to(task.device), labels[rows].to(task.device)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        clock.tick()
+    return clock.seconds
+
+def normalized_loader(task):
+    "torch's DataLoader over the same images in torch's layout: float32 and normalized one by one, as in the reference"
+    import torch
+    from torchvision import transforms as T
+    from imgexp.loader import IMAGENET
+    images, labels = torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous(), task.labels.tolist()
+    change = T.Compose([T.ConvertImageDtype(torch.float), T.Normalize(*IMAGENET)])
+    class Dataset(torch.utils.data.Dataset):
+        def __len__(self): return len(images)
+        def __getitem__(self, i): return change(images[i]), labels[i]
+    return torch.utils.data.DataLoader(Dataset(), task.batch, shuffle=True, num_workers=task.workers,
+                                       pin_memory=task.device == 'cuda')
+
+def reference(task):
+    "vision/references/classification/train.py at its defaults (fp32, SGD), without augmentation and metrics."
+    import torch
+    if task.device == 'cuda': torch.backends.cudnn.benchmark = True
+    clock, model, loss_func = Clock(task), new_network(task), torch.nn.CrossEntropyLoss()
+    opt = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=1e-4)
+    for x, y in normalized_loader(task):
+        x, y = x.to(task.device), y.to(task.device)
+        loss = loss_func(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        clock.tick()
+    return clock.seconds
+
+# ---- Other frameworks, as they come
+
+def fastai(task, bf16=False):
+    "Learner with its default callbacks, its own loaders and batch transforms, its own SGD."
+    import torch
+    from fastai.vision.all import (SGD, Callback, DataLoaders, IntToFloatTensor, Learner, Normalize, TensorCategory,
+                                   TensorImage, imagenet_stats)
+    pixels, targets = torch.from_numpy(task.pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(task.targets)
+    class Dataset:
+        def __init__(self, first, end): self.first, self.n = first, end - first
+        def __len__(self): return self.n
+        def __getitem__(self, i): return TensorImage(pixels[self.first + i]), TensorCategory(targets[self.first + i])
+    class Ticks(Callback):
+        order, run_valid = 1000, False
+        def after_batch(self): clock.tick()
+    sets, clock = (Dataset(0, task.n), Dataset(task.n, len(pixels))), Clock(task)
+    change = [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=task.device == 'cuda')]
+    loaders = DataLoaders.from_dsets(*sets, bs=task.batch, device=torch.device(task.device), after_batch=change,
+                                     num_workers=task.workers, pin_memory=task.device == 'cuda')
+    learn = Learner(loaders, new_network(task), torch.nn.functional.cross_entropy, partial(SGD, mom=MOMENTUM))
+    if bf16: learn.to_bf16()
+    with silent(): learn.fit(1, LR, cbs=Ticks())
+    return clock.seconds
+
+def lightning(task, **options):
+    "Trainer with its default logger, progress bar and checkpoint."
+    import torch
+    import lightning as L
+    class Net(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = new_network(task)
+        def training_step(self, batch, k):
+            x, y = batch
+            return torch.nn.functional.cross_entropy(self.model(x), y)
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), LR, MOMENTUM)
+    class Ticks(L.Callback):
+        def on_train_batch_end(self, *args): clock.tick()
+    clock = Clock(task)
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as root, silent():
+        trainer = L.Trainer(max_epochs=1, accelerator='gpu' if task.device == 'cuda' else 'cpu', devices=1,
+                            default_root_dir=root, callbacks=[Ticks()], **options)
+        trainer.fit(Net(), normalized_loader(task))
+    return clock.seconds
+
+def keras_resnet(arch, size):
+    "torchvision's resnet18 or resnet50, layer for layer, for uint8 images; Keras brings neither in this form."
+    from imgexp.loader import IMAGENET
+    from keras import Input, Model, layers as L, ops
+    def conv(x, n, k, stride=1, relu=True):
+        if k > 1 and stride > 1: x = L.ZeroPadding2D(k//2)(x)  # padding='same' would pad one side
+        x = L.Conv2D(n, k, stride, padding='same' if stride == 1 else 'valid', use_bias=False)(x)
+        x = L.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
+        return L.ReLU()(x) if relu else x
+    def block(x, n, stride):
+        out, short = n*(1 if arch == 'resnet18' else 4), x
+        if stride > 1 or x.shape[-1] != out: short = conv(x, out, 1, stride, relu=False)
+        if out == n: x = conv(conv(x, n, 3, stride), n, 3, relu=False)
+        else: x = conv(conv(conv(x, n, 1), n, 3, stride), out, 1, relu=False)
+        return L.ReLU()(L.Add()([x, short]))
+    mean, std = (np.array(v, np.float32)*255 for v in IMAGENET)
+    inputs = Input((size, size, 3), dtype='uint8')
+    x = (ops.cast(inputs, 'float32') - mean)/std  # Keras' layers for this need TensorFlow
+    x = L.MaxPooling2D(3, 2)(L.ZeroPadding2D(1)(conv(x, 64, 7, 2)))
+    for k, n in enumerate({'resnet18': (2, 2, 2, 2), 'resnet50': (3, 4, 6, 3)}[arch]):
+        for i in range(n): x = block(x, 64*2**k, 2 if k > 0 and i == 0 else 1)
+    return Model(inputs, L.Dense(CLASSES)(L.GlobalAveragePooling2D()(x)))
+
+def keras_fit(task):
+    "compile and fit on the arrays, at their defaults."
+    import keras
+    assert keras.backend.backend() == 'torch', 'unset KERAS_BACKEND, or set it to torch'
+    keras.utils.set_random_seed(0)
+    clock, model = Clock(task), keras_resnet(task.arch, task.size)
+    own, theirs = (sum(int(np.prod(p.shape)) for p in net)
+                   for net in (model.trainable_weights, new_network(task).parameters()))
+    assert own == theirs, f'{own:,} parameters instead of {theirs:,}'
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(LR, momentum=MOMENTUM), loss)
+    model.make_train_function()
+    step = model.train_function
+    def ticking(batch):
+        logs = step(batch)
+        clock.tick()
+        return logs
+    model.train_function = ticking  # a callback would stop Keras from running its own beside the training
+    with silent(): model.fit(task.images, task.labels, batch_size=task.batch)
+    return clock.seconds
+
+# ---- Who takes part
+
+Peer = namedtuple('Peer', 'run imports')  # Task -> seconds a step; the modules that it needs, separated by spaces
+
+def peers(task, pack=''):
+    "{name: Peer}; the others are compared with the first"
+    own, plain, trainer = 'imgexp.train imgexp.packs', 'torch torchvision', 'lightning torchvision'
+    found = {'imgexp.train.fit': Peer(imgexp_fit, own),
+             'plain fp32 loop': Peer(reference, plain),
+             'hand-written loop, same precision': Peer(handwritten, plain),
+             'fastai Learner': Peer(fastai, 'fastai.vision.all torchvision'),
+             'Lightning Trainer': Peer(lightning, trainer),
+             'Keras 3 on torch': Peer(keras_fit, 'keras torchvision')}
+    if task.precision == 'bf16':
+        found['Lightning Trainer, bf16-mixed'] = Peer(partial(lightning, precision='bf16-mixed'), trainer)
+    if task.device == 'cuda':
+        found = {'imgexp.train.fit, compile': Peer(partial(imgexp_fit, compile=True), own),
+                 'hand-written loop, same precision, compile': Peer(partial(handwritten, compile=True), plain)} | found
+        found['fastai Learner, to_bf16'] = Peer(partial(fastai, bf16=True), 'fastai.vision.all torchvision')
+    if pack:
+        faster = {'compile': True} if task.device == 'cuda' else {}
+        name = ', '.join(['imgexp.train.fit', *faster, 'from a pack'])
+        found[name] = Peer(partial(imgexp_fit, pack=pack, augment='crop-flip', **faster), own)
+    return found
