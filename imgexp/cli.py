@@ -7,7 +7,7 @@ __all__ = ['app', 'runs_app', 'Json', 'Name', 'data_app', 'DataName', 'STOPPED',
            'data_info', 'data_fetch', 'data_pack', 'data_check', 'evaluate', 'predict', 'main']
 
 # %% ../nbs/90_cli.ipynb #775b639b
-import inspect, json, os, signal, sys, traceback
+import atexit, inspect, json, os, signal, sys, traceback
 from collections import deque
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -306,5 +306,13 @@ def main(
         if isinstance(e, SystemExit): return e.code or 0
         return _fail(e)
 
+# %% ../nbs/90_cli.ipynb #7d2b94c1
+def process():
+    "The `imgexp` command as a process."
+    status = main()
+    if int(os.environ.get('WORLD_SIZE') or 1) == 1: sys.exit(status)
+    atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush()
+    os._exit(status)
+
 # %% ../nbs/90_cli.ipynb #b50ea495
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): process()

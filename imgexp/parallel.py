@@ -41,6 +41,8 @@ def together(): # the processes know each other inside
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=timedelta(hours=2))
     yield
+    try: dist.barrier()  # who leaves early makes torchrun end the others: process 0 still evaluates, and writes
+    except RuntimeError: raise RunFailed('another process of this training ended: the same command continues') from None
     dist.destroy_process_group()  # not after an error: others may be gone, and it would wait for them
 
 # %% ../nbs/02d_parallel.ipynb #9eceb151

@@ -41,7 +41,7 @@ def test_the_wheel_holds_the_library_the_notebooks_and_nothing_else(wheel):
 def test_the_wheel_names_its_license_command_and_extras(wheel):
     z = zipfile.ZipFile(wheel)
     info = {n.split('/', 1)[1]: z.read(n).decode() for n in z.namelist() if '.dist-info/' in n}
-    assert 'imgexp = imgexp.cli:main' in info['entry_points.txt']
+    assert 'imgexp = imgexp.cli:process' in info['entry_points.txt']
     assert any(n.endswith('LICENSE') for n in info)
     meta = info['METADATA']
     plain = [l for l in meta.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l]
