@@ -7,7 +7,7 @@ __all__ = ['SCALE', 'RATIO', 'FLIPS', 'OPS', 'AUGMENT', 'DRAWS', 'crop_boxes', '
            'augment_id', 'mixup', 'cutmix', 'erase']
 
 # %% ../nbs/01c_augment.ipynb #4237bcd5
-import copy, difflib, hashlib, importlib, inspect, math, os, random, sys, threading
+import copy, hashlib, importlib, inspect, math, os, random, sys, threading
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from .data import hashes
-from .runs import InputError, _unknown
+from .runs import InputError, _not_known, _unknown
 
 # %% ../nbs/01c_augment.ipynb #b53d5476
 SCALE, RATIO = (0.35, 1.), (3/4, 4/3)  # of the area; of width to height
@@ -313,10 +313,7 @@ def policy(
     "What `augment` does to one image; raises `InputError` for an unknown name or a function that can't be used."
     if not isinstance(augment, str): return _own(augment, getattr(augment, '__name__', type(augment).__name__), size)
     if ':' in augment: return _own(_imported(augment), repr(augment), size)
-    if augment not in AUGMENT:
-        near = difflib.get_close_matches(augment, AUGMENT, 1, 0.75)
-        raise InputError(f'unknown augment {augment!r}' + (f': did you mean {near[0]!r}?' if near else '')
-                         + f": choose from {', '.join(AUGMENT)}, or give module:function")
+    if augment not in AUGMENT: raise _not_known('augment', augment, AUGMENT, ', or give module:function')
     return _POLICIES[augment]
 
 def augment_id(

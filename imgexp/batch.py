@@ -28,7 +28,7 @@ class Job:
 class Result:
     "What became of a job."
     job: Job
-    state: str           # done, failed, stopped (the same call continues), or waiting: it was not begun
+    state: str           # done, failed, stopped (the same command continues), or waiting: it was not begun
     value: object = None # what the function gave
     error: str = ''      # one line
     seconds: float = 0.
@@ -126,7 +126,7 @@ def shares(
     cards=None, # of `gpus`
 ) -> list:  # of dicts of environment variables, one a worker
     "What each of `n` workers may use: threads, and one GPU in turn."
-    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     cards, each = gpus() if cards is None else cards, str(max(1, cores//n))
     threads = {k: os.environ.get(k, each) for k in ('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS')}
     return [threads | ({'CUDA_VISIBLE_DEVICES': cards[k % len(cards)]} if cards else {}) for k in range(n)]
@@ -166,6 +166,7 @@ class Local:
         "Ask all jobs to write a checkpoint and stop; `hard` ends them at once."
         for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
     def close(self):
+        "Let the workers end."
         for w in list(self.workers.values()): w.end()
         for w in list(self.workers.values()):
             try: w.process.wait(5)
@@ -173,9 +174,13 @@ class Local:
 
 # %% ../nbs/05_batch.ipynb #5df5b44c
 class Interrupted(Stopped):
-    "The batch was asked to stop; `results` holds what is known, and the same call continues."
-    def __init__(self, why, results):
-        super().__init__(f'{why}; the same call continues')
+    "The batch was asked to stop; `results` holds what is known, and the same command continues."
+    def __init__(
+        self,
+        why,     # who asked
+        results, # of `Result`, in the order of the jobs
+    ):
+        super().__init__(f'{why}; the same command continues')
         self.results = results
 
 def run(
@@ -367,7 +372,7 @@ def estimate(
     return around + training*(max(1., before/threads) if threads else 1.)
 
 # %% ../nbs/05_batch.ipynb #b869e536
-@dataclass
+@dataclass(repr=False)
 class Plan:
     "What a batch will do with each point: run, continue, reuse, or skip (it failed, and nobody asked for it again)."
     notebook: Path
@@ -391,6 +396,7 @@ class Plan:
         import pandas as pd
         rows = [p | {'does': d, 'run': r.name if r else '', 'seconds': s} for p, d, r, s in zip(self.points, self.does, self.runs, self.seconds)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='job')).round({'seconds': 0})
+    def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + str(self)
 
 _DOES = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'look': 'finished, if their data are the same', 'skip': 'failed (--retry runs them again)'}
@@ -421,7 +427,7 @@ def batch(
     executor=None,        # by default worker processes on this machine
     tell=print,           # called with the plan and each line
 ) -> list:                # of `Result`, one for each point of the grid, in order; with `dry` the plan
-    "Run a notebook once for each point of a grid; the same call repeats nothing that is finished. Raises `Interrupted` where it is asked to stop."
+    "Run a notebook once for each point of a grid; the same command repeats nothing that is finished. Raises `Interrupted` where it is asked to stop."
     path = find_notebook(notebook)
     points = _checked(path, grid(values))
     todo = plan(path, points, jobs, retry)

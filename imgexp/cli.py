@@ -183,7 +183,7 @@ def _train_options():
     from imgexp.train import train as experiment
     docs, signature = docments(experiment), inspect.signature(experiment)
     def option(p):  # as text: one place, `check_params`, converts and refuses
-        about = typer.Option('--' + p.name.replace('_', '-'), help=docs[p.name], metavar=_METAVAR[p.annotation], show_default=str(p.default) or False)
+        about = typer.Option('--' + p.name.replace('_', '-'), help=f'{docs[p.name]} [default: {p.default}]' if p.default != '' else docs[p.name], metavar=_METAVAR[p.annotation], show_default=False)
         return p.replace(annotation=Annotated[Optional[str], about], default=None)
     seeds = typer.Option('--seeds', min=1, help='So many runs, each with the next seed; then mean and standard deviation.')
     options = [option(p) for p in signature.parameters.values()]

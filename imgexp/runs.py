@@ -72,20 +72,33 @@ def _sha256(path):
     return digest.hexdigest()
 
 # %% ../nbs/00_runs.ipynb #b94ec83a
+def _limits(allowed):
+    "A range as low, high, and whether each belongs to it"
+    text = allowed if isinstance(allowed, str) else f'[{allowed[0]}, {allowed[1]}]'
+    low, high = (float(v.replace('_', '')) for v in text[1:-1].split(','))
+    return low, high, text[0] == '[', text[-1] == ']'
+
+def _wanted(allowed):
+    "A range in words"
+    *ends, with_low, with_high = _limits(allowed)
+    low, high = (f'{v:.0f}' if v.is_integer() else f'{v:g}' for v in ends)
+    return f"it must be {'at least' if with_low else 'more than'} {low} and {'at most' if with_high else 'less than'} {high}"
+
+def _not_known(name, value, known, more=''):
+    "An error with the nearest of what is known, and all of it"
+    near = difflib.get_close_matches(str(value).lower(), [str(k) for k in known], 1)
+    choose = f"one of {', '.join(str(k) for k in known if k != '')}{more}"
+    return InputError(f'{name}={value!r} is not known: ' + (f'did you mean {near[0]!r}? Choose {choose}' if near else f'choose {choose}'))
+
 def _check(name, value, allowed):
     "Raises InputError unless `value` lies in `allowed`"
     if allowed is None: return
     if isinstance(allowed, (list, set)):
         if value in allowed: return
-        raise InputError(f"{name}={value!r} is not known: choose one of {', '.join(map(str, allowed))}")
-    text = allowed if isinstance(allowed, str) else f'[{allowed[0]}, {allowed[1]}]'
-    low, high = (float(v.replace('_', '')) for v in text[1:-1].split(','))
-    above = value > low if text[0] == '(' else value >= low
-    below = value < high if text[-1] == ')' else value <= high
-    if above and below: return
-    low, high = (f'{v:.0f}' if v.is_integer() else f'{v:g}' for v in (low, high))
-    bounds = f"{'more than' if text[0] == '(' else 'at least'} {low} and {'less than' if text[-1] == ')' else 'at most'} {high}"
-    raise InputError(f'{name}={value} is out of range: it must be {bounds}')
+        raise _not_known(name, value, allowed)
+    low, high, with_low, with_high = _limits(allowed)
+    if (value >= low if with_low else value > low) and (value <= high if with_high else value < high): return
+    raise InputError(f'{name}={value} is out of range: {_wanted(allowed)}')
 
 # %% ../nbs/00_runs.ipynb #4b1e75a2
 class Params(dict):
@@ -126,7 +139,8 @@ def check_params(
     for name, kind in kinds.items():
         try: out[name] = _convert(values[name], kind)
         except (ValueError, TypeError):
-            raise InputError(f'{name}={values[name]!r} is not {_KINDS[kind]}') from None
+            more = f': {_wanted(allowed[name])}' if isinstance(allowed.get(name), (str, tuple)) else ''
+            raise InputError(f'{name}={values[name]!r} is not {_KINDS[kind]}{more}') from None
         _check(name, out[name], allowed.get(name))
     return out
 
@@ -176,7 +190,7 @@ def writing(
         number = _refused(e)
         if number is None or isinstance(e, InputError): raise
         do = 'free some room' if number in (errno.ENOSPC, errno.EDQUOT) else 'mend that'
-        raise RunFailed(f'{_shown(path)} cannot be written ({os.strerror(number)}): {do}, and the same call continues') from e
+        raise RunFailed(f'{_shown(path)} cannot be written ({os.strerror(number)}): {do}, and the same command continues') from e
 
 # %% ../nbs/00_runs.ipynb #d6280a7f
 def _write(path, text):
@@ -593,7 +607,8 @@ def _version(package):
 def _choose(folder, notebook, id, params, depends, resume):
     "The run to work on, by the four meanings of `resume`; its lock is held by the caller's lock on `folder`"
     if resume not in ('auto', 'reuse', 'never'):
-        run = find_run(resume, folder)
+        try: run = find_run(resume, folder)
+        except InputError as e: raise InputError(f'resume={resume!r}: {e}; or give auto, reuse or never') from None
         if run.id != id:
             other = diff_params(run.params | run.depends, dict(params) | depends)
             told = ', '.join(f'{k} {a!r} there, {b!r} here' for k, (a, b) in other.items())
@@ -652,7 +667,7 @@ def _busy(run):
 
 # %% ../nbs/00_runs.ipynb #140fb2df
 class Stopped(KeyboardInterrupt):
-    "What was asked to stop did so, and the same call continues."
+    "What was asked to stop did so, and the same command continues."
 
 @contextmanager
 def asked_to_stop(): # yields a list that holds the reason once somebody asked

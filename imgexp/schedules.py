@@ -6,14 +6,14 @@
 __all__ = ['SCHEDULES', 'one_cycle', 'cosine', 'linear', 'constant', 'schedule', 'image_sizes', 'plot_schedules']
 
 # %% ../nbs/02c_schedules.ipynb #71b7bad6
-import difflib, math, re
+import math, re
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from .metrics import _BLUE, _GREEN, _ORANGE, _RED, _picture, _title
-from .runs import InputError
+from .runs import InputError, _not_known
 
 # %% ../nbs/02c_schedules.ipynb #2726de3e
 def _phase(at, up):
@@ -76,10 +76,7 @@ def schedule(
     warmup: float = -1.,  # epochs until the peak, 0 to less than `epochs`; -1: the schedule's own part of them
 ) -> Callable:            # (done part of the training 0 to 1, peak) -> (learning rate, momentum or None)
     "A learning-rate schedule by name; raises `InputError` for an unknown name or a warm-up that never ends."
-    if name not in SCHEDULES:
-        near = difflib.get_close_matches(str(name).lower(), SCHEDULES, 1)
-        hint = f'did you mean {near[0]!r}? Choose' if near else 'choose'
-        raise InputError(f"schedule={name!r} is not known: {hint} one of {', '.join(SCHEDULES)}")
+    if name not in SCHEDULES: raise _not_known('schedule', name, SCHEDULES)
     if not epochs >= 1: raise InputError(f'epochs={epochs} is out of range: it must be at least 1')
     if warmup == -1: return _POLICIES[name]
     if 0 <= warmup < epochs: return partial(_POLICIES[name], up=warmup/epochs)

@@ -43,7 +43,7 @@ class _Sweep(Part):
         self.rates.append(self.low*(self.high/self.low)**(len(self.rates)/(self.steps - 1)))
         self.opt.set_hypers(lr=self.rates[-1])
     def after_batch(self):
-        if most(len(self.asked)): raise Stopped(f"{[*self.asked, 'another process was asked to stop'][0]}; the same call continues")
+        if most(len(self.asked)): raise Stopped(f"{[*self.asked, 'another process was asked to stop'][0]}; the same command continues")
         last, k = self.losses[-1] if self.losses else 0., len(self.losses) + 1
         smooth = 0.98*last*(1 - 0.98**(k - 1)) + 0.02*total(self.learn.loss).item()
         self.losses.append(smooth/(1 - 0.98**k))
@@ -178,7 +178,7 @@ def _train(run, learn, how):
     learn.opt, learn.used, learn.seed = make_optimizer(learn.model, how.optimizer, how.weight_decay, how.momentum), True, how.seed
     with asked_to_stop() as asked:
         _loop(run, learn, how, asked)
-        if asked: raise Stopped(f'{asked[0]}; the same call continues')
+        if asked: raise Stopped(f'{asked[0]}; the same command continues')
 
 # %% ../nbs/03_train.ipynb #69220aa9
 def fit(
@@ -186,7 +186,7 @@ def fit(
     learn,               # of `make_learner`
     epochs: int = 20,    # passes over the training images
     optimizer: str = 'adamw', # or 'sgd' (Nesterov), 'adam'
-    lr: float = 0.,      # largest learning rate; 0 asks the LR finder
+    lr: float = 0.003,   # largest learning rate; 0 asks the LR finder
     momentum: float = 0.9,      # of sgd; Adam's beta1
     weight_decay: float = -1.,  # -1: the optimizer's usual one
     schedule: str = 'one-cycle', # or 'cosine', 'linear', 'constant'
@@ -278,12 +278,17 @@ ALLOWED = dict(recipe=['', *RECIPES], subset='(0, 1]', retrain=(-1, 1000), drop_
                workers=(-1, 256), bad=['stop', 'skip'], max_minutes=(0, 1e6), track=TRACK)
 
 # %% ../nbs/03_train.ipynb #e155f368
+def _found(name, value):
+    "The run that a parameter names"
+    try: return find_run(value)
+    except InputError as e: raise InputError(f'{name}={value!r}: {e}') from None
+
 def _parent(p):
     "The finished run that is to be trained further, or None"
     if not p.extend: return None
     own = [] if (Path(p.extend)/'params.json').is_file() else [Run(d) for d in runs_dir().glob(f'*{p.extend}*') if (d/'params.json').is_file()]
     finished = [r for r in own if r.finished and not r.params.get('extend', '').endswith(p.extend)]  # its own children have its name too
-    run = finished[0] if len(finished) == 1 else find_run(p.extend)
+    run = finished[0] if len(finished) == 1 else _found('extend', p.extend)
     if not run.finished: raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: give its own parameters again, and it continues')
     return run
 
@@ -304,7 +309,7 @@ def resolve(
     usual = {k: v.default for k, v in inspect.signature(train).parameters.items()}
     own = {k for k in p if k in p.given or p[k] != usual[k]}
     base, parent = {}, _parent(p)
-    if p.recipe and parent: raise InputError('recipe and extend exclude each other: a run that is trained further keeps its own recipe')
+    if p.recipe and parent: raise InputError(f'extend={p.extend!r} keeps the recipe of that run: leave recipe out, or start anew without extend')
     if p.recipe: base = _recipe(p.recipe, *(p[k] if k in own else 0 for k in ('batch_size', 'epochs')))
     if 'optimizer' in own and 'lr' not in own and base.get('optimizer', p.optimizer) != p.optimizer:
         raise InputError(f"optimizer={p.optimizer!r}: the learning rate of recipe={p.recipe} is for {base['optimizer']}: give lr too (0 asks the LR finder)")
@@ -403,15 +408,15 @@ def train(
     data: str = 'digits', # digits, shapes, shapes-sketch, a name of the catalog, or a folder of class folders, of idx files, or of a pack
     classes: str = '', # comma-separated names of the classes to keep; empty keeps all
     subset: float = 1.0, # fraction of the training images kept
-    recipe: str = '', # a name of the table above: what it says holds where you say nothing
-    arch: str = 'compact_resnet', # or any classification architecture of torchvision
+    recipe: str = '', # quick, scratch-small, or another of nbs/02h_recipes; what it says holds where you say nothing
+    arch: str = 'compact_resnet', # compact_resnet, or any classification architecture of torchvision
     weights: str = '', # empty (from scratch), imagenet, or a .pth or .safetensors file
     retrain: int = -1, # what is trained. -1 all, 0 the head, k the head and the last k blocks
     drop_path: float = -1.0, # stochastic depth, share of dropped branches in the last block; -1 the architecture's own
     size: int = 32, # side of the images in px
     sizes: str = '', # sides of the training images over the epochs (128-192, or 160-192@0.65-0.8); empty as size
     augment: str = 'crop-flip', # none, crop-flip, color, randaugment, trivial, autoaugment, or module:function
-    flip: str = 'random', # or alternating, or none
+    flip: str = 'random', # mirrored images. random, alternating (every image in every second epoch), or none
     crop: float = 0.35, # smallest part of an image's area that a random crop keeps
     mixup: float = 0.0, # strength (alpha) of mixup; 0 is off
     cutmix: float = 0.0, # strength (alpha) of CutMix; 0 is off
@@ -419,11 +424,11 @@ def train(
     epochs: int = 20, # passes over the training images
     batch_size: int = 32, # images a step, of all processes together
     micro_batch: int = 0, # images at once on a device, where the memory is too small for the batch; 0 takes all
-    optimizer: str = 'adamw', # or sgd (Nesterov), or adam
+    optimizer: str = 'adamw', # adamw, adam, or sgd (Nesterov)
     lr: float = 0.003, # largest learning rate; 0 asks the LR finder
     momentum: float = 0.9, # of sgd; beta1 of adam and adamw
     weight_decay: float = -1.0, # -1 the optimizer's usual one (adamw 0.01, sgd 0.0005, adam 0)
-    schedule: str = 'one-cycle', # or cosine, linear, constant
+    schedule: str = 'one-cycle', # of the learning rate. one-cycle, cosine, linear or constant
     warmup: float = -1.0, # epochs up to the largest learning rate; -1 the schedule's own
     label_smoothing: float = 0.0, # share of the target spread over all classes
     clip: float = 0.0, # largest norm of the gradients; 0 does not clip
@@ -441,7 +446,7 @@ def train(
     seed_init: int = -1, # of the initial weights; -1 as seed
     pack: str = 'auto', # a pack of the images where there is one; off, memory, or a pack by kind and size (raw-256)
     workers: int = -1, # threads that load images; -1 chooses
-    bad: str = 'stop', # at an image that cannot be decoded; or skip
+    bad: str = 'stop', # what an image that cannot be decoded does. stop the run, or skip the image
     extend: str = '', # a finished run to train further, for so many more epochs, with its parameters where you give none
     max_minutes: float = 0.0, # after which the training stops, to be continued by the same command; 0 no limit
     resume: str = 'auto', # auto, reuse, never, or the name of a run
@@ -457,27 +462,28 @@ def train_seeds(
     values: dict,  # parameters of `train` by name
     given=(),      # names that the user set himself
 ) -> list:         # of `Run`, finished
-    "One run for each seed; the same call continues, and repeats nothing that is finished."
+    "One run for each seed; the same command continues, and repeats nothing that is finished."
     began, out, p = time.monotonic(), [], _checked(values, given)
     minutes, reuse = p.max_minutes, p.resume == 'auto'
     with together():
         for seed in range(p.seed, p.seed + n):
             say(f'seed {seed} ({seed - p.seed + 1} of {n})')
             left = minutes - (time.monotonic() - began)/60
-            if most(minutes > 0 and left <= 0): raise Stopped('the time allowed by max_minutes is over; the same call continues')
+            if most(minutes > 0 and left <= 0): raise Stopped('the time allowed by max_minutes is over; the same command continues')
             own = {'seed': seed} | ({'max_minutes': left} if minutes else {}) | ({'resume': 'reuse'} if reuse else {})
             out.append(run_experiment(values | own, {*given, 'seed'}))
     return out
 
 def over_seeds(
     runs: list, # of `Run`, finished
-):              # a pandas table: a row for each run, then mean and sd
+):              # a pandas table: a row for each run, then mean, standard deviation, and the numbers of images
     "Results of several seeds with mean and standard deviation."
     import pandas as pd
     def top1(run, split): return ((run.metrics.get(split) or {}).get('top1') or {}).get('value')
+    counts = {s: v['top1']['n'] for s, v in runs[0].metrics.items() if s in ('valid', 'test') and v}
     rows = [{'seed': r.params.get('seed'), 'run': r.name} | {f'{s}_top1': top1(r, s) for s in ('valid', 'test')} for r in runs]
     table = pd.DataFrame(rows).dropna(axis=1, how='all').set_index('seed')
     numbers = table.select_dtypes('number')
     foot = pd.DataFrame({'mean': numbers.mean(), 'sd': numbers.std()}).T
-    foot.insert(0, 'run', f'n = {len(runs)} seeds')
+    foot.insert(0, 'run', f'{len(runs)} seeds, ' + ', '.join(f'{n:,} {s}' for s, n in counts.items()))
     return pd.concat([table, foot]).rename_axis('seed').round(4)

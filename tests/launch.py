@@ -106,11 +106,13 @@ class Launcher:
 
     def papermill(self, *args, root, notebook=TRAIN, **env):
         "Start `papermill nbs/03_train.ipynb out.ipynb args` in `root`. Returns at once."
-        n = len(self.jobs)
-        out, err = self.folder/f'{n}.out', self.folder/f'{n}.err'
-        command = [sys.executable, '-m', 'papermill', str(notebook), f'out{n}.ipynb', *map(str, args)]
+        return self.python('-m', 'papermill', notebook, f'out{len(self.jobs)}.ipynb', *args, root=root, **env)
+
+    def python(self, *args, root, **env):
+        "Start `python args` in `root`. Returns at once."
+        out, err = (self.folder/f'{len(self.jobs)}.{kind}' for kind in ('out', 'err'))
         with open(out, 'w') as o, open(err, 'w') as e:
-            process = subprocess.Popen(command, cwd=root, env=environment(root, **env), stdout=o, stderr=e,
+            process = subprocess.Popen([sys.executable, *map(str, args)], cwd=root, env=environment(root, **env), stdout=o, stderr=e,
                                        stdin=subprocess.DEVNULL, start_new_session=True)
         return self._keep(Job(process.pid, out, err, process.poll))
 

@@ -72,7 +72,7 @@ WRONG = {
     'idx cut short': ('--data cutidx', r'train-images-idx3-ubyte.* is cut short'),
     'unknown arch': ('--arch resnet81', r"arch='resnet81' is not known.*resnet18"),
     'small for alexnet': ('--arch alexnet --size 32', r'size=32: alexnet needs'),
-    'unknown recipe': ('--recipe rn50-fcv-16', r"recipe='rn50-fcv-16' is not known: choose one of .*rn50-ffcv-16"),
+    'unknown recipe': ('--recipe rn50-fcv-16', r"recipe='rn50-fcv-16' is not known: did you mean 'rn50-ffcv-16'\? Choose one of quick, "),
     "a recipe's rate for another optimizer": ('--recipe scratch-small --optimizer adamw', r"optimizer='adamw': the learning rate of recipe=scratch-small is for sgd: give lr too"),
     'recipe and extend': ('--recipe quick --extend nothing', r"no run 'nothing'"),
     'extend no run': ('--extend 2019', r"no run '2019' in .*imgexp runs ls"),

@@ -1,10 +1,10 @@
 "Batches as real processes: killed, stopped, repeated; no run twice, nothing lost."
-import json, os, signal, time
+import json, signal
 from pathlib import Path
 
-import nbformat, pandas as pd, pytest
-from launch import SLOW, environment, gone, kill, last_line, until
-from pictures import CLASSES, tree
+import nbformat, pytest
+from launch import last_line, until
+from imgexp.runs import Run
 
 pytestmark = pytest.mark.usefixtures('project')
 
@@ -54,3 +54,96 @@ def test_workers_go_when_the_parent_is_killed(launcher, jobs, project):
     until(lambda: len(began()) == 2, 'both jobs to begin')
     job.send(signal.SIGKILL)
     until(lambda: all(Path(f'{n}.stopped').exists() for n in 'ab'), 'the workers to stop')
+
+PARAMETERS = "rate: float = 0.1  # any\nseed: int = 0  # any\nsteps: int = 2  # of a fifth of a second\nresume: str = 'auto'  # or reuse"
+EXPERIMENT = '''
+import time
+from imgexp.runs import *
+p = params()
+run = start_run('demo', p | {'track': 'off'})
+if not run.finished:
+    for step in range(len(run.history), p.steps):
+        time.sleep(0.2)
+        run.log(dict(epoch=step + 1, step=step + 1, train_loss=p.rate))
+    value = 1 - 0.1/p.rate
+    run.finish({'test': {'top1': {'value': value, 'low': 0, 'high': 1, 'n': 10}}, 'seconds': 0.2*p.steps})
+'''
+
+@pytest.fixture
+def demo(project):
+    "An experiment that fails where rate is 0"
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(EXPERIMENT)]
+    kernel = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project/'demo.ipynb')
+    return project
+
+def batch(launcher, root, *args): return launcher.python('-m', 'imgexp.cli', 'batch', 'demo.ipynb', *args, root=root)
+def found(root): return [Run(d) for d in sorted((root/'runs').glob('2*')) if d.is_dir()]
+
+def test_only_what_failed_is_run_again(launcher, demo):
+    grid = ['-p', 'rate', '0.5,0', '-p', 'seed', '0,1', '--jobs', '2']
+    job = batch(launcher, demo, *grid, '--json')
+    assert job.wait() == 1, job.err
+    rows = json.loads(job.out)
+    assert [(r['rate'], r['seed'], r['state']) for r in rows] == [(0.5, 0, 'done'), (0.5, 1, 'done'), (0.0, 0, 'failed'), (0.0, 1, 'failed')]
+    assert 'ZeroDivisionError' in rows[2]['error'] and rows[0]['test_top1'] == 0.8
+    assert sorted(r.state for r in found(demo)) == ['done', 'done', 'failed', 'failed']
+    assert all((r.dir/'notebook.ipynb').exists() for r in found(demo)) and not list((demo/'runs').glob('.*demo*'))
+    again = batch(launcher, demo, *grid)
+    assert again.wait() == 1 and '2 finished, 2 failed (--retry runs them again)' in again.err
+    before = {r.name: r.status['beat'] for r in found(demo)}
+    assert batch(launcher, demo, *grid, '--retry').wait() == 1
+    assert {r.name for r in found(demo) if r.status['beat'] != before[r.name]} == {r.name for r in found(demo) if r.state == 'failed'}
+
+def test_asked_to_stop(launcher, demo):
+    "SIGTERM reaches the kernels; the same command goes on where they stopped."
+    slow = ['-p', 'steps', '50', '-p', 'seed', '0,1,2', '--jobs', '2']
+    job = batch(launcher, demo, *slow)
+    until(lambda: len(found(demo)) == 2 and all(len(r.history) > 2 for r in found(demo)), 'two runs to be under way')
+    job.send(signal.SIGTERM)
+    assert job.wait() == 75, job.err
+    assert last_line(job.err) == 'terminated; the same command continues'
+    assert [r.state for r in found(demo)] == ['stopped', 'stopped']
+    steps = [len(r.history) for r in found(demo)]
+    assert batch(launcher, demo, *slow).wait() == 0
+    assert [r.state for r in found(demo)] == ['done']*3 and [list(r.history.step) for r in found(demo)] == [list(range(1, 51))]*3
+    assert max(steps) < 50
+
+def test_a_killed_worker_and_its_kernel(launcher, demo):
+    "The batch goes on without them, and the run with its history."
+    import psutil
+    job = batch(launcher, demo, '-p', 'steps', '30')
+    until(lambda: found(demo) and len(found(demo)[0].history) > 2, 'the run to be under way')
+    worker, = psutil.Process(job.pid).children()
+    for p in (*worker.children(recursive=True), worker): p.kill()
+    assert job.wait() == 0, job.err
+    run, = found(demo)
+    assert run.state == 'done' and list(run.history.step) == list(range(1, 31)) and run.status['continued'] == 1
+
+def test_dry_run(launcher, demo):
+    job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')
+    assert job.wait() == 0 and '2 jobs: 2 to run; no finished run tells yet' in job.err and not found(demo)
+    assert batch(launcher, demo).wait() == 0
+    job = batch(launcher, demo, '-p', 'seed', '0,1,2', '-p', 'steps', '2,20', '--dry-run', '--json')
+    assert job.wait() == 0 and '6 jobs: 5 to run, 1 finished; 5 ×' in job.err
+    assert [r['does'] for r in json.loads(job.out)] == ['reuse', *['run']*5] and len(found(demo)) == 1
+
+@pytest.mark.parametrize('args, told', {
+    'unknown parameter': (['demo.ipynb', '-p', 'rat', '1'], "unknown parameter 'rat': did you mean 'rate'?"),
+    'wrong type': (['demo.ipynb', '-p', 'seed', '0,x'], "seed='x' is not a whole number"),
+    'no values': (['demo.ipynb', '-p', 'seed'], '-p seed: give a name and its values'),
+    'unknown notebook': (['03_trian'], "unknown notebook '03_trian': did you mean '03_train'?"),
+    'no experiment': (['00_runs'], 'has no cell with the tag "parameters"'),
+    'no jobs': (['demo.ipynb', '--jobs', '0'], 'imgexp batch --help'),
+    'half a list': (['demo.ipynb', '-p', 'seed', '[0,1'], "seed='[0,1' begins like a JSON list"),
+}.values())
+def test_bad_input(launcher, demo, args, told):
+    job = launcher.imgexp('batch', *args, root=demo)
+    assert job.wait() == 2 and told in last_line(job.err), job.err
+    assert 'Traceback' not in job.err and not found(demo)
+
+def test_threads_and_gpus_are_shared_out(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    from imgexp.batch import shares
+    assert [s['CUDA_VISIBLE_DEVICES'] for s in shares(3, 8, ['0', '1'])] == ['0', '1', '0']
+    assert {s['OMP_NUM_THREADS'] for s in shares(3, 8, [])} == {'2'} and 'CUDA_VISIBLE_DEVICES' not in shares(1, 8, [])[0]

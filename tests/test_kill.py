@@ -218,7 +218,7 @@ def test_asked_to_stop(launcher, project, data, undisturbed, number):
     run = the_run(project)
     why = {signal.SIGINT: 'interrupted', signal.SIGTERM: 'terminated'}[number]
     assert status(run)['state'] == 'stopped' and status(run)['error'].startswith(why)
-    assert last_line(job.err) == f'{why}; the same call continues' and 'Traceback' not in job.err
+    assert last_line(job.err) == f'{why}; the same command continues' and 'Traceback' not in job.err
     s = state(run)
     assert s['epoch'] == 1 and s['batch'] in (5, 6) and s['parts']['schedule']['done'] == BATCHES + s['batch']
     job = launcher.imgexp(*options(data), root=project)

@@ -131,7 +131,7 @@ def test_one_process_is_asked_to_stop(launcher, project, data, alone):
     more = DIE.format(step=BATCHES + 2, rank=1, save=False, act='os.kill(os.getpid(), signal.SIGTERM)')
     jobs = start(launcher, 2, project, data, more=more)
     assert [job.wait() for job in jobs] == [75, 75], jobs[0].err
-    assert last_line(jobs[0].err) == 'another process was asked to stop; the same call continues'
+    assert last_line(jobs[0].err) == 'another process was asked to stop; the same command continues'
     assert Run(the_run(project)).state == 'stopped'
     run(launcher, 2, project, data)
     close(outcome(project), outcome(alone))

@@ -28,7 +28,7 @@ c.Checkpoints.after_batch = after_batch'''
     job = launcher.imgexp(*options(data, max_minutes=10), root=project, before=late)
     assert job.wait() == 75, job.err
     run, = runs_in(project)
-    assert (run.state, last_line(job.err)) == ('stopped', 'the time allowed by max_minutes is over; the same call continues')
+    assert (run.state, last_line(job.err)) == ('stopped', 'the time allowed by max_minutes is over; the same command continues')
     assert checkpoints(run)[0].name == 'step-00000006'
     job = launcher.imgexp(*options(data), root=project)
     assert job.wait() == 0 and f'continuing {run.name} at epoch 2, batch 3' in job.out, job.err
@@ -47,7 +47,7 @@ def test_several_seeds(launcher, project, data):
     table = job.out.splitlines()[-5:]
     assert [line.split()[0] for line in table] == ['3', '4', '5', 'mean', 'sd']
     mean = table[3]
-    assert float(mean.split()[-1]) == pytest.approx(sum(values)/3, abs=1e-4) and 'n = 3 seeds' in mean
+    assert float(mean.split()[-1]) == pytest.approx(sum(values)/3, abs=1e-4) and '3 seeds, 16 valid' in mean
     again = launcher.imgexp(*options(data, seed=3), '--seeds', '3', root=project)
     assert again.wait() == 0 and 'epoch 1/' not in again.out and len(runs_in(project)) == 3, 'nothing is repeated'
     assert again.out.splitlines()[-2:] == job.out.splitlines()[-2:]
@@ -69,7 +69,7 @@ def test_a_finished_run_is_extended(launcher, project, data):
     assert child.history.lr.iloc[-1] < child.history.lr.iloc[0] <= 0.001
     assert parent.history.train_loss.iloc[-1]*1.2 > child.history.train_loss.iloc[0], 'it begins where the parent ended'
     for given, says in ((['--arch', 'resnet18'], "has 'compact_resnet': leave arch out to extend it"), (['--optimizer', 'sgd'], "has 'adamw': leave optimizer out"),
-                        (['--recipe', 'quick'], 'exclude each other')):
+                        (['--recipe', 'quick'], 'leave recipe out')):
         job = launcher.imgexp(*args, *given, root=project)
         assert job.wait() == 2 and says in last_line(job.err), job.err
     stopped = Run(project/'runs'/'20200101-000000-03_train-00000000')
@@ -154,7 +154,7 @@ t.History.before_train = before_train'''
     third.wait()
     assert len(runs_in(project)) == 3 and 'continuing' not in third.out, 'once more: a new run beside the finished one'
 
-@pytest.mark.parametrize('given,says', [(['--seed', 'x'], "seed='x' is not a whole number"), (['--max-minutes', 'soon'], "max_minutes='soon' is not a number")])
+@pytest.mark.parametrize('given,says', [(['--seed', 'x'], "seed='x' is not a whole number: it must be at least 0 and at most 4294967295"), (['--max-minutes', 'soon'], "max_minutes='soon' is not a number: it must be at least 0 and at most 1000000")])
 def test_wrong_words_with_seeds(launcher, project, data, given, says):
     job = launcher.imgexp(*options(data), '--seeds', '2', *given, root=project)
     assert job.wait() == 2 and last_line(job.err) == f'imgexp: {says}'
