@@ -20,10 +20,11 @@ def main():
     parser.add_argument('--size', type=int, default=28, help='side of the images in px (%(default)s)')
     parser.add_argument('--epochs', default='1,4,12,30', help='lengths, separated by commas (%(default)s)')
     parser.add_argument('--seeds', type=int, default=3, help='runs of each length (%(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='the first (%(default)s)')
     args = parser.parse_args()
     from imgexp.train import over_seeds, train_seeds
     for epochs in map(int, args.epochs.split(',')):
-        given = dict(data=args.data, recipe=args.recipe, size=args.size, epochs=epochs, track='off')
+        given = dict(data=args.data, recipe=args.recipe, size=args.size, epochs=epochs, seed=args.seed, track='off')
         runs = train_seeds(args.seeds, given, given)
         print(over_seeds(runs).to_string(na_rep=''))
         save(row(run, args, epochs) for run in runs)
