@@ -36,11 +36,12 @@ def machine(device):
                 date=datetime.date.today().isoformat())
 
 def save(rows, path, tables):
-    "Put `rows` into the file, in place of those of the same tables on the same device; sorted by `tables`."
-    new = {(r['table'], r['device']) for r in rows}
+    "Put `rows` into the file, in place of those of the same tables on the same device and processor; sorted by `tables`."
+    def key(r): return r['table'], r['device'], r['cpu']
+    new = {*map(key, rows)}
     old = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [r for r in old if (r['table'], r['device']) not in new] + rows
-    rows.sort(key=lambda r: (list(tables).index(r['table']) if r['table'] in tables else len(tables), r['device']))
+    rows = [r for r in old if key(r) not in new] + rows
+    rows.sort(key=lambda r: (list(tables).index(r['table']) if r['table'] in tables else len(tables), key(r)))
     path.parent.mkdir(exist_ok=True)
     with path.open('w', newline='') as f:
         out = csv.DictWriter(f, list(rows[-1]), restval='', lineterminator='\n')
