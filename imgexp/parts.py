@@ -190,7 +190,7 @@ def better(
     return other is None or key(row) > key(other)
 
 class EarlyStop(Part):
-    "Ends the training when `patience` epochs in a row brought nothing better."
+    "Ends the training when `patience` epochs in a row brought nothing better, or when the run was told enough."
     order = 50
     def __init__(
         self,
@@ -201,7 +201,7 @@ class EarlyStop(Part):
     @property
     def over(self): return 0 < self.patience <= self.waited
     def before_epoch(self):
-        if self.over: raise CancelFitException
+        if most(self.over or bool(self.history.to.enough)): raise CancelFitException
     def after_epoch(self):
         value, best = self.history.row[self.by], self.best
         if math.isfinite(value) and (best is None or (value > best if HIGHER[self.by] else value < best)): self.best, self.waited = value, 0

@@ -290,7 +290,7 @@ class Tracker:
     def _init(self, run):
         import wandb
         settings = wandb.Settings(silent=True, console='off', init_timeout=30, disable_git=True, disable_code=True)
-        self.wb = wandb.init(project='imgexp', id=run.name, name=run.name, group=run.notebook, dir=str(run.dir),
+        self.wb = wandb.init(project='imgexp', id=run.name, name=run.name, group=os.environ.get('WANDB_RUN_GROUP') or run.notebook, dir=str(run.dir),
                              config=dict(run.params), mode=self.mode, resume='allow', settings=settings)
 
     def _try(self, f, *args, **kw):
@@ -351,6 +351,7 @@ class Run:
         self.params, self.depends = Params(info.get('params') or {}), info.get('depends') or {}
         self.notebook, self.id = info.get('notebook', ''), info.get('id', '')
         self.folder = info.get('folder', '.')  # where its relative paths begin
+        self.enough = ''  # why the training shall end now
 
     @property
     def name(self): return self.dir.name
@@ -358,6 +359,8 @@ class Run:
     def status(self): return _read_json(self.dir/'status.json') or {}
     @property
     def metrics(self): return _read_json(self.dir/'metrics.json') or {}
+    @property
+    def compared(self): return 'IMGEXP_WATCH' in os.environ  # with others, to choose one: its test images are left alone
     @property
     def open(self): return self._lock is not None
     @property
@@ -519,6 +522,9 @@ def log(
     text = {k: '' if v is None else repr(v) if isinstance(v, float) else str(v) for k, v in _plain(row).items()}
     self._write_rows(wide, rows + [[text.get(k, '') for k in wide]])
     if self.tracker: self.tracker.log(row)
+    if watcher := os.environ.get('IMGEXP_WATCH'):
+        module, _, function = watcher.partition(':')
+        getattr(importlib.import_module(module), function)(self, row)
 
 @patch
 def rewind(
@@ -723,7 +729,7 @@ def runs(
     "The table of all runs: state, duration, epochs, accuracy, disk, and the parameters in which they differ."
     import pandas as pd
     folder = Path(root or project_root())/'runs'
-    found = [_row(d) for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith('.')] if folder.is_dir() else []
+    found = [_row(d) for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith('.') and d.name != 'sweeps'] if folder.is_dir() else []
     settings = [r.pop('_params', {}) for r in found]
     names = dict.fromkeys(k for s in settings for k in s)
     full = [s for s in settings if s]

@@ -256,7 +256,7 @@ def conclude(
 ) -> dict:      # figures by name
     "Evaluate validation and test, draw the pictures, and finish the run; raises what goes wrong after marking it failed."
     if rank(): return {}
-    told = {s: predict_split(learn, s) for s in ('valid', 'test') if len(learn.table.split(s))}
+    told = {s: predict_split(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
     metrics = {s: score(probs, labels) for s, (probs, labels, _) in told.items() if len(labels)}
     history = run.history
     figures = _figures(learn, history, told)

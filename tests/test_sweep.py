@@ -1,0 +1,229 @@
+"Sweeps as real processes: killed, stopped, failing, on other storages; every trial once, nothing lost."
+import json, os, signal, sys, types
+from pathlib import Path
+
+import pandas as pd, pytest
+from launch import last_line, until
+from imgexp.runs import Run
+
+pytestmark = pytest.mark.usefixtures('project')
+
+PROGRAM = '''
+import os, signal, time
+from pathlib import Path
+from imgexp.runs import start_run
+def measure(x, kind='a', epochs=3, wait=0., deaths=0, fails=False):
+    "A training that takes so long an epoch, and dies so often in its second one"
+    if fails and not Path('mended').exists(): raise ValueError('nobody mended it')
+    run = start_run('measured', dict(x=x, kind=kind, epochs=epochs, track='off', resume='reuse'))
+    if run.finished: return run
+    for epoch in range(len(run.history), epochs):
+        time.sleep(wait)
+        run.log(dict(epoch=epoch + 1, step=epoch + 1, valid_loss=(x - 0.3)**2 + (kind == 'a') + 1/(epoch + 1)))
+        if epoch == 1 and run.status['continued'] < deaths: os.kill(os.getpid(), signal.SIGKILL)
+        if run.enough: break
+    return run.finish({})
+def memory(x):
+    import psutil
+    return {'valid_loss': psutil.Process().memory_info().rss}
+'''
+BASE = {'method': 'random', 'metric': {'name': 'val_loss', 'goal': 'minimize'}, 'program': 'program:measure',
+        'parameters': {'x': {'min': 0., 'max': 1.}, 'kind': {'values': ['a', 'b']}}}
+
+def paths(place): return os.pathsep.join([str(place), *filter(None, [os.environ.get('PYTHONPATH')])])
+
+@pytest.fixture
+def place(project, monkeypatch):
+    monkeypatch.chdir(project)
+    monkeypatch.setenv('PYTHONPATH', paths(project))
+    monkeypatch.syspath_prepend(str(project))
+    monkeypatch.delitem(sys.modules, 'program', raising=False)
+    (project/'program.py').write_text(PROGRAM)
+    return project
+
+def make(config=BASE, name='s', **kw):
+    from imgexp.sweep import init
+    return init(config | {'name': name}, **kw)
+
+def with_values(**values): return BASE | {'parameters': BASE['parameters'] | {k: {'value': v} for k, v in values.items()}}
+def quietly(name='s', **kw):
+    from imgexp.sweep import run
+    return run(name, tell=lambda text: None, **kw)
+def outcome(sweep): return [(r['values'], r['value'], r['state']) for r in sweep.rows()]
+def in_process(launcher, place, *args): return launcher.python('-m', 'imgexp.cli', 'sweep', *args, root=place, PYTHONPATH=os.environ['PYTHONPATH'])
+
+def test_the_same_trials_whatever_the_number_of_workers(place):
+    one, many = make(name='one', trials=12, seed=3), make(name='many', trials=12, seed=3)
+    quietly('one', jobs=1), quietly('many', jobs=3)
+    assert outcome(one) == outcome(many) and outcome(one) != outcome(quietly(make(name='other', trials=12, seed=4).name))
+    assert len({json.dumps(r['values']) for r in one.rows()}) == 12
+
+def test_a_grid_has_each_point_once(place):
+    grid = BASE | {'method': 'grid', 'parameters': {'x': {'values': [0.1, 0.2, 0.1]}, 'kind': {'values': ['a', 'b', 'b']}}}
+    sweep = make(grid)
+    assert sweep.space.size == 4 and sweep.cap == 4
+    quietly(jobs=2)
+    assert [r['values'] for r in sweep.rows()] == [{'x': x, 'kind': k} for x in (0.1, 0.2) for k in 'ab']
+
+def test_killed_workers_go_on(place):
+    "Each trial's process is killed in its second epoch; the trial goes on, in the same run."
+    sweep, calm = make(with_values(deaths=1), 's', trials=4), make(with_values(deaths=0), 'calm', trials=4)
+    quietly(jobs=2)
+    for run in map(Run, (place/'runs').glob('2*')):
+        assert run.state == 'done' and run.status['continued'] == 1 and list(run.history.epoch) == [1, 2, 3]
+    quietly('calm')
+    assert [(v, s) for _, v, s in outcome(sweep)] == [(v, s) for _, v, s in outcome(calm)]
+    assert len(sweep.trials()) == 4
+
+@pytest.mark.parametrize('storage', ['journal', 'sqlite'])
+def test_killed_altogether(launcher, place, storage):
+    sweep = make(with_values(wait=0.15, epochs=10), trials=4, storage=storage)
+    job = in_process(launcher, place, 'run', 's', '--jobs', '2')
+    until(lambda: sum(len(t.intermediate_values) for t in sweep.trials()) > 6, 'two trials to be under way')
+    job.send(signal.SIGKILL)
+    job.wait()
+    assert in_process(launcher, place, 'run', 's', '--jobs', '2').wait() == 0
+    assert [r['state'] for r in sweep.rows()] == ['done']*4 and [r['trained'] for r in sweep.rows()] == [10]*4
+    assert len(list((place/'runs').glob('2*'))) == 4, 'no trial was begun twice'
+    assert all(list(Run(place/'runs'/r['run']).history.epoch) == list(range(1, 11)) for r in sweep.rows())
+
+def test_asked_to_stop(launcher, place):
+    sweep = make(with_values(wait=0.1, epochs=30), trials=3)
+    job = in_process(launcher, place, 'run', 's', '--jobs', '2')
+    until(lambda: sum(len(t.intermediate_values) for t in sweep.trials()) > 4, 'two trials to be under way')
+    job.send(signal.SIGTERM)
+    assert job.wait() == 75 and last_line(job.err) == 'terminated; the same command continues', job.err
+    status = in_process(launcher, place, 'status', 's', '--json')
+    assert status.wait() == 0 and '1 trial to begin, 2 to continue' in status.err
+    assert in_process(launcher, place, 'run', 's', '--jobs', '2').wait() == 0
+    assert outcome(sweep) == outcome(quietly(make(with_values(wait=0., epochs=30), 'calm', trials=3).name)) or \
+        [(v, s) for _, v, s in outcome(sweep)] == [(v, s) for _, v, s in outcome(quietly('calm'))]
+
+def test_a_torn_line_of_the_journal(place):
+    sweep = make(trials=5)
+    quietly()
+    journal = sweep.dir/'journal.log'
+    whole = journal.read_bytes()
+    for cut in (len(whole) - 7, len(whole) - 1):
+        journal.write_bytes(whole[:cut])
+        from imgexp.sweep import Sweep, _here
+        _here.cache_clear()
+        again = quietly()
+        assert [r['values'] for r in again.rows()] == [r['values'] for r in sweep.rows()]
+        assert {r['state'] for r in again.rows()} == {'done'}
+
+def test_three_failures_end_it_and_retry_repeats_them(place):
+    from imgexp.runs import RunFailed
+    from imgexp.sweep import retry
+    sweep = make(with_values(fails=True), trials=10)
+    with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; mend that'): quietly()
+    assert [r['state'] for r in sweep.rows()] == ['failed']*3
+    (place/'mended').touch()
+    assert retry(sweep) == 3 and retry(sweep) == 0, 'each is repeated once'
+    quietly(jobs=2)
+    rows = sweep.rows()
+    assert len(rows) == 13 and [r['state'] for r in rows[3:]] == ['done']*10
+    assert [r['values'] for r in rows[3:6]] == [r['values'] for r in rows[:3]]
+    assert [r['values'] for r in rows[6:]] == [sweep.point(k) for k in range(3, 10)], 'repeated trials do not count'
+
+def test_hyperband_ends_trials(place):
+    early = with_values(epochs=9) | {'early_terminate': {'type': 'hyperband', 'min_iter': 1, 'eta': 3}}
+    sweep = make(early, trials=12)
+    quietly()
+    ended = [r for r in sweep.rows() if r['state'] == 'ended early']
+    assert ended and all(r['trained'] < 9 for r in ended) and sweep.best()['state'] == 'done' and sweep.best()['trained'] == 9
+    assert all(len(Run(place/'runs'/r['run']).history) == r['trained'] for r in sweep.rows())
+
+def test_successive_halving_and_bayes(place):
+    early = with_values(epochs=9) | {'method': 'bayes', 'early_terminate': {'type': 'asha', 'min_iter': 1, 'eta': 3}}
+    sweep = make(early, trials=25)
+    quietly(jobs=2)
+    states = [r['state'] for r in sweep.rows()]
+    assert states.count('ended early') > 5 and sweep.best()['values']['kind'] == 'b' and abs(sweep.best()['values']['x'] - 0.3) < 0.2
+
+def test_the_target_ends_it(place):
+    sweep = make(BASE | {'metric': BASE['metric'] | {'target': 1.0}}, trials=50)
+    quietly()
+    assert len(sweep.trials()) < 50 and sweep.best()['value'] <= 1.0 and sweep.over() == 'the target is reached'
+
+def test_extended_and_stopped(place):
+    from imgexp.sweep import extend, stop
+    sweep = make(trials=2)
+    quietly()
+    extend(sweep, 3)
+    quietly()
+    assert [r['values'] for r in sweep.rows()] == [sweep.point(k) for k in range(5)]
+    extend(sweep, 3)
+    stop(sweep)
+    from imgexp.sweep import trial
+    assert trial(str(sweep.dir)) == {'over': 'it was stopped'}
+
+def test_memory_stays_flat(place):
+    sweep = make(BASE | {'program': 'program:memory', 'parameters': {'x': {'min': 0., 'max': 1.}}}, trials=50)
+    quietly()
+    used = [r['value'] for r in sweep.rows()]
+    assert max(used[10:]) < 1.05*used[10]
+
+def test_through_wandb(place, monkeypatch):
+    "A stand-in of the two calls: the sweep is made with the YAML's words, and each trial gets W&B's values."
+    made, logged, configs = [], [], [{'x': 0.25, 'kind': 'b'}, {'x': 0.5, 'kind': 'a'}]
+    class Own:
+        def __init__(self): self.config = configs.pop(0)
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+    fake = types.SimpleNamespace(sweep=lambda config, **kw: made.append((config, kw)) or 'abc', init=Own, log=logged.append,
+                                 agent=lambda id, function, count, **kw: [function() for _ in range(2)])
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    from imgexp.sweep import on_wandb
+    sweep = make(BASE | {'project': 'mine'}, trials=2)
+    with pytest.raises(Exception, match='needs a login'): on_wandb(sweep)
+    monkeypatch.setattr('imgexp.sweep._track_mode', lambda track: 'online')
+    on_wandb(sweep, tell=lambda text: None)
+    assert made == [(sweep.config, {'project': 'mine'})] and [row['val_loss'] for row in logged][2] == pytest.approx((0.25 - 0.3)**2 + 1/3)
+    assert 'IMGEXP_WATCH' not in os.environ
+
+BAD = {
+    'method': ({'method': 'bayse'}, "method='bayse' is not known: did you mean 'bayes'?"),
+    'command': ({'command': ['python']}, 'command: trials are started by imgexp'),
+    'unknown key': ({'metrics': {}}, "unknown key 'metrics': did you mean 'metric'?"),
+    'test metric': ({'metric': {'name': 'test_top1', 'goal': 'maximize'}}, 'test images choose nothing'),
+    'accuracy minimized': ({'metric': {'name': 'val_accuracy'}}, 'give goal: maximize'),
+    'goal': ({'metric': {'name': 'val_loss', 'goal': 'min'}}, "metric.goal='min' is not known: choose one of minimize, maximize"),
+    'distribution': ({'parameters': {'lr': {'distribution': 'loguniform', 'min': 1, 'max': 2}}}, "unknown distribution 'loguniform': did you mean"),
+    'range': ({'parameters': {'lr': {'min': 2, 'max': 1}}}, 'parameter lr: min=2 has to be below max=1'),
+    'grid of a range': ({'method': 'grid'}, 'parameter x: a grid needs values'),
+    'early_terminate': ({'early_terminate': {'type': 'envelope'}}, "early_terminate.type='envelope' is not known: choose one of hyperband, asha"),
+    'unknown parameter': ({'program': '10_keras_cnn', 'parameters': {'filter': {'value': 3}}}, "unknown parameter 'filter': did you mean 'filters'?"),
+    'wrong type': ({'program': '10_keras_cnn', 'parameters': {'filters': {'value': 'many'}}}, "filters='many' is not a whole number"),
+    'python file': ({'program': 'train.py'}, "program='train.py': give an experiment like 10_keras_cnn"),
+    'unknown program': ({'program': '10_keras_cn'}, "unknown notebook '10_keras_cn': did you mean '10_keras_cnn'?"),
+    'no function': ({'program': 'program:meusure'}, "program='program:meusure'"),
+    'run_cap': ({'run_cap': 0}, 'run_cap=0 is not a whole number of at least 1'),
+    'nothing varies': ({'parameters': {}}, 'parameters is missing or empty'),
+}
+@pytest.mark.parametrize('changed, told', BAD.values(), ids=BAD)
+def test_what_cannot_be_honoured_is_refused_by_name(launcher, place, changed, told):
+    (place/'s.yaml').write_text(json.dumps(BASE | changed))
+    job = launcher.imgexp('sweep', 'init', 's.yaml', root=place, before='import sys; sys.path.insert(0, ".")')
+    assert job.wait() == 2 and told in last_line(job.err), job.err
+    assert not (place/'runs'/'sweeps').exists() or not list((place/'runs'/'sweeps').iterdir())
+
+def test_wrong_words(launcher, place):
+    make(trials=1)
+    (place/'torn.yaml').write_text('method: [')
+    for args, told, status in ((['init', 'no.yaml'], 'no.yaml cannot be read', 2), (['init', 'torn.yaml'], 'torn.yaml is no YAML, line', 2),
+                               (['run', 'sx'], "unknown sweep 'sx': did you mean 's'?", 2), (['run', 's', '--on', 'moon'], "on='moon' is not known: choose one of local, wandb", 2),
+                               (['best', 's'], 'no trial has ended yet', 1), (['export', 's'], 'nothing to export', 2),
+                               (['run', 's', '--jobs', '-1'], 'imgexp sweep run --help', 2)):
+        job = launcher.imgexp('sweep', *args, root=place)
+        assert job.wait() == status and told in last_line(job.err), job.err
+
+def test_no_password_in_a_file(place):
+    with pytest.raises(Exception, match='storage holds a password'): make(storage='postgresql://me:secret@host/db')
+    with pytest.raises(Exception, match="storage='jurnal' is not known: did you mean 'journal'"): make(storage='jurnal')
+    assert not (place/'runs'/'sweeps').exists() or not list((place/'runs'/'sweeps').iterdir())
+
+def test_another_sweep_of_that_name(place):
+    make(trials=2)
+    assert make(trials=2).name == 's', 'the same one again'
+    with pytest.raises(Exception, match='sweep s exists, and is another one: give --name'): make(BASE | {'method': 'bayes'}, trials=2)
