@@ -21,15 +21,16 @@ class Report:
     "What a `Run` tells a sweep"
     name, enough = 'nothing', ''
     def __init__(self): self.rows = []
-    def _rows(self): return [], self.rows
+    def _rows(self): return ['valid_loss'], self.rows
 
 def nothing(**values):
     "A trial's program"
     from imgexp.sweep import watch
     run = Report()
     for epoch in range(7):
-        run.rows.append(epoch)
-        watch(run, {'valid_loss': values['x0'] + 1/(epoch + 1)})
+        row = {'valid_loss': values['x0'] + 1/(epoch + 1)}
+        run.rows.append([str(v) for v in row.values()])
+        watch(run, row)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

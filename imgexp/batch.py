@@ -338,9 +338,10 @@ def _keep(out, run, reused, notebook, error):
 
 # %% ../nbs/05_batch.ipynb #41923f3c
 def _runs_of(notebook):
-    "Runs of a notebook, newest first"
+    "Runs of a notebook, newest first, without those that a search ended early"
     folder = runs_dir()
-    return [Run(d) for d in sorted(folder.glob(f'*-{Path(notebook).stem}-*'), reverse=True) if (d/'params.json').is_file()]
+    found = (Run(d) for d in sorted(folder.glob(f'*-{Path(notebook).stem}-*'), reverse=True) if (d/'params.json').is_file())
+    return [r for r in found if not r.metrics.get('ended')]
 
 def _same(run, values):
     here = run.folder == str(Path.cwd()) or not any(_outside(v) for v in values.values())

@@ -303,7 +303,7 @@ def sweep_run(
     if on == 'wandb': return on_wandb(sweep, _say)
     if not sys.stderr.isatty() or dry_run: run(name, jobs, dry_run, _say)
     else:
-        with _live(sweep) as live: run(name, jobs, tell=live.console.print)
+        with _live(sweep) as live: run(name, jobs, tell=lambda text: live.console.print(text, markup=False, highlight=False))
     if not dry_run and sweep.best(): print(json.dumps(sweep.best()['values']))
 
 def _live(sweep, rows=15):
@@ -325,7 +325,7 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     from imgexp.sweep import find_sweep, plan
     sweep = find_sweep(name)
     _say(plan(sweep))
-    _print_table(sweep.table().round(4), as_json)
+    _print_table(sweep.table().round({sweep.metric.name: 4, 'seconds': 1}), as_json)
 
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):

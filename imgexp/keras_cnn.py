@@ -53,7 +53,7 @@ def block_filters(
     blocks: int,   # 1 and up
 ) -> list:         # of int
     "Filters of each block."
-    return [{'same': filters, 'half': max(8, filters >> k), 'pyramid': filters << k}[strategy] for k in range(blocks)]
+    return [{'same': filters, 'half': min(filters, max(8, filters >> k)), 'pyramid': filters << k}[strategy] for k in range(blocks)]
 
 def n_blocks(
     blocks: int, # asked for; 0: five, or as many as there is room for
@@ -129,8 +129,8 @@ class Arrays:
         for split in ('train', 'valid', 'test'):
             here = np.isin(rows, table.split(split))
             self.images[split], self.labels[split], self.rows[split] = images[here], table.labels[rows[here]], rows[here]
-        some = self.images['train'][order(len(self.images['train']), 0, 0)[:5000]]/255
-        self.norm = round(float(some.mean()), 4), round(max(float(some.std()), 1e-3), 4)
+        some = self.images['train'][order(len(self.images['train']), 0, 0)[:1000]].astype(np.float32)/255
+        self.norm = round(float(some.mean(dtype=float)), 4), round(max(float(some.std(dtype=float)), 1e-3), 4)
 
 @lru_cache(maxsize=1)
 def _arrays(data, classes, subset, seed, size, bad, stamp):
@@ -219,9 +219,10 @@ def save(
         save_file({k: np.asarray(v.numpy()) for k, v in _variables(model).items()}, folder/'state.safetensors')
         with open(folder/'state.safetensors', 'rb') as f: os.fsync(f.fileno())
     _write_json(folder/'COMMITTED.json', {'sha256': _sha256(folder/'state.safetensors'), 'row': row})
+    before = (_read_json(run.dir/'checkpoints'/'index.json') or {}).get('best')
     _write_json(run.dir/'checkpoints'/'index.json', {'last': folder.name, **best})
     for old in (run.dir/'checkpoints').glob('epoch-*'):
-        if old.name not in (folder.name, best['best'], f'epoch-{epoch - 1:04d}'): _remove(old)
+        if old.name not in (folder.name, best['best'], before, f'epoch-{epoch - 1:04d}'): _remove(old)
 
 def _remove(folder):
     for f in (folder/'COMMITTED.json', folder/'state.safetensors'): f.unlink(missing_ok=True)
@@ -302,9 +303,10 @@ def _resume(run, model):
     run.rewind(row['step'])
     if len(run.history) < epoch: run.log(row)  # it was killed between the two
     rows = run.history
-    best = rows.valid_top1.idxmax()
+    best = {k: index[k] for k in ('best', 'top1')}
+    if best['best'] > folder.name: best = {'best': f'epoch-{int(rows.epoch[rows.valid_top1.idxmax()]):04d}', 'top1': float(rows.valid_top1.max())}
     print(f'continuing {run.name} at epoch {epoch + 1}')
-    return epoch, float(rows.seconds.iloc[-1]), {'best': f'epoch-{int(rows.epoch[best]):04d}', 'top1': float(rows.valid_top1[best])}
+    return epoch, float(rows.seconds.iloc[-1]), best
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c18
 def fit(
@@ -318,6 +320,7 @@ def fit(
     done, spent, best = _resume(run, model)
     with asked_to_stop() as asked:
         for epoch in range(done, p.epochs):
+            if run.enough: break
             began = time.perf_counter()
             told = model.fit(epoch_of(arrays, epoch, p.batch_size, seeds(p)['order'], p.augment), verbose=0, shuffle=False, callbacks=[_listener(keras, asked)])
             logs = {k: float(v[-1]) for k, v in told.history.items()}
@@ -330,7 +333,6 @@ def fit(
             left = duration((p.epochs - epoch - 1)*row['images']/(epoch + 1)/row['img_per_s'])
             print(f"epoch {epoch + 1}/{p.epochs}: loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), top-1 {row['train_top1']:.1%} "
                   f"(valid {row['valid_top1']:.1%}), {row['img_per_s']:,.0f} img/s, {duration(spent)}, {left} to go", flush=True)
-            if run.enough: break
     load(model, run.dir/'checkpoints'/_read_json(run.dir/'checkpoints'/'index.json')['best'])
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c19

@@ -456,7 +456,8 @@ def finish(
     self: Run,
     metrics: dict,  # what metrics.json shall hold
 ):
-    "The run is done: write the metrics, then say so."
+    "The run is done: write the metrics, then say so. One that was told enough is kept apart from those that went on to their end."
+    metrics = metrics | ({'ended': self.enough} if self.enough else {})
     _write_json(self.dir/'metrics.json', metrics)
     return self._end('done', metrics=metrics)
 
@@ -522,18 +523,24 @@ def log(
     text = {k: '' if v is None else repr(v) if isinstance(v, float) else str(v) for k, v in _plain(row).items()}
     self._write_rows(wide, rows + [[text.get(k, '') for k in wide]])
     if self.tracker: self.tracker.log(row)
-    if watcher := os.environ.get('IMGEXP_WATCH'):
-        module, _, function = watcher.partition(':')
-        getattr(importlib.import_module(module), function)(self, row)
+    self._watched(row)
+
+@patch
+def _watched(self: Run, row):
+    "Call the function that watches, if there is one"
+    module, _, function = os.environ.get('IMGEXP_WATCH', '').partition(':')
+    if module: getattr(importlib.import_module(module), function)(self, row)
 
 @patch
 def rewind(
     self: Run,
     step: int,  # optimizer steps done at the point the run continues from
 ):
-    "Drop the history after `step`."
+    "Drop the history after `step`; whoever watches sees its last row again."
     header, rows = self._rows()
-    self._write_rows(header, [r for r in rows if int(r[header.index('step')]) <= step])
+    rows = [r for r in rows if int(r[header.index('step')]) <= step]
+    self._write_rows(header, rows)
+    if rows: self._watched(dict(zip(header, rows[-1])))
 
 @patch(as_prop=True)
 def history(self: Run):
@@ -623,7 +630,7 @@ def _choose(folder, notebook, id, params, depends, resume):
         return run
     old = [Run(d) for d in sorted(folder.glob(f'*-{notebook}-{id}'), reverse=True) if d.is_dir()]
     old = [r for r in old if r.id == id and r.status and resume != 'never']
-    done = next((r for r in old if r.finished), None)
+    done = next((r for r in old if r.finished and (r.compared or not r.metrics.get('ended'))), None)
     unfinished = next((r for r in old if not r.finished), None)
     if resume == 'reuse' and done: return done
     return unfinished or _new(folder, notebook, id, params, depends)

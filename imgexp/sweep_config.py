@@ -164,8 +164,9 @@ class Hyperband:
         band = max((b for b in self.bands if b <= len(own)), default=0)
         if not band: return False
         sign = 1 if lower else -1
-        there = sorted(sign*h[band - 1] for h in all if len(h) >= band)
-        value = sign*own[band - 1] if self.strict else min(sign*v for v in own)
+        def bad(v): return sign*v if math.isfinite(v) else math.inf
+        there = sorted(bad(h[band - 1]) for h in all if len(h) >= band)
+        value = bad(own[band - 1]) if self.strict else min(map(bad, own))
         return value > there[int(len(there)/self.eta)]
 
 def read_hyperband(
@@ -174,6 +175,8 @@ def read_hyperband(
     "Early termination as W&B understands it; raises `InputError` for what is unknown or missing."
     known = ['type', 'min_iter', 'max_iter', 's', 'eta', 'strict']
     for k in given.keys() - {*known}: raise InputError(f'early_terminate: {_unknown(k, known, "setting")}')
+    for k in given.keys() - {'type', 'strict'}:
+        if not isinstance(given[k], (int, float)) or isinstance(given[k], bool): raise InputError(f'early_terminate: {k}={given[k]!r} is not a number')
     eta, strict = given.get('eta', 3), given.get('strict', False)
     if eta <= 1: raise InputError(f'early_terminate: eta={eta} has to be more than 1')
     if 'max_iter' in given and 's' in given: bands = [int(given['max_iter']/eta**k) for k in range(int(given['s']), 0, -1)]
@@ -205,10 +208,11 @@ def read_metric(
     given: dict, # `metric` of the YAML file
 ) -> Metric:
     "What to optimize; raises `InputError` for unknown settings, and for test images."
+    if not isinstance(given, dict): raise InputError(f'metric: write metric: {{name: {given}, goal: maximize}}')
     for k in given.keys() - {'name', 'goal', 'target'}: raise InputError(f"metric: {_unknown(k, ['name', 'goal', 'target'], 'setting')}")
     name = given.get('name')
     if not name: raise InputError('metric: give its name, a column of the history like valid_top1 or val_loss')
-    if 'test' in name: raise InputError(f'metric: {name}: test images choose nothing: take a column of the validation images, like valid_top1')
+    if re.search(r'(^|[_/])test', name): raise InputError(f'metric: {name}: test images choose nothing: take a column of the validation images, like valid_top1')
     column = _COLUMNS.get(name, name)
     goal = given.get('goal', 'minimize')
     if goal not in ('minimize', 'maximize'): raise _not_known('metric.goal', goal, ['minimize', 'maximize'])
@@ -267,6 +271,7 @@ def read_stopper(
     metric: Metric,
 ):               # `Hyperband` or `Halving`
     "What ends trials early; raises `InputError` for what is unknown."
+    if not isinstance(given, dict): raise InputError(f'early_terminate: write early_terminate: {{type: {given}, min_iter: 1}}')
     kind = given.get('type', 'hyperband')
     if kind == 'hyperband': return read_hyperband(given)
     if kind != 'asha': raise _not_known('early_terminate.type', kind, ['hyperband', 'asha'])

@@ -144,7 +144,7 @@ def test_successive_halving_and_bayes(place):
 def test_the_target_ends_it(place):
     sweep = make(BASE | {'metric': BASE['metric'] | {'target': 1.0}}, trials=50)
     quietly()
-    assert len(sweep.trials()) < 50 and sweep.best()['value'] <= 1.0 and sweep.over() == 'the target is reached'
+    assert len(sweep.trials()) < 50 and sweep.best()['value'] <= 1.0 and sweep.over() == 'the target is reached' and sweep.left() > 0
 
 def test_extended_and_stopped(place):
     from imgexp.sweep import extend, stop
@@ -157,6 +157,22 @@ def test_extended_and_stopped(place):
     stop(sweep)
     from imgexp.sweep import trial
     assert trial(str(sweep.dir)) == {'over': 'it was stopped'}
+
+def test_the_same_point_twice_at_once(place):
+    "They have the same run: one trains it, the other waits for it."
+    sweep = make(with_values(wait=0.1) | {'parameters': {'x': {'values': [0.5]}, 'wait': {'value': 0.2}}}, trials=4)
+    quietly(jobs=2)
+    assert [r['state'] for r in sweep.rows()] == ['done']*4 and len({r['value'] for r in sweep.rows()}) == 1
+    assert len(list((place/'runs').glob('2*'))) == 1
+
+def test_a_run_that_ended_early_is_not_taken_for_a_whole_one(place, monkeypatch):
+    early = with_values(epochs=9) | {'early_terminate': {'type': 'hyperband', 'min_iter': 1, 'eta': 3}}
+    sweep = make(early, trials=12)
+    quietly()
+    ended = next(r for r in sweep.rows() if r['state'] == 'ended early')
+    import program
+    whole = program.measure(**ended['values'])
+    assert whole.name != ended['run'] and len(whole.history) == 9 and 'ended' not in whole.metrics
 
 def test_memory_stays_flat(place):
     sweep = make(BASE | {'program': 'program:memory', 'parameters': {'x': {'min': 0., 'max': 1.}}}, trials=50)
