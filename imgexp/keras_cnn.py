@@ -462,7 +462,7 @@ def plot_features(
 ):         # Figure
     "What each filter of a layer makes of an image; bright is strong."
     keras = _keras()
-    maps = np.asarray(keras.Model(model.inputs, model.get_layer(layer).output)(image[None]))[0]
+    maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]))[0]
     return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))], f'{layer}: {maps.shape[0]} × {maps.shape[1]} px', 'viridis')
 
 def _tiles(images, title, cmap='gray', columns=16):

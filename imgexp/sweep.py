@@ -20,8 +20,18 @@ from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _
 from .sweep_config import _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
 
 # %% ../nbs/06b_sweep.ipynb #1f60a2d7
+@cache
+def _optuna():
+    "Optuna, without its remarks"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        import optuna
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
 def _as_optuna(p, grid):
     "A parameter's distribution in Optuna's words, and what turns its choice into the value"
+    _optuna()
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     s, kind = p.settings, p.distribution
     if grid or kind in ('constant', 'categorical'): return CategoricalDistribution([json.dumps(v) for v in _all_values(p)]), json.loads
@@ -99,10 +109,7 @@ def _journal(path):
 
 def _storage(text, folder):
     "Optuna's storage"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # about bars in notebooks
-        import optuna
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _optuna()
     from optuna.storages import JournalStorage, get_storage
     if text == 'journal': return JournalStorage(_journal(folder/'journal.log'))
     url = os.environ.get('IMGEXP_STORAGE') or text
@@ -122,8 +129,7 @@ def _check_storage(text):
 
 # %% ../nbs/06b_sweep.ipynb #d5a8417e
 def _pure_sampler(sweep):
-    from optuna.samplers import BaseSampler
-    class Pure(BaseSampler):
+    class Pure(_optuna().samplers.BaseSampler):
         at = None, None
         def infer_relative_search_space(self, study, trial): return {}
         def sample_relative(self, study, trial, space): return {}
@@ -134,9 +140,8 @@ def _pure_sampler(sweep):
 
 def _sampler(sweep, number):
     if sweep.config['method'] != 'bayes': return _pure_sampler(sweep)
-    from optuna.samplers import TPESampler
     seed = int(_share(sweep.seed, number, 'sampler')*2**32)
-    return TPESampler(multivariate=True, constant_liar=True, seed=seed)
+    return _optuna().samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
 
 # %% ../nbs/06b_sweep.ipynb #a07c1b3d
 def _counts(t): return not t.user_attrs.keys() & {'repeats', 'surplus'}
@@ -169,8 +174,7 @@ class Sweep:
     @cached_property
     def study(self): return self._study(_pure_sampler(self))
     def _study(self, sampler):
-        import optuna
-        return optuna.create_study(storage=self.storage, study_name=f'{self.name}-{self.id}', sampler=sampler, load_if_exists=True,
+        return _optuna().create_study(storage=self.storage, study_name=f'{self.name}-{self.id}', sampler=sampler, load_if_exists=True,
                                    direction='minimize' if self.metric.lower else 'maximize')
     def reached(self, value): return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
     def trials(self): return self.study.get_trials(deepcopy=False)
@@ -223,8 +227,7 @@ Sweep.limit = _limit
 @_patch_sweep
 def _values(self, t):
     "Draw a trial's values; what was drawn of them already stays"
-    import optuna
-    trial = optuna.trial.Trial(self._study(_sampler(self, t.number)), t._trial_id)
+    trial = _optuna().trial.Trial(self._study(_sampler(self, t.number)), t._trial_id)
     values = {}
     for name, (d, convert) in self.choices.items():
         log = {'log': d.log} if getattr(d, 'log', False) else {}
@@ -282,14 +285,32 @@ def _left(self, t):
     return self._lock(t.number) if t.user_attrs.get('host', own) in ('', socket.gethostname()) else None
 
 @_patch_sweep
-def told(self, number, key, default=None): return self.of(number).user_attrs.get(key, default)
+def told(
+    self,
+    number, # of a trial
+    key, # under which it was told
+    default=None, # where it was not
+):
+    "What is kept beside a trial."
+    return self.of(number).user_attrs.get(key, default)
+
 @_patch_sweep
-def tell(self, number, **what):
+def tell(
+    self,
+    number, # of a trial
+    **what, # names and plain values
+):
+    "Keep something beside a trial."
     for k, v in what.items(): self.storage.set_trial_user_attr(self._id(number), k, _plain(v))
 
 # %% ../nbs/06b_sweep.ipynb #95c2e7b0
 @_patch_sweep
-def report(self, number, epoch, value):
+def report(
+    self,
+    number, # of a trial
+    epoch, # 1 and up
+    value, # of the metric
+):
     "Keep what a trial measured after an epoch; epochs begin at 1"
     t = self.of(number)
     if epoch not in t.intermediate_values: self.storage.set_trial_intermediate_value(t._trial_id, epoch, float(value))
@@ -297,7 +318,10 @@ def report(self, number, epoch, value):
 def _curve(t): return [v for _, v in sorted(t.intermediate_values.items())]
 
 @_patch_sweep
-def ends(self, number):
+def ends(
+    self,
+    number, # of a trial
+):
     "Why a trial shall end now; '' where it shall not"
     trials = self.trials()
     own, t = _curve(trials[number]), trials[number]
@@ -308,7 +332,11 @@ def ends(self, number):
     return f'ended early after {len(own)} epochs' if early else ''
 
 @_patch_sweep
-def conclude(self, number, seconds):
+def conclude(
+    self,
+    number, # of a trial
+    seconds, # that it took
+):
     "A trial is over: COMPLETE, or PRUNED where it ended early; the best that it measured"
     from optuna.trial import TrialState
     t = self.of(number)
@@ -320,7 +348,11 @@ def conclude(self, number, seconds):
     return best
 
 @_patch_sweep
-def fail(self, number, error):
+def fail(
+    self,
+    number, # of a trial
+    error, # in one line
+):
     "A trial failed"
     from optuna.trial import TrialState
     self.tell(number, error=error[:500])
@@ -495,7 +527,9 @@ def init(
     return sweep
 
 # %% ../nbs/06b_sweep.ipynb #84d1c5b9
-def seconds_of(sweep):
+def seconds_of(
+    sweep: Sweep, # any
+):
     "Seconds that a trial takes, by the trials of this sweep or else by runs that are like them; None where nothing was measured"
     own = [r['seconds'] for r in sweep.rows() if r['state'] == 'done' and r['seconds']]
     if own: return median(own)
@@ -515,13 +549,13 @@ def _part_of_epochs(sweep):
     return sum((b - a)*sweep.stopper.eta**-k for k, (a, b) in enumerate(zip([0, *ends], ends)))/epochs
 
 def usual_jobs(
-    sweep: Sweep,
+    sweep: Sweep, # any
 ) -> int: # 1 and up
     "Trials at once that use the machine: one a GPU, or as many as there are cores for their threads."
     return len(gpus()) or max(1, cores()//sweep.threads)
 
 def plan(
-    sweep: Sweep,
+    sweep: Sweep, # any
     jobs: int = 0, # trials at once; 0: `usual_jobs`
 ) -> str:
     "What `run` will do, in one line: the size of the space, trials, and the time they will take."
@@ -583,8 +617,8 @@ def _waiting_for(sweep, seconds=15.):
     return n
 
 def finish(
-    sweep: Sweep,
-    tell=print,
+    sweep: Sweep, # any
+    tell=print, # called with each line
 ) -> dict: # trial, values, value, run, test; None where there is none
     "Evaluate the best trial on the test images, once, and keep that in best.json."
     best, known = sweep.best(), _read_json(sweep.dir/'best.json') or {}
@@ -601,7 +635,7 @@ def finish(
 
 # %% ../nbs/06b_sweep.ipynb #e9b27a40
 def extend(
-    sweep: Sweep,
+    sweep: Sweep, # any
     trials: int, # more than before
 ):
     "Allow more trials; raises `InputError` where a grid has no more points."
@@ -611,7 +645,7 @@ def extend(
     _write_json(sweep.dir/'sweep.json', about | {'trials': int(min(size, about['trials'] + trials))})
 
 def retry(
-    sweep: Sweep,
+    sweep: Sweep, # any
 ) -> int: # how many
     "Ask for the failed trials again, with the parameters they had."
     trials = sweep.trials()
@@ -620,7 +654,9 @@ def retry(
     for t in failed: sweep.study.enqueue_trial(t.params, user_attrs={'repeats': t.number})
     return len(failed)
 
-def stop(sweep: Sweep):
+def stop(
+    sweep: Sweep, # any
+):
     "Begin no more trials; those that run go on to their end. `run` again continues."
     (sweep.dir/'stop').touch()
 
@@ -637,8 +673,8 @@ def to_wandb(
     wandb.log(row | {k: row[v] for k, v in _COLUMNS.items() if row.get(v) is not None})
 
 def on_wandb(
-    sweep: Sweep,
-    tell=print,
+    sweep: Sweep, # any
+    tell=print, # called with each line
 ):
     "Let W&B's sweep choose the trials, and run them here."
     import wandb
@@ -653,7 +689,9 @@ def on_wandb(
             with _watched('imgexp.sweep:to_wandb'): f(**arguments)
     wandb.agent(known['id'], function=one, count=sweep.cap, **there)
 
-def send_to_wandb(sweep: Sweep):
+def send_to_wandb(
+    sweep: Sweep, # any
+):
     "Send the table of trials to W&B."
     import wandb
     _logged_in('--wandb')

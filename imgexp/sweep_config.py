@@ -138,7 +138,7 @@ def _share(seed, k, name):
 
 def read_space(
     given: dict, # `parameters` of the YAML file
-    prefix: str = '',
+    prefix: str = '', # of the names of nested ones
 ) -> Space:
     "The space of a sweep."
     if not isinstance(given, dict) or not given: raise InputError('parameters is missing or empty: name what shall vary')
@@ -268,7 +268,7 @@ class Halving:
 
 def read_stopper(
     given: dict, # `early_terminate` of the YAML file
-    metric: Metric,
+    metric: Metric, # what is measured
 ):               # `Hyperband` or `Halving`
     "What ends trials early; raises `InputError` for what is unknown."
     if not isinstance(given, dict): raise InputError(f'early_terminate: write early_terminate: {{type: {given}, min_iter: 1}}')

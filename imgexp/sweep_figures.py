@@ -55,7 +55,7 @@ def _parallel_plotly(sweep, axes, values):
 
 def _parallel_static(sweep, axes, values):
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(1.4*len(axes) + 1, 3.2))
+    fig, ax = plt.subplots(figsize=(1.1*len(axes) + 1, 2.6), dpi=70)
     def unit(v, t):
         low, high = min([*v, *t]), max([*v, *t])
         return (np.asarray(v, float) - low)/((high - low) or 1)
