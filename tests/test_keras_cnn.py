@@ -1,0 +1,58 @@
+"The Keras CNN as a process: killed at any moment, without torch, the same bits on any number of workers."
+import json, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+from launch import environment, until
+from imgexp.runs import Run
+
+pytest.importorskip('keras')
+pytestmark = pytest.mark.usefixtures('project')
+GIVEN = dict(subset=0.2, size=16, filters=8, dense=32, batch_norm=True, augment=True, epochs=4, track='off')
+CODE = '''
+import sys
+from imgexp.keras_cnn import train
+train(**{given})
+assert 'torch' not in sys.modules, 'Keras and torch in one process'
+'''
+
+def run_of(root): return next(Run(d) for d in (root/'runs').glob('2*'))
+def weights(run):
+    from safetensors.numpy import load_file
+    return load_file(run.dir/'checkpoints'/'epoch-0004'/'state.safetensors')
+
+def test_killed_and_continued_without_torch(launcher, project, tmp_path):
+    "kill -9 while an epoch runs; all that the last checkpoint holds is that of the undisturbed run."
+    code, other = CODE.format(given=GIVEN), tmp_path/'other'
+    other.mkdir()
+    job = launcher.python('-c', code, root=project)
+    until(lambda: list(project.glob('runs/2*/checkpoints/epoch-0002/COMMITTED.json')), 'two epochs')
+    job.send(signal.SIGKILL)
+    job.wait()
+    hit = run_of(project)
+    assert hit.state == 'died'
+    again, whole = launcher.python('-c', code, root=project), launcher.python('-c', code, root=other)
+    assert again.wait() == 0 and f'continuing {hit.name} at epoch' in again.out, again.err
+    assert whole.wait() == 0, whole.err
+    a, b = weights(hit), weights(run_of(other))
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+    assert hit.history.drop(columns=['seconds', 'img_per_s', 'peak_mem_mb']).equals(run_of(other).history.drop(columns=['seconds', 'img_per_s', 'peak_mem_mb']))
+    assert hit.metrics['test'] == run_of(other).metrics['test']
+
+def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypatch):
+    "And only its best trial has seen the test images."
+    from imgexp.sweep import init, run
+    space = {k: {'value': v} for k, v in (GIVEN | {'epochs': 2}).items()} | {'lr': {'distribution': 'log_uniform_values', 'min': 1e-3, 'max': 1e-2}}
+    config = {'program': '10_keras_cnn', 'method': 'random', 'metric': {'name': 'val_loss'}, 'parameters': space}
+    found = []
+    for jobs in (1, 2):
+        monkeypatch.setenv('IMGEXP_ROOT', str(project/str(jobs)))
+        sweep = init(config | {'name': 's'}, trials=3)
+        done = subprocess.run([sys.executable, '-m', 'imgexp.cli', 'sweep', 'run', 's', '--jobs', str(jobs)], capture_output=True, text=True,
+                              env=environment(project/str(jobs)), cwd=project)
+        assert done.returncode == 0, done.stderr
+        found.append([(r['values'], r['value'], r['state']) for r in sweep.rows()])
+        seen = [r.name for r in map(Run, (project/str(jobs)/'runs').glob('2*')) if 'test' in r.metrics]
+        best = json.loads((sweep.dir/'best.json').read_text())
+        assert seen == [best['run']] and best['test']['top1']['n'] == 359
+    assert found[0] == found[1] and len(found[0]) == 3
