@@ -288,6 +288,7 @@ def sweep_init(
     _say(plan(made))
     print(made.name)
 
+# %% ../nbs/90_cli.ipynb #77aa0c21
 @sweep_app.command('run')
 def sweep_run(
     name: SweepName = '',
@@ -319,6 +320,7 @@ def _live(sweep, rows=15):
         return table
     return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True), transient=True)
 
+# %% ../nbs/90_cli.ipynb #77aa0c22
 @sweep_app.command('status')
 def sweep_status(name: SweepName = '', as_json: Json = False):
     "The trials of a sweep, the best first."
@@ -342,6 +344,7 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
     for k, v in best['values'].items(): print(f'{k:14} {v}')
     if best['test']: print('test top-1     {value:.1%} ({low:.1%} to {high:.1%}, n = {n:,})'.format(**best['test']['top1']))
 
+# %% ../nbs/90_cli.ipynb #77aa0c23
 @sweep_app.command('stop')
 def sweep_stop(name: SweepName = ''):
     "Begin no more trials; those that run go on to their end, and `run` continues."
