@@ -314,9 +314,10 @@ def _live(sweep, rows=15):
     from rich.table import Table
     def draw():
         ended, table = sweep.table(), Table(box=None)
-        for c in ('trial', 'state', sweep.metric.name, 'trained', *sweep.by_name): table.add_column(c)
+        columns = ['state', sweep.metric.name, 'trained', *sweep.varying]
+        for c in ('trial', *columns): table.add_column(c)
         shown = [*ended[ended.state == 'running'].index, *ended[ended.state != 'running'].index][:rows]
-        for n in shown: table.add_row(str(n), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in ended.loc[n, ['state', sweep.metric.name, 'trained', *sweep.by_name]]))
+        for n in shown: table.add_row(str(n), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in ended.loc[n, columns]))
         return table
     return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True), transient=True)
 
@@ -327,7 +328,8 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     from imgexp.sweep import find_sweep, plan
     sweep = find_sweep(name)
     _say(plan(sweep))
-    _print_table(sweep.table().round({sweep.metric.name: 4, 'seconds': 1}), as_json)
+    table = sweep.table().round({sweep.metric.name: 4, 'seconds': 1})
+    _print_table(table if as_json else table.drop(columns=sweep.by_name.keys() - sweep.varying), as_json)
 
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):

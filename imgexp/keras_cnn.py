@@ -316,8 +316,10 @@ def make_model(
     "The network as the parameters say, ready for training."
     keras = _keras()
     keras.utils.set_random_seed(p.seed % 2**32)
+    steps = p.epochs*-(-len(arrays.images['train'])//p.batch_size)
+    lr = keras.optimizers.schedules.CosineDecay(p.lr, steps) if p.schedule == 'cosine' else p.lr
     model = build_cnn(p, arrays.images['train'].shape[1:], len(arrays.classes), arrays.norm)
-    model.compile(keras.optimizers.Adam(p.lr), 'sparse_categorical_crossentropy', metrics=['accuracy'], jit_compile=False)
+    model.compile(keras.optimizers.Adam(lr), 'sparse_categorical_crossentropy', metrics=['accuracy'], jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -334,7 +336,8 @@ def _row(p, model, arrays, epoch, logs, spent, began):
     "The history's row of an epoch"
     n = len(arrays.images['train'])
     valid = score(_normal(predict(model, arrays.images['valid'])), arrays.labels['valid'])
-    return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n, seconds=round(spent + time.perf_counter() - began, 2), lr=p.lr,
+    return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n, seconds=round(spent + time.perf_counter() - began, 2),
+                lr=float(model.optimizer.learning_rate),
                 train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'], valid_top1=valid['top1']['value'],
                 valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1),
                 peak_mem_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)))
@@ -431,7 +434,7 @@ def _finish(run, history, told, arrays):
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1a
 _SEED = 2**32 - 1
-ALLOWED = dict(subset='(0, 1]', size=(8, 1024), filters=(1, 1024), filter_size=(1, 15), strategy=STRATEGIES, blocks=(0, 10), activation=ACTIVATIONS, dense=(1, 8192), precision=PRECISION,
+ALLOWED = dict(subset='(0, 1]', size=(8, 1024), filters=(1, 1024), filter_size=(1, 15), strategy=STRATEGIES, blocks=(0, 10), activation=ACTIVATIONS, dense=(1, 8192), schedule=['constant', 'cosine'], precision=PRECISION,
                dropout='[0, 1)', batch_size=(1, 65_536), epochs=(1, 10_000), lr='(0, 1]', seed=(0, _SEED), bad=['stop', 'skip'], track=TRACK)
 
 def begin(
@@ -474,6 +477,7 @@ def train(
     batch_size: int = 64, # images a step
     epochs: int = 7, # passes over the training images
     lr: float = 0.001, # learning rate of Adam
+    schedule: str = 'constant', # of the learning rate. constant, or cosine (to 0 at the last step)
     precision: str = 'auto', # fp32, bf16 (weights stay fp32), or what the device does best
     seed: int = 0, # sets everything random
     bad: str = 'stop', # what an image that cannot be decoded does. stop the run, or skip the image

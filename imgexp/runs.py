@@ -573,7 +573,7 @@ def find_run(
     "The run called `name`; raises `InputError` where there is none, or more than one."
     if name and (Path(name)/'params.json').is_file(): return Run(Path(name))
     folder = Path(folder or project_root()/'runs')
-    names = [d.name for d in folder.iterdir() if (d/'params.json').is_file()] if folder.is_dir() else []
+    names = [d.name for d in folder.iterdir() if d.name[0] != '.' and (d/'params.json').is_file()] if folder.is_dir() else []
     found = sorted(n for n in names if name in n) if name not in names else [name]
     if not found and name: raise InputError(f'no run {name!r} in {_shown(folder)}: `imgexp runs ls` lists them')
     if not found: raise InputError(f'no runs in {_shown(folder)} yet: `make train` or `imgexp train` makes one')
@@ -598,18 +598,21 @@ def runs_dir(
     return folder
 
 def _new(folder, notebook, id, params, depends):
-    "A new run directory; no two have the same name"
-    stamp = time.time()
-    while True:
-        path = folder/f'{datetime.fromtimestamp(stamp):%Y%m%d-%H%M%S}-{notebook}-{id}'
-        try: path.mkdir()
-        except FileExistsError: stamp += 1
-        else: break
+    "A new run directory, whole from the moment it has its name; no two have the same one. The caller holds the lock on `folder`."
+    for left in folder.glob('.new-*'): shutil.rmtree(left, ignore_errors=True)
+    part, stamp = folder/f'.new-{os.getpid()}', time.time()
+    part.mkdir()
     versions = {k: v for k in ('torch', 'torchvision', 'fastai', 'numpy', 'tensorflow', 'keras', 'imgexp')
                 if (v := _version(k))}
-    _write_json(path/'params.json', {'notebook': notebook, 'id': id, 'params': params, 'depends': depends,
-                                     'versions': versions, 'git': git_commit(project_root()), 'folder': str(Path.cwd())})
-    _write_json(path/'env.json', environment())
+    try:
+        _write_json(part/'params.json', {'notebook': notebook, 'id': id, 'params': params, 'depends': depends,
+                                         'versions': versions, 'git': git_commit(project_root()), 'folder': str(Path.cwd())})
+        _write_json(part/'env.json', environment())
+        while (path := folder/f'{datetime.fromtimestamp(stamp):%Y%m%d-%H%M%S}-{notebook}-{id}').exists(): stamp += 1
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return Run(path)
 
 def _version(package):
@@ -629,7 +632,7 @@ def _choose(folder, notebook, id, params, depends, resume):
                              'give the same ones, or resume=auto')
         return run
     old = [Run(d) for d in sorted(folder.glob(f'*-{notebook}-{id}'), reverse=True) if d.is_dir()]
-    old = [r for r in old if r.id == id and r.status and resume != 'never']
+    old = [r for r in old if r.id == id and (r.status or not (r.dir/'status.json').exists()) and resume != 'never']  # without one: killed before it began
     done = next((r for r in old if r.finished and (r.compared or not r.metrics.get('ended'))), None)
     unfinished = next((r for r in old if not r.finished), None)
     if resume == 'reuse' and done: return done

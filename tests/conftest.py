@@ -1,5 +1,5 @@
 "Tests leave no trace: runs go to a temporary folder, and nothing is sent to Weights & Biases."
-import os, shutil, tempfile
+import os, shutil, subprocess, tempfile
 from pathlib import Path
 import pytest
 from launch import Launcher
@@ -36,3 +36,28 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv('IMGEXP_ROOT', str(tmp_path))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     return tmp_path
+
+class Disk:
+    "A small file system in memory."
+    def __init__(self, path, megabytes):
+        self.path = path
+        path.mkdir()
+        self._mount('-t', 'tmpfs', '-o', f'size={megabytes}m', 'tmpfs')
+    def _mount(self, *args):
+        done = subprocess.run(['mount', *args, str(self.path)], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f'needs a file system of its own, and mount says: {done.stderr.strip()}')
+    def read_only(self): self._mount('-o', 'remount,ro')
+    def free(self):
+        s = os.statvfs(self.path)
+        return s.f_bavail*s.f_frsize
+    def fill(self, left):
+        "Leave so many bytes."
+        with open(self.path/'filler', 'wb') as f: f.write(b'\0'*max(0, self.free() - left))
+    def unmount(self): subprocess.run(['umount', '-l', str(self.path)], capture_output=True)
+
+@pytest.fixture
+def disk(tmp_path):
+    if os.name != 'posix' or os.geteuid() != 0 or not shutil.which('mount'): pytest.skip('mounting a small disk needs root')
+    disk = Disk(tmp_path/'disk', 64)
+    yield disk
+    disk.unmount()

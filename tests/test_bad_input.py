@@ -203,31 +203,6 @@ def test_an_error_of_the_program_is_told_with_its_traceback(launcher, project):
 
 # -- disks
 
-class Disk:
-    "A small file system in memory."
-    def __init__(self, path, megabytes):
-        self.path = path
-        path.mkdir()
-        self._mount('-t', 'tmpfs', '-o', f'size={megabytes}m', 'tmpfs')
-    def _mount(self, *args):
-        done = subprocess.run(['mount', *args, str(self.path)], capture_output=True, text=True)
-        if done.returncode: pytest.skip(f'needs a file system of its own, and mount says: {done.stderr.strip()}')
-    def read_only(self): self._mount('-o', 'remount,ro')
-    def free(self):
-        s = os.statvfs(self.path)
-        return s.f_bavail*s.f_frsize
-    def fill(self, left):
-        "Leave so many bytes."
-        with open(self.path/'filler', 'wb') as f: f.write(b'\0'*max(0, self.free() - left))
-    def unmount(self): subprocess.run(['umount', '-l', str(self.path)], capture_output=True)
-
-@pytest.fixture
-def disk(tmp_path):
-    if os.name != 'posix' or os.geteuid() != 0 or not shutil.which('mount'): pytest.skip('mounting a small disk needs root')
-    disk = Disk(tmp_path/'disk', 64)
-    yield disk
-    disk.unmount()
-
 def test_runs_on_a_read_only_disk(launcher, project, disk, shelf):
     disk.read_only()
     says = r'runs cannot be written \(Read-only file system\): make it writable, or set IMGEXP_ROOT to another folder'

@@ -1,9 +1,10 @@
 "Sweeps as real processes: killed, stopped, failing, on other storages; every trial once, nothing lost."
-import json, os, signal, sys, types
+import json, os, random, signal, sys, threading, time, types
+from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd, pytest
-from launch import last_line, until
+import pandas as pd, psutil, pytest
+from launch import kill, last_line, until
 from imgexp.runs import Run
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -86,6 +87,109 @@ def test_killed_altogether(launcher, place, storage):
     assert [r['state'] for r in sweep.rows()] == ['done']*4 and [r['trained'] for r in sweep.rows()] == [10]*4
     assert len(list((place/'runs').glob('2*'))) == 4, 'no trial was begun twice'
     assert all(list(Run(place/'runs'/r['run']).history.epoch) == list(range(1, 11)) for r in sweep.rows())
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_storm(launcher, place, seed):
+    "Workers, the parent, or all of them are killed at random moments; nothing is lost, nothing is run twice."
+    sweep, rng, kills = make(with_values(wait=0.15, epochs=8), trials=8), random.Random(seed), 0
+    while True:
+        job = in_process(launcher, place, 'run', 's', '--jobs', '2')
+        end = time.monotonic() + rng.uniform(1, 3)
+        while time.monotonic() < end and not job.ended(): time.sleep(0.02)
+        if job.ended() or kills == 6: break
+        workers = psutil.Process(job.pid).children(recursive=True)
+        victims = {'worker': workers[:1], 'parent': [psutil.Process(job.pid)], 'all': [psutil.Process(job.pid), *workers]}[rng.choice(['worker', 'parent', 'all'])]
+        for v in victims: kill(v.pid)
+        kills += 1
+        if all(v.pid != job.pid for v in victims): job.send(signal.SIGTERM)
+        job.wait()
+    assert job.wait() == 0 and kills >= 2, job.err
+    points = [sweep.point(k) for k in range(8)]
+    assert [r['values'] for r in sweep.rows()] == points and {r['state'] for r in sweep.rows()} == {'done'}
+    assert [r['value'] for r in sweep.rows()] == pytest.approx([(p['x'] - 0.3)**2 + (p['kind'] == 'a') + 1/8 for p in points])
+    runs = [Run(p) for p in (place/'runs').glob('2*')]
+    assert {r.name for r in runs} == {r['run'] for r in sweep.rows()} and len(runs) == 8
+    assert all(list(r.history.epoch) == [*range(1, 9)] for r in runs)
+
+def test_two_at_once_share_the_work(launcher, place):
+    sweep = make(with_values(wait=0.1, epochs=5), trials=8)
+    jobs = [in_process(launcher, place, 'run', 's', '--jobs', '1') for _ in range(2)]
+    assert [j.wait() for j in jobs] == [0, 0], [j.err for j in jobs]
+    own = [j.err.count(' done in ') for j in jobs]
+    assert sum(own) == 8 and min(own) >= 2, own
+    assert [r['values'] for r in sweep.rows()] == [sweep.point(k) for k in range(8)] and {r['state'] for r in sweep.rows()} == {'done'}
+    assert len(list((place/'runs').glob('2*'))) == 8
+
+FAILING = """
+import os, signal
+from imgexp.runs import InputError
+def measure(how):
+    if how == 'number': return {'valid_loss': float('nan')}
+    if how == 'impossible': raise InputError('blocks=9: an image of 28 px has room for 4')
+    if how == 'memory': raise MemoryError('cannot allocate 90 GiB')
+    if how == 'killed': os.kill(os.getpid(), signal.SIGKILL)
+    if how == 'error': raise RuntimeError('what went wrong')
+    return {'valid_loss': 1.}
+"""
+
+def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(launcher, place):
+    (place/'failing.py').write_text(FAILING)
+    hows = ['good', 'number', 'impossible', 'memory', 'killed', 'error', 'fine']
+    sweep = make(BASE | {'method': 'grid', 'program': 'failing:measure', 'parameters': {'how': {'values': hows}}})
+    job = in_process(launcher, place, 'run', 's', '--jobs', '1')
+    assert job.wait() == 0, job.err
+    rows = {r['values']['how']: r for r in sweep.rows()}
+    told = {'number': 'measured no val_loss, or nothing that is a number', 'impossible': 'InputError: blocks=9: an image of 28 px has room for 4',
+            'memory': 'MemoryError: cannot allocate 90 GiB', 'killed': 'its process ended three times at the same place', 'error': 'RuntimeError: what went wrong'}
+    assert {k: r['state'] for k, r in rows.items()} == {k: 'failed' if k in told else 'done' for k in hows}
+    for k, what in told.items(): assert what in rows[k]['error']
+    assert json.loads((sweep.dir/'best.json').read_text())['values'] == {'how': 'good'}
+
+def test_a_full_disk(launcher, disk, monkeypatch):
+    "What cannot be written is tried again, then told; with room again the same command goes on."
+    (disk.path/'program.py').write_text('import imgexp.sweep\nimgexp.sweep.PATIENCE = 2.\n' + PROGRAM)
+    for k, v in {'IMGEXP_ROOT': disk.path, 'PYTHONPATH': paths(disk.path)}.items(): monkeypatch.setenv(k, str(v))
+    monkeypatch.syspath_prepend(str(disk.path))
+    monkeypatch.delitem(sys.modules, 'program', raising=False)
+    sweep = make(with_values(wait=0.1, epochs=10), trials=3)
+    def run(): return in_process(launcher, disk.path, 'run', 's', '--jobs', '1')
+    job = run()
+    until(lambda: len(sweep.trials()) and len(sweep.trials()[0].intermediate_values) > 2, 'a trial to be under way')
+    disk.fill(0)
+    assert job.wait() == 1 and 'No space left on device' in job.err and 'free some' in job.err, job.err
+    (disk.path/'filler').unlink()
+    job = run()
+    assert job.wait() == 0, job.err
+    assert [r['values'] for r in sweep.rows() if r['state'] == 'done'] == [sweep.point(k) for k in range(3)]
+
+@pytest.mark.parametrize('storage', ['journal', 'sqlite'])
+def test_a_locked_journal_is_waited_for_and_told(place, storage, monkeypatch):
+    import sqlite3
+    from filelock import FileLock
+    from imgexp import sweep as engine
+    sweep = make(trials=1, storage=storage)
+    @contextmanager
+    def locked():
+        if storage == 'journal':
+            with FileLock(sweep.dir/'journal.log.lock', is_singleton=False): yield
+        else:
+            db = sqlite3.connect(sweep.dir/'journal.db', check_same_thread=False)
+            db.execute('begin immediate')
+            try: yield
+            finally: db.rollback(); db.close()
+    monkeypatch.setattr(engine, 'PATIENCE', 0.5)
+    patient = engine.Sweep(sweep.dir)
+    patient.tell(patient.study.ask().number, a=1)
+    with locked(), pytest.raises(engine.StorageFailed, match='lock.*the same command continues'): patient.tell(0, a=2)
+    monkeypatch.setattr(engine, 'PATIENCE', 30.)
+    patient = engine.Sweep(sweep.dir)
+    with locked() as held:
+        later = threading.Thread(target=patient.tell, args=(0,), kwargs={'a': 3})
+        later.start()
+        time.sleep(0.5)
+        assert later.is_alive()
+    later.join(10)
+    assert patient.told(0, 'a') == 3
 
 def test_asked_to_stop(launcher, place):
     sweep = make(with_values(wait=0.1, epochs=30), trials=3)
