@@ -313,11 +313,16 @@ def _live(sweep, rows=15):
     from rich.live import Live
     from rich.table import Table
     def draw():
-        ended, table = sweep.table(), Table(box=None)
-        columns = ['state', sweep.metric.name, 'trained', *sweep.varying]
-        for c in ('trial', *columns): table.add_column(c)
-        shown = [*ended[ended.state == 'running'].index, *ended[ended.state != 'running'].index][:rows]
-        for n in shown: table.add_row(str(n), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in ended.loc[n, columns]))
+        trials, best = sweep.table(), sweep.best()
+        ended, table = trials[trials.state != 'running'], Table(box=None)
+        for c in ('trial', 'state', sweep.metric.name, 'epochs'): table.add_column(c, no_wrap=True)
+        table.add_column('parameters', overflow='ellipsis', no_wrap=True)
+        shown = [*trials[trials.state == 'running'].index, *ended.index][:rows]
+        for n in shown:
+            t = trials.loc[n]
+            table.add_row(str(n), t.state, '' if t[sweep.metric.name] != t[sweep.metric.name] else f'{t[sweep.metric.name]:.4g}', str(t.trained),
+                          ' '.join(f'{k}={t[k]:.3g}' if isinstance(t[k], float) else f'{k}={t[k]}' for k in sweep.varying if t[k] == t[k]))
+        table.caption = f'{len(ended)} of {sweep.limit} trials have ended' + f", best {best['value']:.4g}"*bool(best) + f', {len(trials) - len(shown)} not shown'*(len(trials) > len(shown))
         return table
     return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True), transient=True)
 
@@ -329,6 +334,8 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     sweep = find_sweep(name)
     _say(plan(sweep))
     table = sweep.table().round({sweep.metric.name: 4, 'seconds': 1})
+    table.loc[[n for n in sweep.dead() if n in table.index], 'state'] = 'to continue'
+    if not len(table) and not as_json: return
     _print_table(table if as_json else table.drop(columns=sweep.by_name.keys() - sweep.varying), as_json)
 
 @sweep_app.command('best')
@@ -338,7 +345,9 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
     from imgexp.sweep import find_sweep
     sweep = find_sweep(name)
     best = sweep.best()
-    if not best: raise RunFailed(f'sweep {sweep.name}: no trial has ended yet: `imgexp sweep run {sweep.name}`')
+    if not best:
+        what, do = ('every trial failed', 'status') if any(r['error'] for r in sweep.rows()) else ('no trial has ended yet', 'run')
+        raise RunFailed(f'sweep {sweep.name}: {what}: `imgexp sweep {do} {sweep.name}`')
     known = _read_json(sweep.dir/'best.json') or {}
     best |= {'test': known.get('test') if known.get('trial') == best['trial'] else None}
     if as_json: return print(json.dumps(best, indent=1))
@@ -351,7 +360,9 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
 def sweep_stop(name: SweepName = ''):
     "Begin no more trials; those that run go on to their end, and `run` continues."
     from imgexp.sweep import find_sweep, stop
-    stop(find_sweep(name))
+    sweep = find_sweep(name)
+    stop(sweep)
+    _say(f'sweep {sweep.name}: no more trials are begun; `imgexp sweep run {sweep.name}` continues')
 
 @sweep_app.command('extend')
 def sweep_extend(name: SweepName, trials: Annotated[int, typer.Option(help='So many more.')]):
@@ -365,11 +376,12 @@ def sweep_retry(name: SweepName = ''):
     "Ask for the failed trials again, with their parameters."
     from imgexp.sweep import find_sweep, retry
     sweep = find_sweep(name)
-    _say(f'{retry(sweep)} trials to repeat: `imgexp sweep run {sweep.name}`')
+    n = retry(sweep)
+    _say(f"{n} trial{'s'*(n > 1)} to repeat: `imgexp sweep run {sweep.name}`" if n else 'no trial failed')
 
 @sweep_app.command('export')
 def sweep_export(
-    name: SweepName,
+    name: SweepName = '',
     csv: Annotated[Optional[Path], typer.Option(help='Write the trials there.')] = None,
     figures: Annotated[bool, typer.Option('--figures', help='Write the pictures to figures/ in the folder of the sweep.')] = False,
     to_wandb: Annotated[bool, typer.Option('--wandb', help='Send the table to Weights & Biases.')] = False,

@@ -70,11 +70,11 @@ PRECISION = ['auto', 'fp32', 'bf16']
 def _on_tensorflow(): return _keras().backend.backend() == 'tensorflow'
 
 def _native_bf16():
-    "Whether the device multiplies bf16 in hardware"
-    if _on_tensorflow():
-        import tensorflow as tf
-        known = tf.config.list_physical_devices('GPU')
-        if known: return all(tf.config.experimental.get_device_details(g).get('compute_capability', (0, 0)) >= (8, 0) for g in known)
+    "Whether TensorFlow's device multiplies bf16 in hardware; of other backends that is not known"
+    if not _on_tensorflow(): return False
+    import tensorflow as tf
+    if known := tf.config.list_physical_devices('GPU'):
+        return all(tf.config.experimental.get_device_details(g).get('compute_capability', (0, 0)) >= (8, 0) for g in known)
     try: return bool(re.search(r'\b(avx512_bf16|amx_bf16)\b', Path('/proc/cpuinfo').read_text()))
     except OSError: return False
 
@@ -109,8 +109,19 @@ def _compiled(f):
             tape.watch(x)
             y = whole(x)
         return tape.gradient(y, x, up)
-    forward, back = tf.function(whole, jit_compile=True), tf.function(slope, jit_compile=True)
+    forward, back = _flat(whole), _flat(slope)
     return tf.custom_gradient(lambda x: (forward(x), lambda up: back(x, up)))
+
+def _flat(f):
+    "Compile `f` for vectors of few lengths, four an octave: each shape that it is compiled for costs a megabyte for ever"
+    import tensorflow as tf
+    compiled = tf.function(f, jit_compile=True)
+    def call(*xs):
+        n = tf.size(xs[0])
+        step = tf.cast(2.**tf.maximum(tf.floor(tf.math.log(tf.cast(n, tf.float64))/np.log(2.)) - 2, 10), tf.int32)
+        padding = [[0, (n + step - 1)//step*step - n]]
+        return tf.reshape(compiled(*(tf.pad(tf.reshape(x, [-1]), padding) for x in xs))[:n], tf.shape(xs[0]))
+    return call
 
 @cache
 def _norm():
@@ -446,12 +457,20 @@ def begin(
     if not len(arrays.images['valid']): raise InputError(f'data={p.data!r} has no validation images to choose the best epoch by')
     return start_run('10_keras_cnn', p, {'data': table_id(load_images(p.data, p.classes)), 'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')})
 
+def _forget():
+    "Free what earlier trainings hold in this process: Keras's state, and TensorFlow's registry of gradients, which keeps every graph"
+    _keras().backend.clear_session()
+    if _on_tensorflow():
+        from tensorflow.python.framework import ops
+        known = ops.gradient_registry._registry
+        for name in [n for n in known if n.startswith('CustomGradient-')]: del known[name]
+    gc.collect()
+
 def run_experiment(
     p: Params, # checked parameters
 ) -> Run:      # finished
     "`train` for checked parameters."
-    keras = _keras()
-    keras.backend.clear_session(); gc.collect()
+    _forget()
     arrays = load_arrays(p)
     with begin(p, arrays) as run:
         if run.finished: return run
@@ -531,7 +550,7 @@ def plot_features(
 ):         # Figure
     "What each filter of a layer makes of an image; bright is strong."
     keras = _keras()
-    maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]))[0]
+    maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]), np.float32)[0]
     return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))], f'{layer}: {maps.shape[0]} × {maps.shape[1]} px', 'viridis')
 
 def _tiles(images, title, cmap='gray', columns=16):

@@ -7,19 +7,19 @@ __all__ = ['PATIENCE', 'USUAL', 'StorageFailed', 'Sweep', 'watch', 'trial', 'swe
            'usual_jobs', 'plan', 'run', 'finish', 'extend', 'retry', 'stop', 'to_wandb', 'on_wandb', 'send_to_wandb']
 
 # %% ../nbs/06b_sweep.ipynb #90ae6d12
-import errno, hashlib, inspect, json, math, numbers, os, re, signal, socket, time, warnings
+import errno, hashlib, importlib, inspect, json, math, numbers, os, re, signal, socket, time, warnings
 from contextlib import contextmanager
 from functools import cache, cached_property, wraps
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from .batch import Job, Local, _checked, _function, _runs_of, cores, estimate, find_notebook, gpus, notebook_parameters, run as run_jobs, shares
 from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _refused, _shown, _take, _track_mode, _unknown, _write_json,
-                         asked_to_stop, duration, runs_dir)
-from .sweep_config import _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
+                         asked_to_stop, check_params, duration, runs_dir)
+from .sweep_config import METRICS, _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
 
 # %% ../nbs/06b_sweep.ipynb #1f60a2d7
 @cache
@@ -73,6 +73,17 @@ def _check_program(program, values):
     else:
         if program.endswith('.py'): raise InputError(f'program={program!r}: give an experiment like 10_keras_cnn, a notebook, or module:function')
         _checked(find_notebook(program), [values])
+
+def _check_experiment(program, space, metric):
+    "Raises InputError for a metric that the experiment does not measure, and for values that it refuses, before anything is trained"
+    if (stem := Path(program).stem) not in _PROGRAMS: return
+    if metric.column not in METRICS: raise InputError(f"metric: {_unknown(metric.name, [*METRICS, *_COLUMNS], 'column')}")
+    module = importlib.import_module(_PROGRAMS[stem][0].partition(':')[0])
+    known = inspect.signature(module.train).parameters
+    usual, kinds = ({k: getattr(v, a) for k, v in known.items()} for a in ('default', 'annotation'))
+    for p in space:
+        for value in [*_all_values(p)] if p.distribution in ('constant', 'categorical') else [p.value(0.001), p.value(0.999)]:
+            check_params(usual | {p.name: value}, kinds, module.ALLOWED, [p.name])
 
 def _call(program, values, **more):
     "How a trial's values are run: (function, arguments); `more` is set where there is such a parameter"
@@ -358,7 +369,7 @@ def ends(
     if isinstance(self.stopper, Halving): early = self.stopper.pruner.prune(self.study, t)
     elif self.stopper: early = self.stopper.ends(own, [_curve(o) for o in trials if o.intermediate_values], self.metric.lower)
     else: early = False
-    return f'ended early after {len(own)} epochs' if early else ''
+    return f'ended early after {len(own)} epoch' + 's'*(len(own) != 1) if early else ''
 
 @patch
 def conclude(
@@ -442,10 +453,11 @@ def trial(
     try:
         told = {'IMGEXP_TRIAL': f'{sweep.dir.resolve()}:{number}', 'WANDB_RUN_GROUP': sweep.name}
         with _watched('imgexp.sweep:watch', **told): _measure(sweep, number, values)
-        with _undisturbed(): value = sweep.conclude(number, time.monotonic() - began)
+        with _undisturbed(): value = sweep.conclude(number, max(time.monotonic() - began, sweep.told(number, 'trained_for', 0.)))
         return {'trial': number, 'values': values, 'value': value, 'why': sweep.told(number, 'why', '')}
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         with _undisturbed(): sweep.tell(number, stuck=None)
+        e.value = {'trial': number, 'values': values}
         raise
     except StorageFailed: raise
     except BaseException as e:
@@ -467,7 +479,7 @@ def _measure(sweep, number, values):
     result = _called(*_call(sweep.program, values))
     if isinstance(result, dict) and result.get('run'): result = Run(result['run'])
     if isinstance(result, Run):
-        sweep.tell(number, run=result.name, why=result.metrics.get('ended', ''))
+        sweep.tell(number, run=result.name, why=result.metrics.get('ended', ''), trained_for=result.metrics.get('seconds', 0.))
         for k, v in enumerate(result.history.get(sweep.metric.column, ()), 1): sweep.report(number, k, v)
         return
     if isinstance(result, dict): result = result.get(sweep.metric.name, result.get(sweep.metric.column))
@@ -529,10 +541,10 @@ def sweeps_dir():
     return runs_dir()/'sweeps'
 
 def find_sweep(
-    name: str = '', # '' is the only one, or the newest
+    name: str = '', # '' is the one that was changed last
 ) -> Sweep:
     "A sweep by name; raises `InputError` where there is none."
-    names = sorted((p.parent.name for p in sweeps_dir().glob('*/sweep.json')), key=lambda n: (sweeps_dir()/n/'sweep.json').stat().st_mtime)
+    names = sorted((p.parent.name for p in sweeps_dir().glob('*/sweep.json')), key=lambda n: max(f.stat().st_mtime for f in (sweeps_dir()/n).iterdir()))
     if not names: raise InputError('there is no sweep yet: `imgexp sweep init FILE` makes one')
     if name and name not in names: raise _unknown(name, names, 'sweep')
     return Sweep(sweeps_dir()/(name or names[-1]))
@@ -555,13 +567,16 @@ def init(
     if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'): raise InputError(f'name={name!r}: letters, digits, dots, dashes and underscores make a name')
     space = read_space(config['parameters'])
     _check_program(program, space.point(0) if config['method'] == 'grid' else space.draw(seed, 0))
+    _check_experiment(program, space, read_metric(config.get('metric') or {'name': 'valid_top1', 'goal': 'maximize'}))
     size = space.size if config['method'] == 'grid' else math.inf
     cap = trials or config.get('run_cap') or (USUAL if size == math.inf else size)
     about = {'config': _plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)), 'storage': storage, 'threads': threads}
     folder = sweeps_dir()/name
     known = _read_json(folder/'sweep.json')
     if known and any(known.get(k) != about[k] for k in about.keys() - {'trials', 'threads'}):
-        raise InputError(f'sweep {name} exists, and is another one: give --name, or remove {_shown(folder)}')
+        if any(r['value'] is not None or r['state'] == 'running' for r in Sweep(folder).rows()):
+            raise InputError(f'sweep {name} exists, and is another one: give --name, or remove {_shown(folder)}')
+        known = None  # nothing was measured: a mended configuration takes its place
     folder.mkdir(parents=True, exist_ok=True)
     if not known: _write_json(folder/'sweep.json', about | {'threads': threads or (int(shares(len(gpus()))[0]['OMP_NUM_THREADS']) if gpus() else 1)})
     sweep = Sweep(folder)
@@ -604,7 +619,7 @@ def plan(
     "What `run` will do, in one line: the size of the space, trials, and the time they will take."
     jobs, adopted, left, each = jobs or usual_jobs(sweep), len(sweep.dead()), sweep.left(), seconds_of(sweep)
     size = '' if sweep.space.size == math.inf else f' of {sweep.space.size:,} points'
-    told = f"sweep {sweep.name}: {sweep.config['method']}{size}, {left} trial{'s'*(left != 1)} to begin" + f', {adopted} to continue'*bool(adopted)
+    told = f"sweep {sweep.name}{', stopped' if sweep.stopped else ''}: {sweep.config['method']}{size}, {left} trial{'s'*(left != 1)} to begin" + f', {adopted} to continue'*bool(adopted)
     n = left + adopted
     if not n: return told
     if each is None: return told + '; the first of them will tell how long one takes'
@@ -614,19 +629,22 @@ def plan(
 
 # %% ../nbs/06b_sweep.ipynb #5dc90e3f
 class _Telling:
-    "A line for each trial that ends, with the best so far"
-    def __init__(self, sweep, total, tell): self.sweep, self.total, self.tell, self.done = sweep, total, tell, 0
+    "A line for each trial that ends, with the best so far and the time to go"
+    def __init__(self, sweep, total, jobs, tell): self.sweep, self.total, self.jobs, self.tell, self.done = sweep, total, jobs, tell, 0
     def __call__(self, result, number):
         value = result.value or {}
         if 'over' in value: return
         if 'unwritable' in value: raise StorageFailed(result.error)
         self.done += 1
         best, name = self.sweep.best(), self.sweep.metric.name
-        varying = [(k, v) for k, v in value.get('values', {}).items() if k in self.sweep.varying]
-        said = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in varying)
+        said = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in value.get('values', {}).items() if k in self.sweep.varying)
         what = result.error or (f"{name} {value['value']:.4g}" if 'value' in value else '') + f" ({value['why']})"*bool(value.get('why'))
         self.tell(f"trial {value.get('trial', '?')} ({self.done}/{self.total}) {result.state} in {duration(result.seconds)}: {what} [{said}]"
-                  + (f"; best {best['value']:.4g}, trial {best['trial']}" if best else ''))
+                  + (f"; best {best['value']:.4g}, trial {best['trial']}" if best else '') + self.to_go())
+    def to_go(self):
+        seconds = [r['seconds'] for r in self.sweep.rows() if r['seconds']]
+        left = (self.total - self.done)*mean(seconds)/self.jobs if seconds else 0
+        return f'; about {duration(left)} to go'*(left > 0)
 
 def run(
     name: str = '',    # of a sweep
@@ -643,11 +661,12 @@ def run(
     (sweep.dir/'stop').unlink(missing_ok=True)
     while not sweep.over() and (n := _waiting_for(sweep)):
         before, calls = _progress(sweep), [Job('imgexp.sweep:trial', {'folder': str(sweep.dir.resolve())}, 'a trial') for _ in range(n)]
-        results = run_jobs(calls, jobs, executor or Local(min(jobs, n), sweep.threads), _Telling(sweep, n, tell))
+        results = run_jobs(calls, jobs, executor or Local(min(jobs, n), sweep.threads), _Telling(sweep, n, min(jobs, n), tell))
         lost = [r.error for r in results if r.state == 'failed' and 'trial' not in (r.value or {})]
         if lost and _progress(sweep) == before: raise RunFailed(f'{len(lost)} of {n} trials could not be run: {lost[-1]}')
     why = sweep.over()
     if 'failed' in why: raise RunFailed(f"{why}, the last with: {[r['error'] for r in sweep.rows() if r['error']][-1]}; mend that, then `imgexp sweep retry {sweep.name}`")
+    if failed := sum(r['state'] == 'failed' for r in sweep.rows()): tell(f"{failed} trial{'s'*(failed > 1)} failed: `imgexp sweep status {sweep.name}` tells why, `imgexp sweep retry {sweep.name}` asks for them again")
     if sweep.stopped or sweep.running(): tell(f"sweep {sweep.name}: {why or 'another process is at work on it'}; the best trial is evaluated when all have ended")
     else: finish(sweep, tell)
     return sweep
