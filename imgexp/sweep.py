@@ -133,7 +133,7 @@ def _storage(text, folder):
         if text != 'sqlite': return get_storage(url)  # with its cache
         import sqlite3
         with sqlite3.connect(folder/'journal.db') as db: db.execute('pragma journal_mode=wal')
-        return RDBStorage(f"sqlite:///{folder/'journal.db'}", engine_kwargs={'connect_args': {'timeout': PATIENCE}})
+        return get_storage(RDBStorage(f"sqlite:///{folder/'journal.db'}", engine_kwargs={'connect_args': {'timeout': PATIENCE}}))
     except Exception as e: raise InputError(f'storage: {type(e).__name__}: {(str(e).splitlines() or [""])[0]}: give journal, sqlite, or the URL of a database') from None
 
 _FILES = ('journal', 'sqlite')

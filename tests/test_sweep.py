@@ -346,4 +346,6 @@ def test_no_password_in_a_file(place):
 def test_another_sweep_of_that_name(place):
     make(trials=2)
     assert make(trials=2).name == 's', 'the same one again'
-    with pytest.raises(Exception, match='sweep s exists, and is another one: give --name'): make(BASE | {'method': 'bayes'}, trials=2)
+    assert make(BASE | {'method': 'bayes'}, trials=2).config['method'] == 'bayes', 'nothing was measured yet'
+    quietly()
+    with pytest.raises(Exception, match='sweep s exists, and is another one: give --name'): make(BASE, trials=2)
