@@ -495,7 +495,7 @@ def over(self: Sweep):
     trials = self.trials()
     repeated = {t.user_attrs.get('repeats') for t in trials}
     ended = [t.state.name for t in trials if t.state.is_finished() and t.number not in repeated]
-    if len(ended) >= min(_FAILURES, self.cap) and set(ended) == {'FAIL'} and not self.running(): return f'the first {len(ended)} trials failed'
+    if len(ended) >= min(_FAILURES, self.cap) and set(ended) == {'FAIL'} and not any(t.intermediate_values for t in trials if t.state.name == 'RUNNING'): return f'the first {len(ended)} trials failed'
     best = self.best()
     return 'the target is reached' if best and self.reached(best['value']) else ''
 
