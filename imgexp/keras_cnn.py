@@ -445,7 +445,8 @@ def _finish(run, history, told, arrays):
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1a
 _SEED = 2**32 - 1
-ALLOWED = dict(subset='(0, 1]', size=(8, 1024), filters=(1, 1024), filter_size=(1, 15), strategy=STRATEGIES, blocks=(0, 10), activation=ACTIVATIONS, dense=(1, 8192), schedule=['constant', 'cosine'], precision=PRECISION,
+ALLOWED = dict(subset='(0, 1]', size=(8, 1024), filters=(1, 1024), filter_size=(1, 15), strategy=STRATEGIES, blocks=(0, 10), activation=ACTIVATIONS,
+               dense=(1, 8192), schedule=['constant', 'cosine'], precision=PRECISION,
                dropout='[0, 1)', batch_size=(1, 65_536), epochs=(1, 10_000), lr='(0, 1]', seed=(0, _SEED), bad=['stop', 'skip'], track=TRACK)
 
 def begin(
@@ -479,6 +480,7 @@ def run_experiment(
         conclude(run, p, arrays, model)
     return run
 
+# %% ../nbs/10_keras_cnn.ipynb #1a2b3c45
 def train(
     data: str = 'digits', # digits, shapes, a name of the catalog, or a folder of class folders, of idx files, or of a pack
     classes: str = '', # comma-separated names of the classes to keep; empty keeps all

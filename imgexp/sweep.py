@@ -110,7 +110,10 @@ class _Lock:
     def acquire(self):
         try: self.lock.acquire()
         except Timeout: raise StorageFailed(f'{_shown(self.path)} is locked by another process: the same command continues') from None
-        _mend(self.path)
+        try: _mend(self.path)
+        except BaseException:
+            self.release()
+            raise
         return True
     def release(self): self.lock.release()
 
@@ -199,7 +202,7 @@ class Sweep:
         if not self._about: raise InputError(f'{_shown(self.dir)} is not a sweep: `imgexp sweep init FILE` makes one')
         self.name, self.config, self.program, self.seed, self.threads = self.dir.name, *(self._about[k] for k in ('config', 'program', 'seed', 'threads'))
         self.grid = self.config['method'] == 'grid'
-        self.metric = read_metric(self.config.get('metric') or {'name': 'valid_top1', 'goal': 'maximize'})
+        self.metric = read_metric(self.config.get('metric'))
         self.space = read_space(self.config['parameters'])
         self.by_name = {p.name: p for p in self.space}
         self.stopper = read_stopper(self.config['early_terminate'], self.metric) if self.config.get('early_terminate') else None
@@ -567,7 +570,7 @@ def init(
     if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'): raise InputError(f'name={name!r}: letters, digits, dots, dashes and underscores make a name')
     space = read_space(config['parameters'])
     _check_program(program, space.point(0) if config['method'] == 'grid' else space.draw(seed, 0))
-    _check_experiment(program, space, read_metric(config.get('metric') or {'name': 'valid_top1', 'goal': 'maximize'}))
+    _check_experiment(program, space, read_metric(config.get('metric')))
     size = space.size if config['method'] == 'grid' else math.inf
     cap = trials or config.get('run_cap') or (USUAL if size == math.inf else size)
     about = {'config': _plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)), 'storage': storage, 'threads': threads}
@@ -646,6 +649,7 @@ class _Telling:
         left = (self.total - self.done)*mean(seconds)/self.jobs if seconds else 0
         return f'; about {duration(left)} to go'*(left > 0)
 
+# %% ../nbs/06b_sweep.ipynb #77aa0c30
 def run(
     name: str = '',    # of a sweep
     jobs: int = 0,     # trials at once; 0: as many as use the machine

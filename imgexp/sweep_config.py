@@ -189,7 +189,7 @@ def read_hyperband(
 # %% ../nbs/06_sweep_config.ipynb #2b1f09ce
 _COLUMNS = {'val_accuracy': 'valid_top1', 'val_acc': 'valid_top1', 'val_loss': 'valid_loss', 'accuracy': 'train_top1', 'acc': 'train_top1', 'loss': 'train_loss',
             'val_top_5_accuracy': 'valid_top5', 'val_sparse_categorical_accuracy': 'valid_top1', 'val_categorical_accuracy': 'valid_top1'}
-METRICS = 'valid_top1', 'valid_loss', 'valid_top5', 'train_top1', 'train_loss', 'ema_top1', 'ema_loss' # columns of every experiment's history that a sweep can follow
+METRICS = 'valid_top1', 'valid_loss', 'valid_top5', 'train_top1', 'train_loss', 'ema_top1', 'ema_loss' # columns of the experiments' histories that a sweep can follow
 
 @dataclass
 class Metric:
@@ -206,9 +206,10 @@ class Metric:
         return (min if self.lower else max)(values) if values else None
 
 def read_metric(
-    given: dict, # `metric` of the YAML file
+    given: dict, # `metric` of the YAML file; None is the best validation accuracy
 ) -> Metric:
     "What to optimize; raises `InputError` for unknown settings, and for test images."
+    given = given or {'name': 'valid_top1', 'goal': 'maximize'}
     if not isinstance(given, dict): raise InputError(f'metric: write metric: {{name: {given}, goal: maximize}}')
     for k in given.keys() - {'name', 'goal', 'target'}: raise InputError(f"metric: {_unknown(k, ['name', 'goal', 'target'], 'setting')}")
     name = given.get('name')
@@ -236,7 +237,7 @@ def check_config(
         raise _unknown(k, sorted(_KEYS), 'key')
     if config.get('method') not in _METHODS: raise _not_known('method', config.get('method', ''), _METHODS)
     space = read_space(config.get('parameters'))
-    metric = read_metric(config.get('metric') or {'name': 'valid_top1', 'goal': 'maximize'})
+    metric = read_metric(config.get('metric'))
     if config['method'] == 'grid': space.lists()
     if config.get('early_terminate'): read_stopper(config['early_terminate'], metric)
     cap = config.get('run_cap')

@@ -197,6 +197,7 @@ def test_asked_to_stop(launcher, place):
     until(lambda: sum(len(t.intermediate_values) > 1 for t in sweep.trials()) == 2, 'two trials to be under way')
     job.send(signal.SIGTERM)
     assert job.wait() == 75 and last_line(job.err) == 'terminated; the same command continues', job.err
+    assert all(f'trial {k} (' in job.err for k in (0, 1)), 'told by their numbers'
     status = in_process(launcher, place, 'status', 's', '--json')
     assert status.wait() == 0 and '1 trial to begin, 2 to continue' in status.err
     assert in_process(launcher, place, 'run', 's', '--jobs', '2').wait() == 0
@@ -229,6 +230,20 @@ def test_three_failures_end_it_and_retry_repeats_them(place):
     assert len(rows) == 13 and [r['state'] for r in rows[3:]] == ['done']*10
     assert [r['values'] for r in rows[3:6]] == [r['values'] for r in rows[:3]]
     assert [r['values'] for r in rows[6:]] == [sweep.point(k) for k in range(3, 10)], 'repeated trials do not count'
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_a_common_cause_ends_it_soon(place, jobs):
+    "Also where another trial runs whenever one fails."
+    from imgexp.runs import RunFailed
+    sweep = make(with_values(fails=True), trials=40)
+    with pytest.raises(RunFailed, match='the first [34] trials failed'): quietly(jobs=jobs)
+    assert len(sweep.trials()) < 3 + jobs
+
+def test_a_run_that_was_killed_before_it_began_is_taken(place, monkeypatch):
+    import program
+    run = program.measure(x=0.5)
+    for name in ('status.json', 'metrics.json', 'history.csv'): (run.dir/name).unlink()
+    assert program.measure(x=0.5).name == run.name and [p.name for p in (place/'runs').glob('2*')] == [run.name]
 
 def test_hyperband_ends_trials(place):
     early = with_values(epochs=9) | {'early_terminate': {'type': 'hyperband', 'min_iter': 1, 'eta': 3}}
