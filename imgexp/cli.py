@@ -335,8 +335,10 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     _say(plan(sweep))
     table = sweep.table().round({sweep.metric.name: 4, 'seconds': 1})
     table.loc[[n for n in sweep.dead() if n in table.index], 'state'] = 'to continue'
-    if not len(table) and not as_json: return
-    _print_table(table if as_json else table.drop(columns=sweep.by_name.keys() - sweep.varying), as_json)
+    if as_json: return _print_table(table, as_json)
+    if not len(table): return
+    table['run'] = table.run.str[-8:]  # enough for `imgexp runs show`
+    _print_table(table.drop(columns=[*(sweep.by_name.keys() - sweep.varying), *([] if table.error.any() else ['error'])]), as_json)
 
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):

@@ -91,8 +91,9 @@ class Maker:
         seed: int = 0,         # 0 and up
         flip: str = 'random',  # 'random', 'alternating' or 'none'
         crop: float = SCALE[0], # smallest part of an image's area that a random crop keeps, more than 0 to 1
+        numbers=None,          # int [len(table)], what stands for a row in all that is random; by default the row itself
     ):
-        self.crop = crop, SCALE[1]
+        self.crop, self.numbers = (crop, SCALE[1]), numbers
         self.table, self.size, self.seed, self.moving = table, size, seed, augment != 'none'
         self.draws, self.change = policy(augment, size)
         self.flip = flip if self.moving and table.mirror else 'none'
@@ -125,9 +126,10 @@ def __call__(
     "Make images."
     import torch
     held, bad = self._held(rows)
-    u = uniforms(self.seed, epoch, rows, 4 + self.draws)
+    numbers = rows if self.numbers is None else self.numbers[rows]
+    u = uniforms(self.seed, epoch, numbers, 4 + self.draws)
     boxes = self._boxes([size or (1, 1) for _, size in held], u)
-    mirrored = flips(self.flip, self.seed, epoch, rows).tolist()
+    mirrored = flips(self.flip, self.seed, epoch, numbers).tolist()
     views = torch.from_numpy(out).permute(0, 3, 1, 2).split(1)
     for i, (image, size) in enumerate(held):
         if i in bad: continue
@@ -222,17 +224,19 @@ class Loader:
         device: str = 'cpu',   # 'cuda', 'mps' or 'cpu'
         bad: str = 'stop',     # at an image that can't be decoded; or 'skip'
         train: bool | None = None, # shuffled and augmented; by default where split is 'train'
+        shuffle: bool | None = None, # by default where train
         flip: str = 'random',  # 'random', 'alternating' or 'none'; train only
         crop: float = SCALE[0], # smallest part of an image's area that a random crop keeps; train only
         process=(0, 1),        # number of this process, and how many share each batch
+        numbers=None,          # int [len(table)], what stands for a row in the augmentation; by default the row itself
     ):
         import torch
         train = split == 'train' if train is None else train
         self.table, self.split, self.bad, self.workers, self.skipped = table, split, bad, workers, {}
         self.device, self.pool, self.process = torch.device(device), _Here() if workers == 0 else None, process
-        self.of_size = lru_cache(partial(Maker, table, augment=augment if train else 'none', seed=seed, flip=flip, crop=crop))
+        self.of_size = lru_cache(partial(Maker, table, augment=augment if train else 'none', seed=seed, flip=flip, crop=crop, numbers=numbers))
         self.make = self.of_size(size)
-        self.batches = _Batches(table.split(split), batch_size, seed, train, process)
+        self.batches = _Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process)
         self.waited = self.moved = 0.  # seconds
     def __len__(self): return len(self.batches)
     @property

@@ -140,6 +140,7 @@ def check_params(
         try: out[name] = _convert(values[name], kind)
         except (ValueError, TypeError):
             more = f': {_wanted(allowed[name])}' if isinstance(allowed.get(name), (str, tuple)) else ''
+            if kind is str and isinstance(values[name], bool): more = ': YAML reads on, off, yes and no so: write the word in quotes'
             raise InputError(f'{name}={values[name]!r} is not {_KINDS[kind]}{more}') from None
         _check(name, out[name], allowed.get(name))
     return out

@@ -16,9 +16,9 @@ from statistics import mean, median
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .batch import Job, Local, _checked, _function, _runs_of, cores, estimate, find_notebook, gpus, notebook_parameters, run as run_jobs, shares
+from .batch import Job, Local, _checked, _experiment, _function, _runs_of, cores, estimate, find_notebook, gpus, notebook_parameters, run as run_jobs, shares
 from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _refused, _shown, _take, _track_mode, _unknown, _write_json,
-                         asked_to_stop, check_params, duration, runs_dir)
+                         asked_to_stop, duration, runs_dir)
 from .sweep_config import METRICS, _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
 
 # %% ../nbs/06b_sweep.ipynb #1f60a2d7
@@ -49,8 +49,11 @@ def _optunas_choice(p, share, value, grid):
     return value if p.distribution in ('int_uniform', 'uniform', 'log_uniform', 'log_uniform_values') else share
 
 # %% ../nbs/06b_sweep.ipynb #5e0a4f1d
-_PROGRAMS = {'03_train': ('imgexp.train:train', 'imgexp.evaluate:evaluate_test'),
-             '10_keras_cnn': ('imgexp.keras_cnn:train', 'imgexp.keras_cnn:evaluate_test')}
+_EVALUATE = {'imgexp.train': 'imgexp.evaluate', 'imgexp.keras_cnn': 'imgexp.keras_cnn'}  # modules with `evaluate_test`, by experiment
+
+def _module(program):
+    "The module of an experiment of the library; None for other programs"
+    return None if ':' in program else _experiment(find_notebook(program))
 
 def _arguments(values):
     "`values` with dots in their names as nested dictionaries"
@@ -76,14 +79,13 @@ def _check_program(program, values):
 
 def _check_experiment(program, space, metric):
     "Raises InputError for a metric that the experiment does not measure, and for values that it refuses, before anything is trained"
-    if (stem := Path(program).stem) not in _PROGRAMS: return
+    if not (module := _module(program)): return
     if metric.column not in METRICS: raise InputError(f"metric: {_unknown(metric.name, [*METRICS, *_COLUMNS], 'column')}")
-    module = importlib.import_module(_PROGRAMS[stem][0].partition(':')[0])
-    known = inspect.signature(module.train).parameters
-    usual, kinds = ({k: getattr(v, a) for k, v in known.items()} for a in ('default', 'annotation'))
+    notebook, known = find_notebook(program), inspect.signature(_function(f'{module}:train')).parameters
     for p in space:
-        for value in [*_all_values(p)] if p.distribution in ('constant', 'categorical') else [p.value(0.001), p.value(0.999)]:
-            check_params(usual | {p.name: value}, kinds, module.ALLOWED, [p.name])
+        if p.name not in known: raise _unknown(p.name, list(known))
+        values = [*_all_values(p)] if p.distribution in ('constant', 'categorical') else [p.value(0.001), p.value(0.999)]
+        _checked(notebook, [{p.name: v} for v in values])
 
 def _call(program, values, **more):
     "How a trial's values are run: (function, arguments); `more` is set where there is such a parameter"
@@ -91,7 +93,7 @@ def _call(program, values, **more):
     notebook = find_notebook(program)
     more = {'resume': 'reuse'} | more
     values = _checked(notebook, [{k: v for k, v in more.items() if k in notebook_parameters(notebook)} | values])[0]
-    if notebook.stem in _PROGRAMS: return _function(_PROGRAMS[notebook.stem][0]), values
+    if module := _experiment(notebook): return _function(f'{module}:train'), values
     return _function('imgexp.batch:execute'), {'notebook': str(notebook), 'values': values}
 
 # %% ../nbs/06b_sweep.ipynb #2f9be0d4
@@ -430,7 +432,8 @@ def _watch(run, row):
     known, why = sweep.of(number).intermediate_values, sweep.told(number, 'why', '')
     for k, r in enumerate(rows, 1):
         if k not in known: sweep.report(number, k, float(r[header.index(column)] or math.nan))
-    run.enough = sweep.ends(number) if len(rows) not in known else why
+    if len(rows) == run.params.get('epochs'): run.enough = ''  # it is at its end anyway
+    else: run.enough = sweep.ends(number) if len(rows) not in known else why
     if run.enough != why: sweep.tell(number, why=run.enough)
 
 @contextmanager
@@ -692,8 +695,8 @@ def finish(
     if not best: return None
     out = {k: best[k] for k in ('trial', 'value', 'values', 'run')} | {'metric': sweep.metric.name}
     if known.get('trial') == best['trial']: return known
-    stem = Path(sweep.program).stem
-    if best['run'] and stem in _PROGRAMS: out['test'] = _function(_PROGRAMS[stem][1])(Run(runs_dir()/best['run']))
+    module = _module(sweep.program)
+    if best['run'] and module: out['test'] = _function(f'{_EVALUATE[module]}:evaluate_test')(Run(runs_dir()/best['run']))
     _write_json(sweep.dir/'best.json', out)
     top1 = (out.get('test') or {}).get('top1')
     tell(f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}" + (f"; test top-1 {top1['value']:.1%} ({top1['low']:.1%} to {top1['high']:.1%}, n = {top1['n']:,})" if top1 else '')

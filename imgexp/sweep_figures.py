@@ -33,7 +33,7 @@ def _scale(sweep, rows, name):
         return [known.index(k) for k in keys], {i: str(k) for i, k in enumerate(known)}
     numbers = [math.log10(v) for v in values] if _is_log(sweep, name) else values
     ticks = np.linspace(min(numbers), max(numbers), 4)
-    return numbers, {t: f'{10**t if _is_log(sweep, name) else t:.3g}' for t in ticks}
+    return numbers, {t: f'{10**t if _is_log(sweep, name) else t:.2g}' for t in ticks}
 
 # %% ../nbs/06c_sweep_figures.ipynb #3f0c1a0b
 def plot_parallel(
@@ -64,7 +64,7 @@ def _parallel_static(sweep, axes, values):
     for k in np.argsort(values)[::-1 if sweep.metric.lower else 1]: ax.plot(heights[:, k], color=colors[k], lw=1, alpha=0.8)
     for x, (v, t) in enumerate(axes.values()):
         ax.axvline(x, color='0.5', lw=0.8)
-        for at, text in zip(unit(list(t), v), t.values()): ax.text(x + 0.03, at, text, fontsize=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.7))
+        for at, text in zip(unit(list(t), v), t.values()): ax.text(x + 0.03, at, text, fontsize=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
     ax.set_xticks(range(len(axes)), axes, fontsize=8); ax.set_yticks([]); ax.set_title(f'{sweep.name}: n = {len(values)} trials', fontsize=9)
     for s in ax.spines.values(): s.set_visible(False)
     plt.close(fig)
@@ -81,7 +81,8 @@ def importance(
     columns = {}
     for n in names:
         values = [r['values'].get(n) for r in rows]
-        if _is_number(values): columns[n] = [math.log(v) for v in values] if _is_log(sweep, n) else values
+        if all(isinstance(v, bool) for v in values): columns[n] = values
+        elif _is_number(values): columns[n] = [math.log(v) for v in values] if _is_log(sweep, n) else values
         else: columns |= {f'{n}={v}': [str(w) == v for w in values] for v in sorted({str(w) for w in values})}
     x, y = pd.DataFrame(columns).astype(float), np.array([r['value'] for r in rows])
     if len(rows) < 3: raise InputError(f'sweep {sweep.name}: importance needs three trials or more, {len(rows)} ended')

@@ -135,6 +135,7 @@ def test_dry_run(launcher, demo):
     'unknown notebook': (['03_trian'], "unknown notebook '03_trian': did you mean '03_train'?"),
     'no experiment': (['00_runs'], 'has no cell with the tag "parameters"'),
     'no jobs': (['demo.ipynb', '--jobs', '0'], 'imgexp batch --help'),
+    'value that is refused': (['10_keras_cnn', '-p', 'activation', 'relu,tanh', '--dry-run'], "activation='tanh' is not known: choose one of relu, silu, gelu, mish"),
     'half a list': (['demo.ipynb', '-p', 'seed', '[0,1'], "seed='[0,1' begins like a JSON list"),
 }.values())
 def test_bad_input(launcher, demo, args, told):

@@ -332,6 +332,9 @@ BAD = {
     'early_terminate': ({'early_terminate': {'type': 'envelope'}}, "early_terminate.type='envelope' is not known: choose one of hyperband, asha"),
     'unknown parameter': ({'program': '10_keras_cnn', 'parameters': {'filter': {'value': 3}}}, "unknown parameter 'filter': did you mean 'filters'?"),
     'wrong type': ({'program': '10_keras_cnn', 'parameters': {'filters': {'value': 'many'}}}, "filters='many' is not a whole number"),
+    'value that is refused': ({'program': '10_keras_cnn', 'parameters': {'filters': {'values': [16, 0]}}}, 'filters=0'),
+    'word that YAML reads as false': ({'program': '10_keras_cnn', 'parameters': {'track': {'value': False}}}, 'track=False is not text: YAML reads on, off, yes and no so: write the word in quotes'),
+    'parameter of sweeps only': ({'program': '10_keras_cnn', 'parameters': {'trials': {'value': 3}}}, "unknown parameter 'trials'"),
     'python file': ({'program': 'train.py'}, "program='train.py': give an experiment like 10_keras_cnn"),
     'unknown program': ({'program': '10_keras_cn'}, "unknown notebook '10_keras_cn': did you mean '10_keras_cnn'?"),
     'no function': ({'program': 'program:meusure'}, "program='program:meusure'"),
@@ -366,3 +369,8 @@ def test_another_sweep_of_that_name(place):
     assert make(BASE | {'method': 'bayes'}, trials=2).config['method'] == 'bayes', 'nothing was measured yet'
     quietly()
     with pytest.raises(Exception, match='sweep s exists, and is another one: give --name'): make(BASE, trials=2)
+
+def test_a_trial_at_its_last_epoch_is_done(place):
+    sweep = make(with_values(epochs=3) | {'early_terminate': {'type': 'hyperband', 'min_iter': 3, 'eta': 3}}, trials=8)
+    quietly()
+    assert {r['state'] for r in sweep.rows()} == {'done'}
