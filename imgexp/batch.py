@@ -375,8 +375,9 @@ def estimate(
     runs,             # of `Run`: those that were made by the same notebook
     threads: int = 0, # of a worker; 0: as many as there were
 ) -> float:           # seconds, or None where nothing was measured
-    "How long a run will take, by the finished run that is most like it: its training scaled by epochs, subset and threads."
-    measured = [(r, t) for r in runs if (t := _took(r))]
+    "How long a run will take, by the finished run on the same images that is most like it: its training scaled by epochs, subset and threads."
+    alike = [r for r in runs if all(r.params.get(k) == values[k] for k in ('data', 'classes', 'size', 'arch') if k in values)]
+    measured = [(r, t) for r in alike if (t := _took(r))]
     if not measured: return None
     run, (around, training) = max(measured, key=lambda m: sum(m[0].params.get(k) == v for k, v in values.items()))
     for k in ('epochs', 'subset'):
@@ -446,20 +447,23 @@ def batch(
     todo = plan(path, points, jobs, retry)
     tell(str(todo))
     if dry: return todo
-    results = [_already(p, d, r) for p, d, r in zip(points, todo.does, todo.runs)]
+    results = [_already(p, points, d, r) for p, d, r in zip(points, todo.does, todo.runs)]
     rest = [k for k, r in enumerate(results) if r is None]
     reuse = {'resume': 'reuse'} if 'resume' in notebook_parameters(path) else {}
-    calls = [Job('imgexp.batch:execute', {'notebook': str(path), 'values': reuse | points[k]}, _name(points[k])) for k in rest]
+    calls = [Job('imgexp.batch:execute', {'notebook': str(path), 'values': reuse | points[k]}, _name(points[k], points)) for k in rest]
     telling = _Telling(len(rest), jobs, tell)
     for k, r in zip(rest, run(calls, jobs, executor, telling)): results[k] = r
     return results
 
-def _name(point): return ' '.join(f'{k}={v}' for k, v in point.items()) or 'as it stands'
+def _name(point, points):
+    "What tells a point from the others"
+    varying = [k for k in point if any(p[k] != point[k] for p in points)]
+    return ' '.join(f'{k}={point[k]}' for k in varying or point) or 'as it stands'
 
-def _already(point, does, run):
+def _already(point, points, does, run):
     "The result of a point that is not run"
     if does not in ('reuse', 'skip'): return None
-    job = Job('imgexp.batch:execute', {'values': point}, _name(point))
+    job = Job('imgexp.batch:execute', {'values': point}, _name(point, points))
     value = {'run': str(run.dir), 'reused': True}
     return Result(job, 'done', value) if does == 'reuse' else Result(job, 'failed', value, error=run.status.get('error') or '')
 
