@@ -7,7 +7,7 @@ __all__ = ['BITS', 'NEAR', 'PLAIN', 'KINDS', 'phash', 'far', 'near_groups', 'sur
            'show_sizes', 'channel_means']
 
 # %% ../nbs/01f_check.ipynb #163c74f8
-import hashlib, io, os, sys, warnings
+import hashlib, io, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .data import SPLITS, BadImage, Images, decode, order, read, resize, with_valid
+from .data import SPLITS, BadImage, Images, decode, order, read, resize, with_valid, without_warnings
 from .packs import Pack, load_images
 from .runs import InputError, RunFailed
 
@@ -143,7 +143,7 @@ def _fill_all(table, rows, columns, workers):
     from tqdm import tqdm
     n, at_once = len(rows), 32
     def part(start): return _fill(table, rows, columns, start, min(start + at_once, n))
-    with (ThreadPoolExecutor(workers if workers > 0 else os.cpu_count()) as pool, warnings.catch_warnings(action='ignore'),
+    with (ThreadPoolExecutor(workers if workers > 0 else os.cpu_count()) as pool, without_warnings(),
           tqdm(total=n, desc='checking', unit=' images', leave=False, disable=not sys.stderr.isatty()) as bar):
         for done in pool.map(part, range(0, n, at_once)): bar.update(done)
 

@@ -6,12 +6,12 @@
 __all__ = ['SPLITS', 'VALID', 'SUFFIXES', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', 'hashes', 'uniforms', 'order', 'Images', 'ranks',
            'nested_subset', 'with_valid', 'keep_classes', 'keep_subset', 'from_arrays', 'read_idx', 'from_idx',
            'from_folders', 'digits', 'draw_shape', 'shapes', 'cache_dir', 'contents', 'fingerprint', 'table_id',
-           'BadImage', 'jpeg_size', 'decode', 'resize', 'shrink', 'stored', 'read', 'show_counts']
+           'BadImage', 'without_warnings', 'jpeg_size', 'decode', 'resize', 'shrink', 'stored', 'read', 'show_counts']
 
 # %% ../nbs/01b_data.ipynb #7cef74e8
 import gzip, hashlib, io, os, sqlite3, struct, warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -465,10 +465,17 @@ def _flat(image):
     alpha = image[..., 3:].astype(np.float32)/255
     return np.uint8(np.round(image[..., 2::-1]*alpha + 255*(1 - alpha)))
 
+@contextmanager
+def without_warnings():
+    "Pillow warns of every strange file"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
 def _decode_pillow(raw):
     from PIL import Image, ImageOps
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(io.BytesIO(raw)) as f:
+        with without_warnings(), Image.open(io.BytesIO(raw)) as f:
             image = ImageOps.exif_transpose(f).convert('RGBA')
     except Exception as e: raise BadImage(f'is not an image that can be read ({type(e).__name__})') from None
     return _flat(np.ascontiguousarray(np.array(image)[..., [2, 1, 0, 3]]))
@@ -507,7 +514,7 @@ def _exif_turned(raw):
     "Whether a JPEG's EXIF data ask for a turn"
     from PIL import Image
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(io.BytesIO(raw)) as f: return f.getexif().get(0x112, 1) != 1
+        with without_warnings(), Image.open(io.BytesIO(raw)) as f: return f.getexif().get(0x112, 1) != 1
     except Exception: return True  # damaged EXIF data: the slow way decides
 
 # %% ../nbs/01b_data.ipynb #03be6100
