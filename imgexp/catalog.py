@@ -558,7 +558,7 @@ def _official_train(job, path):
     "ILSVRC2012_img_train.tar: an archive of one archive a class"
     seen = set()
     with open(path, 'rb') as f:
-        for name, _, read in _tar_files(f, job.raw):
+        for name, _, read in _tar_files(f):
             wnid = name.removesuffix('.tar')
             if job.wanted and wnid not in job.wanted: continue
             seen.add(wnid)
