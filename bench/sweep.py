@@ -23,7 +23,7 @@ SMALL = {'filters': {'values': [16, 32]}, 'strategy': {'values': ['same', 'half'
 
 class Report:
     "What a `Run` tells a sweep"
-    name, enough = 'nothing', ''
+    name, enough, params = 'nothing', '', {}
     def __init__(self): self.rows = []
     def _rows(self): return ['valid_loss'], self.rows
 
