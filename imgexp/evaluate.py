@@ -30,7 +30,7 @@ class Trained:
         self,
         run,             # a `Run`
         model,           # its network, in evaluation mode
-        about: dict,     # arch, classes, size, norm, stem
+        about: dict,     # arch, classes, size, norm, stem, head
         checkpoint: str, # which one the weights are from
         device: str,     # 'cuda', 'mps' or 'cpu'
         precision: str,  # 'fp32' or 'bf16'
@@ -69,7 +69,7 @@ def load_run(
     run = find_run(name, folder) if name else _newest_finished(folder)
     index = read_index(run)
     weights, about = read_weights(_pick(run, index, checkpoint), weights_kind(index['by']))
-    model = build_model(about['arch'], len(about['classes']), size=about['size'], stem=about['stem'])
+    model = build_model(about['arch'], len(about['classes']), size=about['size'], stem=about['stem'], head=about['head'])
     model.load_state_dict(weights)
     device = device or best_device()
     return Trained(run, model.to(device).eval(), about, checkpoint, device, _precision(run, device))

@@ -121,7 +121,7 @@ class ImageLearner(Learner):
     first_epoch = first_batch = base = 0  # base: epochs of the run that this one extends
     used, seed, sizes, average, scaler = False, 0, None, None, None
     micro_batch, clip = 0, 0.
-    net = compiled = None
+    net = compiled = suffix = None  # suffix: the part of the model that batches go through, where they are features
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self.dls.train.at(self.epoch, self.first_batch, self.train_size(self.epoch))

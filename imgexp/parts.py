@@ -167,7 +167,7 @@ class Finite(Part):
                         f": try a smaller lr (now {self.opt.hypers[0]['lr']:.2g}), clip=1, or precision=fp32")
     def _what(self):
         images = self.xb[0][:self.learn.micro_batch or None]
-        return not_finite(self.model, images, autocast(self.learn.precision, self.dls.device))
+        return not_finite(self.learn.suffix or self.model, images, autocast(self.learn.precision, self.dls.device))
     def check_weights(self):
         "Raise `RunFailed` where a weight is not finite."
         self.check()

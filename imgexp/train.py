@@ -100,7 +100,7 @@ def find_lr(
 def _describe(learn):
     "What is needed to use the weights elsewhere"
     report = learn.model.report
-    return {'arch': learn.model.arch, 'classes': learn.table.classes, 'size': learn.size, 'norm': learn.norm, 'stem': report.stem}
+    return {'arch': learn.model.arch, 'classes': learn.table.classes, 'size': learn.size, 'norm': learn.norm, 'stem': report.stem, 'head': report.kind}
 
 def best_column(
     best_by: str,     # 'auto', or a name in `HIGHER`
@@ -253,10 +253,11 @@ def conclude(
     learn,      # an `ImageLearner` with the best weights
     best: dict, # of `fit`
     upload: bool = False, # the best checkpoint as an artifact of Weights & Biases
+    look=predict_split,   # (learn, split) -> probabilities, labels, rows
 ) -> dict:      # figures by name
     "Evaluate validation and test, draw the pictures, and finish the run; raises what goes wrong after marking it failed."
     if rank(): return {}
-    told = {s: predict_split(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
+    told = {s: look(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
     metrics = {s: score(probs, labels) for s, (probs, labels, _) in told.items() if len(labels)}
     history = run.history
     figures = _figures(learn, history, told)

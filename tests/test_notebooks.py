@@ -5,7 +5,7 @@ import nbformat, pytest
 from check import ROOT, differences
 from readme import _LINK, render
 
-ORDER = '''runs fetch catalog data augment packs loader check models metrics schedules parallel learner parts checkpoints recipes train evaluate batch sweep_config sweep sweep_figures keras_cnn transfer curves snapshots store search
+ORDER = '''runs fetch catalog data augment packs loader check models metrics schedules parallel learner parts checkpoints recipes train evaluate batch sweep_config sweep sweep_figures keras_cnn features transfer curves snapshots store search
            zoo phases explain deploy report cli'''.split()  # the table of the design: imports go upwards only
 EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01b']                            # others that may have a parameters cell
