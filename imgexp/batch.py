@@ -246,12 +246,16 @@ def find_notebook(
     name: str, # '03_train', or a path
 ) -> Path:
     "Where a notebook is; raises `InputError` for an unknown one."
-    here, package = Path(name), Path(importlib.util.find_spec('imgexp').origin).parent
+    here = Path(name)
     if here.suffix == '.ipynb' and here.is_file(): return here
-    folders = [package/'nbs', package.parent/'nbs', project_root()/'nbs']  # of an installation, a checkout, the user's own
-    there = {p.stem: p for f in folders for p in sorted(f.glob('[0-9]*.ipynb'))}
+    there = {p.stem: p for f in (*_library_folders(), project_root()/'nbs') for p in sorted(f.glob('[0-9]*.ipynb'))}  # the user's own win
     if here.stem in there and here.parent == Path('.'): return there[here.stem]
     raise _unknown(name, list(there), 'notebook')
+
+def _library_folders():
+    "Where the notebooks of the library are: in an installation, or in a checkout"
+    package = Path(importlib.util.find_spec('imgexp').origin).parent
+    return [package/'nbs', package.parent/'nbs']
 
 def notebook_parameters(
     notebook: Path, # with a cell that is tagged `parameters`
@@ -263,12 +267,12 @@ def notebook_parameters(
     assigned = [n for n in ast.parse(source).body if isinstance(n, (ast.AnnAssign, ast.Assign))]
     return {(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id: ast.literal_eval(n.value) for n in assigned}
 
-EXPERIMENTS = {'03_train': 'imgexp.train', '10_keras_cnn': 'imgexp.keras_cnn'}  # modules with `train`, and `ALLOWED` values
+EXPERIMENTS = {'03_train': 'imgexp.train', '10_keras_cnn': 'imgexp.keras_cnn', '20_transfer': 'imgexp.transfer'}  # modules with `train`, and `ALLOWED` values
 
 def _experiment(notebook):
     "The module of an experiment of the library; None for a notebook that is somebody's own, of the same name or not"
-    stem = Path(notebook).stem
-    if stem in EXPERIMENTS and Path(notebook).resolve() == find_notebook(stem).resolve(): return EXPERIMENTS[stem]
+    path = Path(notebook).resolve()
+    if path.parent in [f.resolve() for f in _library_folders()]: return EXPERIMENTS.get(path.stem)
 
 def _checked(notebook, points):
     "The points with their values converted; raises InputError for an unknown name, a wrong type, and what an experiment of the library refuses"

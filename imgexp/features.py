@@ -7,9 +7,9 @@ __all__ = ['FILE_MB', 'FILE_SECONDS', 'Cut', 'cut', 'module_id', 'View', 'item_c
            'features', 'cached', 'verify', 'clear']
 
 # %% ../nbs/15_features.ipynb #15fe0003
-import hashlib, json, math, os, shutil, sys, time
+import hashlib, json, math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id
-from .data import SPLITS, cache_dir, contents
+from .data import SPLITS, _stamp, cache_dir, contents
 from .fetch import _amount
 from .learner import autocast, best_device, choose_precision, to_input
 from .loader import Loader
@@ -146,13 +146,11 @@ class Shelf:
     def open(self):
         "Map all files that are whole; the others are deleted"
         paths = sorted(self.dir.glob('*.safetensors'))
-        with ThreadPoolExecutor() as pool: whole = [*pool.map(_is_whole, paths)]
-        for path, good in zip(paths, whole):
-            if good: continue
+        with ThreadPoolExecutor() as pool: held = [*pool.map(_read_whole, paths)]
+        for path in [p for p, h in zip(paths, held) if h is None and p.exists()]:
             self.tell(f'features {self.key[:8]}: {path.name} is damaged, its images are computed again')
             path.unlink(missing_ok=True)
-        self.paths = [p for p, good in zip(paths, whole) if good]
-        held = [safetensors.torch.load_file(p) for p in self.paths]
+        self.paths, held = [p for p, h in zip(paths, held) if h], [h for h in held if h]
         self.values = [h['features'] for h in held]
         keys = [h['contents'].numpy().view('S32')[:, 0] for h in held]
         self.known = np.concatenate(keys) if keys else np.zeros(0, 'S32')
@@ -171,9 +169,12 @@ class Shelf:
         out[there] = self.places[at[there]]
         return out
 
-def _is_whole(path):
-    try: return _sha256(path)[:32] == path.stem
-    except OSError: return False
+def _is_whole(path): return _sha256(path)[:32] == path.stem
+
+def _read_whole(path):
+    "What a file holds, mapped into memory; None where it is damaged, or another process has just deleted it"
+    try: return safetensors.torch.load_file(path) if _is_whole(path) else None
+    except FileNotFoundError: return None
 
 # %% ../nbs/15_features.ipynb #15fe0010
 @patch
@@ -196,15 +197,13 @@ def add(
 # %% ../nbs/15_features.ipynb #15fe0015
 def _make_room(cache_gb, keep):
     "Delete the files that were used least recently, until the rest fits; never those in `keep`"
-    files = sorted((p for p in features_dir().glob('*/*.safetensors')), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in files)
-    for path in files:
+    files = sorted((used, size, p) for p in features_dir().glob('*/*.safetensors') for size, used in [_stamp(p) or (0, 0)])
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
         if total <= cache_gb*1e9: break
         if path in keep: continue
-        total -= path.stat().st_size
+        total -= size
         path.unlink(missing_ok=True)
-    for folder in features_dir().glob('*'):
-        if not any(folder.glob('*.safetensors')) and not any(folder.glob('.*.part')): shutil.rmtree(folder, ignore_errors=True)
 
 def _check_room(folder, n, each, cache_gb):
     "Raises InputError where the features of n images will not fit"
@@ -326,7 +325,8 @@ def features(
             if len(missing): _extract(shelf, parts.prefix, loader, keys[missing], view, precision, device, cache_gb, tell)
             skipped = loader.skipped
         shelf.open()
-    for path in shelf.paths: os.utime(path)
+    for path in shelf.paths:
+        with suppress(FileNotFoundError): os.utime(path)  # another process made room; what is mapped stays
     _make_room(cache_gb, set(shelf.paths))
     where = np.full((len(table), 2), -1)
     where[wanted] = shelf.find(keys[wanted])
@@ -334,13 +334,13 @@ def features(
 
 # %% ../nbs/15_features.ipynb #15fe0020
 def cached():
-    "The caches, the one used last first: a pandas table with images, bytes, and what they depend on."
+    "The caches, the one used last first: a pandas table with files, bytes, and what they depend on."
     import pandas as pd
     def row(folder):
-        files = [p.stat() for p in folder.glob('*.safetensors')]
+        files = [s for p in folder.glob('*.safetensors') if (s := _stamp(p))]
         about = _read_json(folder/'about.json') or {}
-        return {'key': folder.name[:8], 'files': len(files), 'bytes': sum(s.st_size for s in files), 'used': max((s.st_mtime for s in files), default=0.)} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision', 'augment', 'number')}
-    rows = [row(d) for d in features_dir().glob('*') if d.is_dir()]
+        return {'key': folder.name[:8], 'files': len(files), 'bytes': sum(size for size, _ in files), 'used': max((used/1e9 for _, used in files), default=0.)} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision', 'augment', 'number')}
+    rows = [row(d) for d in features_dir().glob('*') if any(d.glob('*.safetensors'))]
     return pd.DataFrame(rows, columns=['key', 'files', 'bytes', 'used', 'arch', 'cut', 'size', 'precision', 'augment', 'number']).sort_values('used', ascending=False, ignore_index=True)
 
 def verify(
@@ -348,12 +348,12 @@ def verify(
 ) -> int:       # damaged files
     "Compare every cached file with its hash; damaged ones are deleted, and computed again when they are needed."
     paths = sorted(features_dir().glob('*/*.safetensors'))
-    with ThreadPoolExecutor() as pool: whole = [*pool.map(_is_whole, paths)]
-    for path, good in zip(paths, whole):
-        if good: continue
+    with ThreadPoolExecutor() as pool: held = [*pool.map(_read_whole, paths)]
+    damaged = [p for p, h in zip(paths, held) if h is None and p.exists()]
+    for path in damaged:
         tell(f'{path.parent.name[:8]}/{path.name} is damaged: deleted')
         path.unlink(missing_ok=True)
-    return len(paths) - sum(whole)
+    return len(damaged)
 
 def clear(
     key: str = '', # of a cache, or how it begins; '' is all of them

@@ -21,7 +21,7 @@ from .data import BadImage, keep_subset, order, read, resize, table_id, uniforms
 from .loader import center_boxes
 from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import load_images, packed, preparation
-from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _plain, _read_json, _sha256, _write_json, asked_to_stop, check_params,
+from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _plain, _read_json, _sha256, _write_json, asked_to_stop, check_call,
                          duration, seeds, start_run, writing)
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c47
@@ -504,10 +504,7 @@ def train(
     track: str = 'auto', # Weights & Biases. auto, online, offline or off
 ): # the `Run`, finished
     "Train one CNN: this notebook without the notebook."
-    import inspect
-    values = dict(locals()); values.pop('inspect')
-    kinds = {k: v.annotation for k, v in inspect.signature(train).parameters.items()}
-    return run_experiment(check_params(values, kinds, ALLOWED, values))
+    return run_experiment(check_call(train, dict(locals()), ALLOWED))
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1b
 def load_model(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_ID', 'TRACK', 'HISTORY', 'BEAT', 'STALE', 'InputError', 'RunBusy', 'RunFailed', 'project_root', 'Params',
-           'check_params', 'params', 'set_seed', 'seeds', 'writing', 'run_id', 'git_commit', 'environment', 'Tracker',
-           'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'Stopped', 'asked_to_stop', 'duration',
-           'disk_use', 'runs', 'remove_run', 'prune_runs']
+           'check_params', 'check_call', 'params', 'set_seed', 'seeds', 'writing', 'run_id', 'git_commit',
+           'environment', 'Tracker', 'Run', 'find_run', 'runs_dir', 'diff_params', 'start_run', 'Stopped',
+           'asked_to_stop', 'duration', 'disk_use', 'runs', 'remove_run', 'prune_runs']
 
 # %% ../nbs/00_runs.ipynb #757061f7
-import ast, atexit, csv, difflib, errno, hashlib, importlib.metadata, io, json, math, numbers, os, platform, random
+import ast, atexit, csv, difflib, errno, hashlib, importlib.metadata, inspect, io, json, math, numbers, os, platform, random
 import re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, weakref
 from contextlib import contextmanager
 from datetime import datetime
@@ -145,6 +145,17 @@ def check_params(
         _check(name, out[name], allowed.get(name))
     return out
 
+def check_call(
+    f,             # a function of parameters with types and defaults
+    values: dict,  # name: value as the user gave it; what is missing takes its default
+    allowed: dict, # as for `check_params`
+    given=(),      # names that the user set himself
+) -> Params:
+    "The parameters of a call of `f`, checked as `check_params` does."
+    known = inspect.signature(f).parameters
+    usual, kinds = ({k: getattr(v, a) for k, v in known.items()} for a in ('default', 'annotation'))
+    return check_params(usual | values, kinds, allowed, given)
+
 def params(
     **allowed,  # for a name: (low, high) with both ends allowed, '(0, 1]', or a list of values
 ) -> Params:  # the values, converted; also written back to the notebook's variables
@@ -229,7 +240,7 @@ def _read_json(path):
 # %% ../nbs/00_runs.ipynb #0a7408fc
 NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack',  # a pack shows in `depends` where it changes what the network sees
              'recipe',  # its values are parameters
-             'max_minutes', 'keep_best', 'keep_every', 'keep_weights', 'upload')
+             'max_minutes', 'keep_best', 'keep_every', 'keep_weights', 'upload', 'cache_gb')
 
 def run_id(
     notebook: str,  # '03_train'

@@ -49,7 +49,7 @@ def _optunas_choice(p, share, value, grid):
     return value if p.distribution in ('int_uniform', 'uniform', 'log_uniform', 'log_uniform_values') else share
 
 # %% ../nbs/06b_sweep.ipynb #5e0a4f1d
-_EVALUATE = {'imgexp.train': 'imgexp.evaluate', 'imgexp.keras_cnn': 'imgexp.keras_cnn'}  # modules with `evaluate_test`, by experiment
+_EVALUATE = {'imgexp.train': 'imgexp.evaluate', 'imgexp.keras_cnn': 'imgexp.keras_cnn', 'imgexp.transfer': 'imgexp.evaluate'}  # modules with `evaluate_test`, by experiment
 
 def _module(program):
     "The module of an experiment of the library; None for other programs"
@@ -236,24 +236,31 @@ class Sweep:
     @cached_property
     def _study_id(self): return self.storage.get_study_id_from_name(self.study.study_name)
 
-    @contextmanager
-    def guarded(self):
-        "Nobody else on this machine asks for trials, or looks for those that were left"
-        guard = _take(self.dir/'lock', wait=60)
-        if guard is None: raise RunFailed(f'{_shown(self.dir)} is locked by another process: try again')
-        try: yield
-        finally: guard.release()
+# %% ../nbs/06b_sweep.ipynb #a07c1b3e
+@patch
+@contextmanager
+def guarded(self: Sweep):
+    "Nobody else on this machine asks for trials, or looks for those that were left"
+    guard = _take(self.dir/'lock', wait=60)
+    if guard is None: raise RunFailed(f'{_shown(self.dir)} is locked by another process: try again')
+    try: yield
+    finally: guard.release()
 
-    def index(self, number):
-        "Which point a trial is: repeated ones are not counted"
-        return number - sum(not _counts(t) for t in self.trials()[:number])
-    def drawn(self, k, name):
-        "Share and value of a parameter at the k-th point"
-        p, share = self.by_name[name], _share(self.seed, k, name)
-        return share, self.space.point(k)[name] if self.grid else p.value(share)
-    def point(self, k: int):
-        "The values of the k-th trial of a random or grid sweep; of bayes, such as it may draw."
-        return {p.name: self.drawn(k, p.name)[1] for p in self.space}
+@patch
+def index(self: Sweep, number):
+    "Which point a trial is: repeated ones are not counted"
+    return number - sum(not _counts(t) for t in self.trials()[:number])
+
+@patch
+def drawn(self: Sweep, k, name):
+    "Share and value of a parameter at the k-th point"
+    p, share = self.by_name[name], _share(self.seed, k, name)
+    return share, self.space.point(k)[name] if self.grid else p.value(share)
+
+@patch
+def point(self: Sweep, k: int):
+    "The values of the k-th trial of a random or grid sweep; of bayes, such as it may draw."
+    return {p.name: self.drawn(k, p.name)[1] for p in self.space}
 
 # %% ../nbs/06b_sweep.ipynb #6f1d8e29
 @patch
@@ -376,6 +383,7 @@ def ends(
     else: early = False
     return f'ended early after {len(own)} epoch' + 's'*(len(own) != 1) if early else ''
 
+# %% ../nbs/06b_sweep.ipynb #95c2e7b1
 @patch
 def conclude(
     self: Sweep,

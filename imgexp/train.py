@@ -28,7 +28,7 @@ from .packs import load_images, packed, preparation
 from .parallel import most, of_first, rank, say, together, total, world
 from .parts import HIGHER, Averages, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .recipes import RECIPES, recipe as _recipe
-from .runs import (NOT_IN_ID, InputError, Params, Run, RunFailed, TRACK, Stopped, asked_to_stop, check_params, diff_params, find_run, runs_dir, seeds,
+from .runs import (NOT_IN_ID, InputError, Params, Run, RunFailed, TRACK, Stopped, asked_to_stop, check_call, diff_params, find_run, runs_dir, seeds,
                          set_seed, start_run)
 from .schedules import SCHEDULES, image_sizes as _image_sizes, schedule as _schedule
 from fastai.callback.schedule import steep, valley  # after the learner, which silences its warnings
@@ -304,7 +304,7 @@ def _as_parent(p, own, parent):
     return base | {'extend': p.extend if Path(p.extend).is_dir() else parent.name}
 
 def resolve(
-    p: Params,  # of `params` or `check_params`
+    p: Params,  # of `params` or `check_call`
 ) -> Params:    # all values filled in
     "Where the user said nothing, what the recipe says, or the run that is trained further."
     usual = {k: v.default for k, v in inspect.signature(train).parameters.items()}
@@ -384,17 +384,12 @@ def _start(p, table):
     folder = of_first(first)
     return found[0] if found else Run(folder)
 
-def _checked(values, given):
-    kinds = {k: v for k, v in train.__annotations__.items() if k != 'return'}
-    usual = {k: v.default for k, v in inspect.signature(train).parameters.items()}
-    return check_params(usual | values, kinds, ALLOWED, given)
-
 def run_experiment(
     values: dict,  # parameters of `train` by name
     given=(),      # names that the user set himself: these win over a recipe
 ):                 # the `Run`, finished
     "`train` for callers that know which parameters were given."
-    p = resolve(_checked(values, given))
+    p = resolve(check_call(train, values, ALLOWED, given))
     told = []  # until there is a run: what is refused leaves nothing on stdout
     with together():
         table = images(p, told.append)
@@ -464,7 +459,7 @@ def train_seeds(
     given=(),      # names that the user set himself
 ) -> list:         # of `Run`, finished
     "One run for each seed; the same command continues, and repeats nothing that is finished."
-    began, out, p = time.monotonic(), [], _checked(values, given)
+    began, out, p = time.monotonic(), [], check_call(train, values, ALLOWED, given)
     minutes, reuse = p.max_minutes, p.resume == 'auto'
     with together():
         for seed in range(p.seed, p.seed + n):

@@ -7,7 +7,6 @@ __all__ = ['DECAYS', 'NORMALIZE', 'HEAD', 'ALLOWED', 'FeatureLoader', 'solve', '
            'make_learner', 'predict_split', 'run_experiment', 'fit_head', 'train']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
-import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from .learner import PRECISION, ImageLearner, TrainEvalCallback, _Loaders, best_
 from .loader import IMAGENET, Loader, _Batches, normalization
 from .models import HEADS, build_model, weights_id
 from .packs import load_images, preparation
-from .runs import InputError, Params, Run, TRACK, check_params, seeds, start_run
+from .runs import InputError, Params, Run, TRACK, check_call, seeds, start_run
 from .train import conclude, fit
 
 # %% ../nbs/20_transfer.ipynb #20aa0005
@@ -222,6 +221,4 @@ def train(
     track: str = 'auto', # Weights & Biases. auto, online, offline or off
 ): # the `Run`, finished
     "Train a head on a frozen network: this notebook without the notebook."
-    values = dict(locals())
-    kinds = {k: v.annotation for k, v in inspect.signature(train).parameters.items()}
-    return run_experiment(check_params(values, kinds, ALLOWED, values))
+    return run_experiment(check_call(train, dict(locals()), ALLOWED))

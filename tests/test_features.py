@@ -1,0 +1,111 @@
+"The cache of features: bounded, damaged, killed, shared; and a search over heads on it."
+import os
+import signal
+import time
+from dataclasses import replace
+import cv2
+import numpy as np
+import pytest
+import torch
+from imgexp.features import View, _make_room, cut, features, features_dir
+from imgexp.models import build_model
+from imgexp.packs import load_images
+from imgexp.runs import InputError, RunFailed
+from pictures import tree
+
+pytestmark = pytest.mark.usefixtures('project')
+VIEW = View(32, ((0.5,)*3, (0.5,)*3))
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    return cut(build_model('compact_resnet', 10, retrain=0))
+
+def stored(): return sorted(features_dir().glob('*/*.safetensors'))
+
+@pytest.mark.parametrize('arch, size', {'resnet18': 64, 'mobilenet_v3_small': 64, 'squeezenet1_1': 64, 'densenet121': 64, 'vit_b_32': 64, 'convnext_tiny': 64,
+                                        'swin_t': 64, 'googlenet': 64, 'shufflenet_v2_x0_5': 64, 'vgg11_bn': 64}.items())
+def test_the_parts_are_the_network_folded_or_not(arch, size):
+    from imgexp.features import fuse
+    net = build_model(arch, 5, size=size, retrain=0).eval()
+    parts, x = cut(net), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        whole, features = net(x), parts.prefix(x)
+        assert torch.equal(whole, parts.suffix(features))
+        assert (fuse(parts.prefix)(x) - features).abs().max() <= 1e-5*features.abs().max()
+
+def test_too_large_for_the_cache(parts):
+    with pytest.raises(InputError, match='cache_gb=0.0001: the features of 1,797 images take .*: give cache_gb=1'):
+        features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=1e-4)
+    assert not stored()
+
+def test_what_was_used_last_stays(parts):
+    table = load_images('digits')
+    one, two = (features(table.take(np.arange(k, k + 100)), parts, VIEW, 'fp32') for k in (0, 100))
+    old, new = stored()
+    os.utime(new, (1, 1))
+    _make_room(old.stat().st_size*1.5/1e9, set())
+    assert stored() == [old]
+    _make_room(0., {old})
+    assert stored() == [old]
+
+def test_a_damaged_file_is_computed_again(parts):
+    table, told = load_images('digits').take(np.arange(50)), []
+    before = features(table, parts, VIEW, 'fp32').take(np.arange(50)).clone()
+    path, = stored()
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    again = features(table, parts, VIEW, 'fp32', tell=told.append)
+    assert again.computed == 50 and torch.equal(again.take(np.arange(50)), before) and 'damaged' in told[0]
+
+def test_an_image_that_cannot_be_decoded(parts, tmp_path):
+    folder = tree(tmp_path/'images')
+    bad = sorted((folder/'circle').iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:40])
+    table = load_images(folder)
+    with pytest.raises(RunFailed, match='000.png'): features(table, parts, VIEW, 'fp32')
+    found = features(table, parts, VIEW, 'fp32', bad='skip')
+    assert list(found.skipped) == [os.path.join('circle', '000.png')] and (found.where[:, 0] < 0).sum() == 1 and found.computed == len(table) - 1
+
+EXTRACT = '''
+import sys, time
+import imgexp.features as f
+from imgexp.models import build_model
+from imgexp.packs import load_images
+f.FILE_SECONDS = 0
+add = f.Shelf.add
+def slow(self, *args):
+    add(self, *args)
+    print('written', flush=True)
+    time.sleep(float(sys.argv[1]))
+f.Shelf.add = slow
+found = f.features(load_images('digits'), f.cut(build_model('compact_resnet', 10, retrain=0)), f.View(32, ((0.5,)*3, (0.5,)*3)), 'fp32')
+print('computed', found.computed)
+'''
+
+def test_killed_and_continued(parts):
+    import subprocess, sys
+    def start(wait): return subprocess.Popen([sys.executable, '-c', EXTRACT, str(wait)], stdout=subprocess.PIPE, text=True)
+    job = start(30)
+    assert job.stdout.readline() == 'written\n'
+    job.send_signal(signal.SIGKILL); job.wait()
+    assert len(stored()) == 1
+    both = [start(0.01), start(0.01)]
+    computed = [int(job.communicate(timeout=120)[0].split()[-1]) for job in both]
+    assert sorted(computed) == [0, 1797 - 64], 'the two share the work, and nothing is computed twice'
+
+def test_views_follow_the_image_not_its_place(parts):
+    table = load_images('shapes').take(np.arange(20))
+    moved = replace(VIEW, augment='crop-flip', number=1)
+    one = features(table, parts, moved, 'fp32')
+    fewer = features(table.take(np.arange(19, 9, -1)), parts, moved, 'fp32')
+    assert fewer.computed == 0 and torch.equal(fewer.take(np.arange(10)), one.take(np.arange(19, 9, -1)))
+    assert features(table, parts, replace(moved, number=2), 'fp32').computed == 20
+
+def test_a_search_over_heads(project, parts):
+    from imgexp.sweep import init, run
+    space = {k: {'value': v} for k, v in dict(subset=0.2, size=32, epochs=2, precision='fp32', track='off').items()} | {'head': {'values': ['linear', 'logistic', 'mlp']}}
+    sweep = run(init({'program': '20_transfer', 'method': 'grid', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'parameters': space, 'name': 'heads'}).name, tell=lambda text: None)
+    assert {r['state'] for r in sweep.rows()} == {'done'}, [r['error'] for r in sweep.rows()]
+    assert len(list(features_dir().glob('*'))) == 1, 'all heads see the same features'
