@@ -240,25 +240,35 @@ class Sweep:
 @patch
 @contextmanager
 def guarded(self: Sweep):
-    "Nobody else on this machine asks for trials, or looks for those that were left"
+    "Nobody else on this machine asks for trials, or looks for those that were left; raises `RunFailed` after a minute."
     guard = _take(self.dir/'lock', wait=60)
     if guard is None: raise RunFailed(f'{_shown(self.dir)} is locked by another process: try again')
     try: yield
     finally: guard.release()
 
 @patch
-def index(self: Sweep, number):
-    "Which point a trial is: repeated ones are not counted"
+def index(
+    self: Sweep,
+    number: int, # of a trial in the journal, 0 and up
+) -> int:
+    "Which point a trial is: repeated ones are not counted."
     return number - sum(not _counts(t) for t in self.trials()[:number])
 
 @patch
-def drawn(self: Sweep, k, name):
-    "Share and value of a parameter at the k-th point"
+def drawn(
+    self: Sweep,
+    k: int,    # of the point, 0 and up
+    name: str, # of the parameter
+) -> tuple:
+    "Share of its distribution and value of a parameter at the k-th point of a random or grid sweep."
     p, share = self.by_name[name], _share(self.seed, k, name)
     return share, self.space.point(k)[name] if self.grid else p.value(share)
 
 @patch
-def point(self: Sweep, k: int):
+def point(
+    self: Sweep,
+    k: int, # of the point, 0 and up
+) -> dict:
     "The values of the k-th trial of a random or grid sweep; of bayes, such as it may draw."
     return {p.name: self.drawn(k, p.name)[1] for p in self.space}
 

@@ -236,7 +236,7 @@ def test_a_signal_from_outside(launcher, project, data, undisturbed):
     assert status(run)['state'] == 'stopped' and 2 <= rows(project) < EPOCHS
     finish(launcher.imgexp(*options(data), root=project), project, undisturbed)
 
-@pytest.mark.parametrize('where', ['load_learner', 'find_lr', 'predict_split'])
+@pytest.mark.parametrize('where', ['load_learner', 'find_lr', 'predict'])
 def test_asked_to_stop_outside_the_loop(launcher, project, data, undisturbed, where):
     "Before there is a run there is none to mark; while the LR finder or the evaluation is at work the run is `stopped`."
     args = options(data, lr=0 if where == 'find_lr' else 0.003)
@@ -251,7 +251,7 @@ t._Sweep.before_batch = lambda self: os.kill(os.getpid(), signal.SIGTERM)'''
     assert last_line(job.err).startswith('terminated')
     if where == 'load_learner': return
     assert status(the_run(project))['state'] == 'stopped'
-    if where == 'predict_split': finish(launcher.imgexp(*args, root=project), project, undisturbed)
+    if where == 'predict': finish(launcher.imgexp(*args, root=project), project, undisturbed)
 
 # -- in Lab
 
