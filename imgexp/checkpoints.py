@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights', 'generators', 'set_generators',
-           'Checkpoints', 'read_index', 'restore', 'begin_at_end', 'restore_best', 'weights_kind']
+           'Checkpoints', 'read_index', 'stands_at', 'restore', 'begin_at_end', 'restore_best', 'weights_kind']
 
 # %% ../nbs/02g_checkpoints.ipynb #fb264629
 import hashlib, json, os, pickle, random, shutil, sys, time
@@ -274,15 +274,19 @@ def read_index(
             'best': _best(rows, by), 'kept': names}
 
 # %% ../nbs/02g_checkpoints.ipynb #6ee6b3c0
+def _state(path):
+    "What a checkpoint, known to be whole, holds beside the weights"
+    try: return torch.load(path/'state.pt', weights_only=True, map_location='cpu')
+    except pickle.UnpicklingError:
+        raise RunFailed(f'{_shown(path)}/state.pt holds Python objects, which are never unpickled: restore it from a copy, '
+                        'or give resume=never to begin anew') from None
+
 def _load(path, learn):
     "Weights, normalization, averages and scaler of a checkpoint, known to be whole; its state"
     weights, about = read_weights(path, whole=True)
     learn.model.load_state_dict(weights)
     learn.norm = learn.checkpoints.about['norm'] = about['norm']
-    try: state = torch.load(path/'state.pt', weights_only=True, map_location='cpu')
-    except pickle.UnpicklingError:
-        raise RunFailed(f'{_shown(path)}/state.pt holds Python objects, which are never unpickled: restore it from a copy, '
-                        'or give resume=never to begin anew') from None
+    state = _state(path)
     if learn.scaler and state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     if hasattr(learn, 'averages') and (path/'ema.safetensors').exists(): learn.averages.mean = read_weights(path, 'ema', whole=True)[0]
     return state
@@ -294,9 +298,32 @@ def _rewind(run, path, learn, batch):
     row = {k: v for k, v in _sealed(path/'COMMITTED.json').items() if k not in ('files', 'sha256', 'by')}
     learn.checkpoints.settle(path, row if batch == 0 else None)
 
+def stands_at(
+    run,    # a `Run`
+) -> tuple: # epoch and batch, both from 0
+    "Where the newest whole checkpoint stands; (0, 0) without one."
+    path = newest_checkpoint(run)
+    return tuple(_state(path)[k] for k in ('epoch', 'batch')) if path else (0, 0)
+
+def _continue(learn, state):
+    "All as it was when the checkpoint was written"
+    learn.opt.load_state_dict(state['optimizer'])
+    for cb in learn.cbs:
+        if isinstance(cb, Part): cb.load(state['parts'].get(cb.name, {}))
+    learn.first_epoch, learn.first_batch = state['epoch'], state['batch']
+    set_generators(state['generators'])
+
+def _begin_phase(run, learn, state):
+    "The best weights so far; optimizer and schedule begin anew, steps and epochs are counted on"
+    restore_best(run, learn)
+    learn.first_epoch = learn.base = state['epoch']
+    learn.schedule.done = learn.schedule.since = state['parts']['schedule']['done']
+    learn.history.images, learn.history.seconds = (state['parts']['history'][k] for k in ('images', 'seconds'))
+
 def restore(
     run,    # a `Run`
     learn,  # an `ImageLearner` with its optimizer and its parts
+    after: int = 0, # epochs that another learner trained: where these end, this one begins with their best weights
     tell=say, # told where it continues
 ) -> bool:  # whether there was something to continue
     "Continue from the newest whole checkpoint; raises `RunFailed` where all are damaged."
@@ -306,13 +333,10 @@ def restore(
         return False
     path = run.dir/'checkpoints'/name
     state = _load(path, learn)
-    learn.opt.load_state_dict(state['optimizer'])
-    for cb in learn.cbs:
-        if isinstance(cb, Part): cb.load(state['parts'].get(cb.name, {}))
-    learn.first_epoch, learn.first_batch = state['epoch'], state['batch']
+    begins = after and (state['epoch'], state['batch']) == (after, 0)
+    _begin_phase(run, learn, state) if begins else _continue(learn, state)
     if rank() == 0: _rewind(run, path, learn, state['batch'])
-    set_generators(state['generators'])
-    tell(f"continuing {run.name} at epoch {state['epoch'] + 1}" + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
+    if not begins: tell(f"continuing {run.name} at epoch {state['epoch'] + 1}" + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
     return True
 
 # %% ../nbs/02g_checkpoints.ipynb #ef65933a

@@ -11,6 +11,7 @@ import hashlib, json, math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -261,16 +262,19 @@ def _extract(shelf, prefix, loader, keys, view, precision, device, cache_gb, tel
     prefix = prefix.eval() if precision == 'fp32' else fuse(prefix.eval())
     prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last)
     bar, held, size, began = Bar(len(keys), tell), [], 0, time.monotonic()
-    for rows, values in _batches(prefix, loader, view, precision, device):
-        if not bar.done: _check_room(shelf.dir, len(keys), values[0].nbytes, cache_gb)
-        held.append((keys[rows], values))
-        size += values.nbytes
-        bar.tick(len(rows))
-        if size > FILE_MB*1e6 or time.monotonic() - began > FILE_SECONDS:
-            shelf.add(*_joined(held))
-            held, size, began = [], 0, time.monotonic()
-    bar.close()
-    if held: shelf.add(*_joined(held))
+    try:
+        for rows, values in _batches(prefix, loader, view, precision, device):
+            if not bar.done: _check_room(shelf.dir, len(keys), values[0].nbytes, cache_gb)
+            held.append((keys[rows], values))
+            size += values.nbytes
+            bar.tick(len(rows))
+            if size > FILE_MB*1e6 or time.monotonic() - began > FILE_SECONDS:
+                full, held = held, []
+                shelf.add(*_joined(full))
+                size, began = 0, time.monotonic()
+    finally:  # what is computed is kept, whatever ends this
+        bar.close()
+        if held: shelf.add(*_joined(held))
 
 def _loader(table, keys, view, batch_size, device, workers, bad):
     "All images of a table in their order; chance depends on what an image is, not on where it stands"
@@ -334,14 +338,24 @@ def features(
 
 # %% ../nbs/15_features.ipynb #15fe0020
 def cached():
-    "The caches, the one used last first: a pandas table with files, bytes, and what they depend on."
+    "The caches, the one used last first: a pandas table with the network, where it was cut, images, MB, and when they were used."
     import pandas as pd
     def row(folder):
         files = [s for p in folder.glob('*.safetensors') if (s := _stamp(p))]
         about = _read_json(folder/'about.json') or {}
-        return {'key': folder.name[:8], 'files': len(files), 'bytes': sum(size for size, _ in files), 'used': max((used/1e9 for _, used in files), default=0.)} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision', 'augment', 'number')}
+        view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
+        return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
+            'view': view, 'images': sum(map(_count, folder.glob('*.safetensors'))), 'mb': round(sum(size for size, _ in files)/1e6, 1),
+            'used': datetime.fromtimestamp(max((used/1e9 for _, used in files), default=0)).isoformat(' ', 'seconds')}
     rows = [row(d) for d in features_dir().glob('*') if any(d.glob('*.safetensors'))]
-    return pd.DataFrame(rows, columns=['key', 'files', 'bytes', 'used', 'arch', 'cut', 'size', 'precision', 'augment', 'number']).sort_values('used', ascending=False, ignore_index=True)
+    columns = ['key', 'arch', 'cut', 'size', 'precision', 'view', 'images', 'mb', 'used']
+    return pd.DataFrame(rows, columns=columns).sort_values('used', ascending=False).set_index('key')
+
+def _count(path):
+    "Images in a file of features; 0 where it is damaged, or has just been deleted"
+    try:
+        with safetensors.safe_open(path, 'pt') as f: return f.get_slice('contents').get_shape()[0]
+    except (OSError, safetensors.SafetensorError): return 0
 
 def verify(
     tell=print, # told of each damaged file

@@ -101,10 +101,11 @@ def make_optimizer(
     name: str,        # 'sgd' (Nesterov), 'adam' or 'adamw'
     weight_decay: float = -1., # -1: 5e-4 for sgd, 0 for adam, 1e-2 for adamw
     momentum: float = 0.9,     # of sgd; Adam's beta1
+    first_lr: float = 1.,      # learning rate of the first trained block, relative to the head's
 ) -> OptimWrapper:
     "A torch optimizer in fastai's wrapper."
     make, usual = OPTIMIZERS[name]
-    groups = param_groups(model, usual if weight_decay < 0 else weight_decay)
+    groups = param_groups(model, usual if weight_decay < 0 else weight_decay, first_lr)
     own = dict(momentum=momentum, nesterov=momentum > 0) if name == 'sgd' else dict(betas=(momentum, 0.999))
     on = next(p for g in groups for p in g['params']).device.type
     return OptimWrapper(opt=make(groups, lr=1e-3, **own, **{'fused' if on in ('cuda', 'cpu') else 'foreach': True}))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'archs', 'CompactResNet', 'compact_resnet', 'MLP', 'Block', 'Blocks', 'blocks', 'set_retrain',
-           'set_drop_path', 'drop_probs', 'weights_id', 'Report', 'build_model', 'trained_params', 'param_groups',
-           'Summary', 'summary']
+           'keep_statistics', 'set_drop_path', 'drop_probs', 'weights_id', 'Report', 'build_model', 'trained_params',
+           'param_groups', 'Summary', 'summary']
 
 # %% ../nbs/02_models.ipynb #030d04a0
 import difflib, hashlib, math, pickle, re, sys
@@ -206,6 +206,16 @@ def set_retrain(
         raise InputError(f'retrain={k}: {getattr(model, "arch", "the model")} has {most} blocks below its head; '
                          f'allowed are -1 (everything), 0 (the head) and 1 to {most}.')
     for i, block in enumerate(found): _freeze(block, 0 <= k < most - i, model.training)
+    return model
+
+def keep_statistics(
+    model:nn.Module, # changed in place
+) -> nn.Module: # the same model
+    "Batch norm keeps the statistics it has, whatever calls `.train()`; its weights learn (as Keras' guide to transfer learning advises)."
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.train = partial(_stay_in_eval, m)
+            m.train()
     return model
 
 # %% ../nbs/02_models.ipynb #32693bb6
@@ -546,13 +556,18 @@ def trained_params(
 def param_groups(
     model:nn.Module, # a network after `set_retrain`
     weight_decay:float, # for matrices and kernels
-) -> list: # of dicts, for a torch optimizer
-    "The trained parameters in two groups: with weight decay and without (an empty group is left out)."
-    groups = [], []
-    for name, p in model.named_parameters():
-        decays = name.endswith('weight') and p.ndim > 1 # not norms, biases, tokens, embeddings, scales
-        if p.requires_grad: groups[not decays].append(p)
-    return [dict(params=params, weight_decay=wd) for wd, params in zip((weight_decay, 0.), groups) if params]
+    first_lr:float=1., # learning rate of the first trained block, relative to the head's
+) -> list: # of dicts, for a torch optimizer; with first_lr `lr_scale` is in them, the head's come first
+    "The trained parameters with weight decay and without; rates between head and first block fall by equal ratios (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.1)."
+    decays = {p: name.endswith('weight') and p.ndim > 1 # not norms, biases, tokens, embeddings, scales
+              for name, p in model.named_parameters() if p.requires_grad}
+    def parted(params, **more):
+        for wd, kind in ((weight_decay, True), (0., False)):
+            own = [p for p in params if decays.get(p) is kind]
+            if own: yield dict(params=own, weight_decay=wd, **more)
+    if first_lr == 1: return [*parted(decays)]
+    trained = [b for b in reversed(blocks(model)) if b.n_trained]
+    return [g for i, b in enumerate(trained) for g in parted(b.params, lr_scale=first_lr**(i/max(1, len(trained) - 1)))]
 
 # %% ../nbs/02_models.ipynb #985a1bea
 @contextmanager

@@ -57,7 +57,7 @@ class Schedule(Part):
     def before_fit(self): self.total = self.since + (self.learn.n_epoch - self.learn.base)*self.dls.train.batches.n
     def before_batch(self):
         rate, momentum = self.policy((self.done - self.since)/(self.total - self.since), self.peak)
-        self.opt.set_hypers(**{'lr': rate} | ({} if momentum is None else {'mom': momentum}))
+        self.opt.set_hypers(**{'lr': [rate*g.get('lr_scale', 1.) for g in self.opt.opt.param_groups]} | ({} if momentum is None else {'mom': momentum}))
     def after_batch(self): self.done += 1
     def state(self): return {'done': self.done, 'since': self.since, 'base': self.learn.base, 'peak': self.peak}
     def load(self, state): self.done, self.since, self.learn.base, self.peak = (state[k] for k in ('done', 'since', 'base', 'peak'))

@@ -135,7 +135,7 @@ def _loop(run, learn, how, asked):
     "Begin where the run, or its parent, stands, and train to the end"
     parts = _parts(run, learn, how, asked)
     with learn.added_cbs(parts):
-        begun = restore(run, learn)
+        begun = restore(run, learn, how.after)
         if not begun and how.parent: begin_at_end(how.parent, learn)
         if not begun and how.lr == 0:
             with learn.removed_cbs(parts): found = find_lr(learn, asked=asked)
@@ -175,7 +175,7 @@ def _train(run, learn, how):
     if rank() == 0:
         for old in run.dir.glob('.error-*'): old.unlink()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    learn.opt, learn.used, learn.seed = make_optimizer(learn.model, how.optimizer, how.weight_decay, how.momentum), True, how.seed
+    learn.opt, learn.used, learn.seed = make_optimizer(learn.model, how.optimizer, how.weight_decay, how.momentum, how.first_lr), True, how.seed
     with asked_to_stop() as asked:
         _loop(run, learn, how, asked)
         if asked: raise Stopped(f'{asked[0]}; the same command continues')
@@ -202,6 +202,8 @@ def fit(
     keep_weights: str = '', # epochs whose weights alone are kept, separated by commas
     max_minutes: float = 0., # after which the training stops, to be continued; 0: no limit
     seed: int = 0,       # of everything random outside order, augmentation and initialization (dropout)
+    first_lr: float = 1., # learning rate of the first trained block, relative to the head's
+    after: int = 0,      # epochs of this run that another learner trained: this one begins with their best weights
     parent=None,         # a finished `Run` to go on from
 ) -> dict:               # the best checkpoint: name, epoch, by, valid_top1, valid_loss
     "Train, or continue, and load the weights of the best epoch; marks the run `failed` or `stopped` where it ends early."
@@ -364,7 +366,7 @@ def load_learner(
     return make_learner(kept, model, norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'], bad=p.bad,
                         label_smoothing=p.label_smoothing, flip=p.flip, crop=p.crop, sizes=_sizes(p), micro_batch=p.micro_batch, clip=p.clip, compile=p.compile)
 
-_FIT = [k for k in inspect.signature(fit).parameters if k not in ('run', 'learn', 'parent')]
+_FIT = [k for k in inspect.signature(fit).parameters if k not in ('run', 'learn', 'first_lr', 'after', 'parent')]
 
 def fit_as(
     p: Params, # parameters
