@@ -22,29 +22,17 @@ def head_of(model):
     if hasattr(model, 'fc'): return model, 'fc'
     return model.classifier, str(len(model.classifier) - 1)
 
-def network(arch, weights, n_classes):
+def network(arch, weights, n_classes, train=''):
     model = models.get_model(arch)
     if weights: model.load_state_dict(torch.load(weights, weights_only=True))
-    for p in model.parameters(): p.requires_grad = False
+    for name, p in model.named_parameters(): p.requires_grad = bool(train) and name.startswith(train)
     holder, name = head_of(model)
     setattr(holder, name, nn.Linear(getattr(holder, name).in_features, n_classes))
-    return model, getattr(holder, name)
+    return model
 
 def decoded(images):
     x, y = zip(*images)
     return TensorDataset(torch.stack(x), torch.tensor(y))
-
-@torch.no_grad()
-def still(model, batches):
-    "What the trunk, in evaluation mode, makes of the images of each split: loaders of the same order"
-    model.eval()
-    last = 'fc' if hasattr(model, 'fc') else 'classifier'
-    head = getattr(model, last)
-    setattr(model, last, nn.Identity())
-    def sent(loader):
-        x, y = zip(*((model(x), y) for x, y in DataLoader(loader.dataset, batch_size=64, num_workers=loader.num_workers)))
-        return TensorDataset(torch.cat(x), torch.cat(y))
-    return head, {s: DataLoader(sent(d), batch_size=64, shuffle=s == 'train') for s, d in batches.items()}
 
 def loaders(folder, size, once):
     change = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
@@ -52,6 +40,21 @@ def loaders(folder, size, once):
     classes = images['train'].classes
     if once: images = {s: decoded(d) for s, d in images.items()}
     return {s: DataLoader(d, batch_size=64, shuffle=s == 'train', num_workers=0 if once else 2) for s, d in images.items()}, classes
+
+def top(model):
+    "What follows the trunk: name and module"
+    name = 'fc' if hasattr(model, 'fc') else 'classifier'
+    return name, getattr(model, name)
+
+@torch.no_grad()
+def sent(model, batches):
+    "What the trunk, in evaluation mode, makes of the images of each split: loaders of the same order"
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    setattr(model, top(model)[0], nn.Identity())
+    def through(loader):
+        x, y = zip(*((model(x), y) for x, y in DataLoader(loader.dataset, batch_size=64, num_workers=loader.num_workers)))
+        return TensorDataset(torch.cat(x), torch.cat(y))
+    return {s: DataLoader(through(d), batch_size=64, shuffle=s == 'train') for s, d in batches.items()}
 
 def phase(model, batches, optimizer=None, limit=0):
     "Mean accuracy; trains where there is an optimizer"
@@ -70,9 +73,9 @@ def phase(model, batches, optimizer=None, limit=0):
         seen += len(y)
     return right/max(1, seen)
 
-def train(model, head, batches, epochs, warm_up):
+def train(model, batches, epochs, warm_up):
     "The seconds of each epoch and of the evaluation, validation and test accuracy"
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     if warm_up: phase(model, batches['train'], optimizer, warm_up)
     seconds, best, kept = [], -1., None
     for epoch in range(epochs):
@@ -94,19 +97,19 @@ def main():
     parser.add_argument('--size', type=int, default=224, help='(%(default)s)')
     parser.add_argument('--epochs', type=int, default=10, help='(%(default)s)')
     parser.add_argument('--seeds', type=int, default=1, help='(%(default)s)')
+    parser.add_argument('--train', default='', help='how the names of the parameters begin that are trained beside the head (layer4)')
     parser.add_argument('--warm-up', type=int, default=0, help='batches before the clock starts')
     parser.add_argument('--once', action='store_true', help='decode the images once')
     parser.add_argument('--still', action='store_true', help='the trunk in evaluation mode, each image through it once')
     args = parser.parse_args()
     batches, classes = loaders(args.folder, args.size, args.once)
-    sent = None
     for seed in range(args.seeds):
         torch.manual_seed(seed)
-        model, head = network(args.arch, args.weights, len(classes))
-        if args.once or args.still: model = model.to(memory_format=torch.channels_last)
+        model = network(args.arch, args.weights, len(classes), args.train)
         if args.still:
-            model, own = still(model, batches) if sent is None else (getattr(model, 'fc', None) or model.classifier, sent)
-            sent = own
-        print(json.dumps({'seed': seed} | train(model, head, sent or batches, args.epochs, args.warm_up)), flush=True)
+            if not seed: batches = sent(model, batches)
+            model = top(model)[1]
+        if args.once: model = model.to(memory_format=torch.channels_last)
+        print(json.dumps({'seed': seed} | train(model, batches, args.epochs, args.warm_up)), flush=True)
 
 if __name__ == '__main__': main()

@@ -223,7 +223,7 @@ class Features:
         where,         # int [n, 2] of `Shelf.find`
         skipped: dict, # {name: why} of the images that could not be decoded
         computed: int, # images that were not there before
-    ): self.values, self.where, self.skipped, self.key, self.computed = shelf.values, where, skipped, shelf.key, computed
+    ): self.values, self.paths, self.where, self.skipped, self.key, self.computed = shelf.values, shelf.paths, where, skipped, shelf.key, computed
     def __len__(self): return len(self.where)
     @property
     def shape(self):
@@ -231,6 +231,12 @@ class Features:
         s = tuple(self.values[0].shape[1:])
         return (s[2], s[0], s[1]) if len(s) == 3 else s
     def __repr__(self): return f"features {self.key[:8]}: {len(self):,} images, each {' × '.join(map(str, self.shape))} in {str(self.values[0].dtype)[6:]}"
+
+    def _file(self, k, n):
+        "A file's features; where n are read at once and that is much, through a mapping of its own, whose pages leave the memory with it"
+        if n*self.values[k][0].nbytes < 32e6: return self.values[k]
+        try: return safetensors.torch.load_file(self.paths[k])['features']
+        except FileNotFoundError: return self.values[k]  # another process made room
 
     def take(
         self,
@@ -242,7 +248,7 @@ class Features:
         out = torch.empty((len(files), *self.values[0].shape[1:]), dtype=self.values[0].dtype)
         for k in np.unique(files):
             here = np.flatnonzero(files == k)
-            chosen = self.values[k].index_select(0, torch.from_numpy(at[here]))
+            chosen = self._file(k, len(files)).index_select(0, torch.from_numpy(at[here]))
             if len(here) == len(files): out = chosen
             else: out.index_copy_(0, torch.from_numpy(here), chosen)
         return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
