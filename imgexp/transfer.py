@@ -156,8 +156,7 @@ def make_learner(
     tell=print, # told of what is computed
 ) -> ImageLearner:
     "A learner whose batches are features; what it trains are the last blocks of `model` itself."
-    parts, device = cut(model, p.retrain), best_device()
-    if p.head == 'logistic': _linear(parts.suffix)
+    parts, device = _cut(p, model), best_device()
     sets, plain = load_features(p, table, parts, norm, tell)
     model.to(device)
     rows = dict(batch_size=max(1, len(table.split('train'))), shuffle=False) if p.head == 'logistic' else dict(batch_size=p.batch_size)
@@ -197,6 +196,7 @@ def run_experiment(
     if p.finetune_epochs: table = packed(table, p.size)
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
+    _cut(p, model); choose_precision(p.precision, best_device())  # what is refused leaves no run
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
     with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}) as run:
         if run.finished: return run
@@ -207,6 +207,11 @@ def run_experiment(
         if p.finetune_epochs: conclude(run, *finetune(run, p, kept, model, norm))
         else: conclude(run, learn, best, look=predict_split)
     return run
+
+def _cut(p, model):
+    parts = cut(model, p.retrain)
+    if p.head == 'logistic': _linear(parts.suffix)
+    return parts
 
 def _epochs(p): return len(DECAYS) if p.head == 'logistic' else p.epochs
 
