@@ -66,7 +66,7 @@ def bf16(args):
     for seed in range(args.seeds):
         run, row = trained(args, seed, precision='fp32')
         model = load_run(run.name).model.eval().cpu()
-        parts, view = cut(model), View(run.params['size'], tuple(map(tuple, load_run(run.name).norm)))
+        parts, view = cut(model), View(run.params['size'], tuple(map(tuple, load_run(run.name).about['norm'])))
         with torch.no_grad(): told = [parts.suffix(features(table, parts, view, kind, splits=('test',)).take(test).float()).argmax(1) for kind in ('fp32', 'bf16')]
         yield row | {'changed': (told[0] != told[1]).float().mean().item()}
 

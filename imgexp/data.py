@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from .runs import InputError, RunFailed, _shown, _unknown
+from .runs import InputError, RunFailed, _shown, _unknown, writing
 
 # %% ../nbs/01b_data.ipynb #4c77d3df
 def _mix(x):
@@ -373,9 +373,9 @@ def shapes(
 
 # %% ../nbs/01b_data.ipynb #982b3f35
 def cache_dir() -> Path:
-    "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache)."
+    "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache); raises `RunFailed` where there can be none."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
 def _remembered(root, place=None, known=True):
@@ -385,7 +385,7 @@ def _remembered(root, place=None, known=True):
         db.execute('create table if not exists contents (path text primary key, size int, time int, sha blob) without rowid')
         rows = db.execute('select path, size, time, sha from contents where path between ? and ?', (f'{root}/', f'{root}0')) if known else ()
         return db, {p: (s, t, h) for p, s, t, h in rows}
-    except (OSError, sqlite3.Error): return _remembered(root, ':memory:', known)
+    except (OSError, sqlite3.Error, RunFailed): return _remembered(root, ':memory:', known)
 
 def _key(path): return str(path).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')  # names may be no unicode
 

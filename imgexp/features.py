@@ -130,7 +130,7 @@ def item_contents(
 
 # %% ../nbs/15_features.ipynb #15fe000f
 def features_dir() -> Path:
-    "The user's folder of cached features."
+    "The user's folder of cached features; raises `RunFailed` where there can be none."
     return cache_dir()/'features'
 
 class Shelf:
