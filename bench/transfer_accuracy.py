@@ -47,7 +47,8 @@ def heads(args):
         for head in ('linear', 'mlp', 'logistic'): yield from rows(args, arch=arch, head=head)
 
 def normalize(args):
-    for kind in ('weights', 'half', 'data'): yield from rows(args, normalize=kind)
+    for arch in args.archs:
+        for kind in ('weights', 'half', 'data'): yield from rows(args, arch=arch, normalize=kind)
 
 def views(args):
     "As many views as there are epochs are an augmentation that never repeats"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE_MB', 'KEPT_MB', 'DECAYS', 'NORMALIZE', 'HEAD', 'ALLOWED', 'FIRST_LR', 'FeatureLoader', 'solve',
-           'LogisticLearner', 'norm_of', 'load_features', 'make_learner', 'predict_split', 'run_experiment', 'fit_head',
-           'finetune', 'train', 'compare']
+           'LogisticLearner', 'norm_of', 'load_features', 'ToFloat', 'make_learner', 'predict_split', 'run_experiment',
+           'fit_head', 'finetune', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .augment import augment_id
 from .checkpoints import stands_at
 from .data import keep_subset, table_id
 from .features import View, cut, features
-from .learner import PRECISION, ImageLearner, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
+from .learner import PRECISION, ImageLearner, Part, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, Loader, _Batches, normalization
 from .models import HEADS, build_model, keep_statistics, set_retrain, weights_id
 from .packs import load_images, packed, preparation
@@ -107,7 +107,7 @@ class LogisticLearner(ImageLearner):
     "In epoch e the head is the optimum for the weight decay `DECAYS[e]`."
     def _train_batch(self):
         (x,), (y,) = self.xb, self.yb
-        solve(self.net.get_submodule(_linear(self.net)), x.float(), y, DECAYS[self.epoch])
+        solve(self.net.get_submodule(_linear(self.net)), x, y, DECAYS[self.epoch])
         self.n = len(x)
         with torch.no_grad():
             self.pred = self.forward(self.net, x)
@@ -148,6 +148,12 @@ def load_features(
     return [features(table, parts, v, splits=('train',), **kw) for v in views], features(table, parts, view, splits=('valid', 'test'), **kw)
 
 # %% ../nbs/20_transfer.ipynb #20aa000d
+def _in_precision(learn, x): return x.float() if learn.precision == 'fp32' else x
+
+class ToFloat(Part):
+    "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
+    def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
+
 def make_learner(
     p: Params, # parameters
     table,     # `Images`, the subset that is used
@@ -162,9 +168,9 @@ def make_learner(
     rows = dict(batch_size=max(1, len(table.split('train'))), shuffle=False) if p.head == 'logistic' else dict(batch_size=p.batch_size)
     loaders = _Loaders(FeatureLoader(table, 'train', sets, seed=seeds(p)['order'], device=device, **rows), FeatureLoader(table, 'valid', [plain], 1024, device=device))
     kind = LogisticLearner if p.head == 'logistic' else ImageLearner
-    learn = kind(loaders, model, loss_func=F.cross_entropy, cbs=[TrainEvalCallback()], default_cbs=False)
+    learn = kind(loaders, model, loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat()], default_cbs=False)
     learn.table, learn.norm, learn.size, learn.training, learn.plain = table, norm, p.size, False, plain
-    learn.precision, learn.suffix = choose_precision(p.precision, device), parts.suffix
+    learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix  # a head alone costs nothing
     learn.scaler = torch.amp.GradScaler(device) if learn.precision == 'fp16' else None
     learn.net = learn.compiled = parts.suffix
     return learn
@@ -178,7 +184,7 @@ def predict_split(
     learn.model.eval()
     loader, probs, rows = FeatureLoader(learn.table, split, [learn.plain], 1024, device=learn.dls.device, shuffle=False), [], []
     for x, _ in loader.at(0):
-        probs.append(learn.forward(learn.suffix, x).softmax(1).cpu().numpy()); rows.append(loader.rows)
+        probs.append(learn.forward(learn.suffix, _in_precision(learn, x)).softmax(1).cpu().numpy()); rows.append(loader.rows)
     rows = np.concatenate(rows) if rows else np.zeros(0, int)
     return np.concatenate(probs) if probs else np.zeros((0, len(learn.table.classes)), np.float32), learn.table.labels[rows], rows
 

@@ -62,6 +62,13 @@ def test_bf16_hardly_changes_predictions(project):
     assert len(test) == 372 and (told[0] != told[1]).sum() <= 3
     assert run.metrics['test']['top1']['value'] > 0.7
 
+def test_history_and_metrics_tell_the_same(project):
+    "A head is trained and judged in fp32, whatever its features were computed in: bf16 logits are often equal, and any of them could come first."
+    for head in ('linear', 'logistic'):
+        run = train(head=head, **SMALL | dict(precision='bf16'))
+        told = run.history.set_index('epoch').loc[run.metrics['epoch']]
+        assert told.valid_top1 == pytest.approx(run.metrics['valid']['top1']['value'], abs=1e-6) and told.valid_loss == pytest.approx(run.metrics['valid']['loss'], rel=1e-5)
+
 def test_networks_and_heads_in_one_table(project):
     table = compare({'resnet18': '', 'compact_resnet': ''}, ['linear', 'logistic'], **SMALL)
     assert len(table) == 4 and list(table.valid_top1) == sorted(table.valid_top1, reverse=True) and set(table.test_n) == {359}
