@@ -351,10 +351,10 @@ def cached():
         about = _read_json(folder/'about.json') or {}
         view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
         return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
-            'view': view, 'images': sum(map(_count, folder.glob('*.safetensors'))), 'mb': round(sum(size for size, _ in files)/1e6, 1),
+            'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view, 'images': sum(map(_count, folder.glob('*.safetensors'))), 'mb': round(sum(size for size, _ in files)/1e6, 1),
             'used': datetime.fromtimestamp(max((used/1e9 for _, used in files), default=0)).isoformat(' ', 'seconds')}
     rows = [row(d) for d in features_dir().glob('*') if any(d.glob('*.safetensors'))]
-    columns = ['key', 'arch', 'cut', 'size', 'precision', 'view', 'images', 'mb', 'used']
+    columns = ['key', 'arch', 'cut', 'size', 'precision', 'norm', 'view', 'images', 'mb', 'used']
     return pd.DataFrame(rows, columns=columns).sort_values('used', ascending=False).set_index('key')
 
 def _count(path):
