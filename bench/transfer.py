@@ -65,11 +65,11 @@ def in_the_loop(**given):
 def fastai(images, weights):
     "The frozen phase of `fine_tune`: one of its epochs, ten times; batch norm is trained, as is fastai's default"
     import torch
-    from fastai.vision.all import ImageDataLoaders, Normalize, Resize, imagenet_stats, vision_learner
+    from fastai.vision.all import ImageDataLoaders, Learner, Normalize, Resize, create_vision_model, default_split, imagenet_stats
     from torchvision.models import mobilenet_v2
     dls = ImageDataLoaders.from_folder(images, train='train', valid='validation', item_tfms=Resize(224, method='squish'), bs=64, num_workers=2,
                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
-    learn = vision_learner(dls, mobilenet_v2, pretrained=False, metrics=[])
+    learn = Learner(dls, create_vision_model(mobilenet_v2, dls.c, pretrained=False, cut=1), splitter=default_split)  # as `vision_learner` does; it forgets `cut`
     state = torch.load(weights, weights_only=True)
     learn.model[0].load_state_dict({k.replace('features.', '0.'): v for k, v in state.items() if k.startswith('features.')})
     learn.freeze()
