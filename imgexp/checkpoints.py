@@ -298,6 +298,7 @@ def _rewind(run, path, learn, batch):
     row = {k: v for k, v in _sealed(path/'COMMITTED.json').items() if k not in ('files', 'sha256', 'by')}
     learn.checkpoints.settle(path, row if batch == 0 else None)
 
+# %% ../nbs/02g_checkpoints.ipynb #6ee6b3c1
 def stands_at(
     run,    # a `Run`
 ) -> tuple: # epoch and batch, both from 0
@@ -320,6 +321,7 @@ def _begin_phase(run, learn, state):
     learn.schedule.done = learn.schedule.since = state['parts']['schedule']['done']
     learn.history.images, learn.history.seconds = (state['parts']['history'][k] for k in ('images', 'seconds'))
 
+# %% ../nbs/02g_checkpoints.ipynb #6ee6b3c2
 def restore(
     run,    # a `Run`
     learn,  # an `ImageLearner` with its optimizer and its parts
@@ -361,6 +363,7 @@ def begin_at_end(
 
 def _few(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 
+# %% ../nbs/02g_checkpoints.ipynb #ef65933b
 def restore_best(
     run,    # a `Run`
     learn,  # an `ImageLearner`: gets the weights, and the normalization they were trained with

@@ -195,6 +195,7 @@ def _options(experiment, go):
     command.__name__, command.__doc__, command.__signature__ = experiment.__name__, experiment.__doc__, signature.replace(parameters=options, return_annotation=None)
     return command
 
+# %% ../nbs/90_cli.ipynb #922579d5
 def _tell_runs(runs):
     from imgexp.train import over_seeds
     if int(os.environ.get('RANK') or 0): return  # the first process tells
@@ -221,6 +222,7 @@ def _transfer(): "Train a head on a frozen pretrained network; `imgexp transfer 
 
 _MADE = {'train': _train_options, 'transfer': _transfer_options}  # when they are called: they import torch
 
+# %% ../nbs/90_cli.ipynb #922579d6
 @app.command('eval')
 def evaluate(
     name: Name,
@@ -462,6 +464,7 @@ def _fail(e):
     traceback.print_exception(e)
     return 1
 
+# %% ../nbs/90_cli.ipynb #030c074f
 def main(
     args: Optional[list] = None,  # the command line; sys.argv by default
 ) -> int:  # exit status
