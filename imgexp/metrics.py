@@ -245,7 +245,7 @@ _PANELS = {
     'loss': [('train_loss', 'train', _BLUE, '-'), ('valid_loss', 'valid', _RED, '-')],
     'accuracy': [('train_top1', 'train top-1', _BLUE, '-'), ('valid_top1', 'valid top-1', _RED, '-'),
                  ('valid_top5', 'valid top-5', _ORANGE, '--')],
-    'learning rate': [('lr', 'lr', _GRAY, '-')]}
+    'learning rate': [('lr', 'lr', _GRAY, '-')], 'weight decay': [('weight_decay', 'weight decay', _GRAY, '-')]}
 
 def _best_row(history):
     "Row of the highest valid_top1, of equals the lowest valid_loss, then the first; None where there is neither"
@@ -291,20 +291,21 @@ def _draw_accuracy(ax, history, best, n_valid):
 # %% ../nbs/02b_metrics.ipynb #98abdb0a
 @_picture
 def plot_curves(
-    history,   # DataFrame, a row an epoch: any of epoch, lr, train_loss, train_top1, valid_loss, valid_top1, valid_top5
+    history,   # DataFrame, a row an epoch: any of epoch, lr, weight_decay, train_loss, train_top1, valid_loss, valid_top1, valid_top5
     n_valid: int | None = None, # validation images; given, the 95 % interval of valid_top1 is drawn
 ): # Figure
-    "Loss, accuracy and learning rate by epoch; the best epoch (highest valid_top1, else lowest valid_loss) is marked."
+    "Loss, accuracy, and learning rate or weight decay by epoch; the best epoch (highest valid_top1, else lowest valid_loss) is marked."
     import matplotlib.pyplot as plt, pandas as pd
     from matplotlib.ticker import MaxNLocator
     history = pd.DataFrame(history).reset_index(drop=True)
     panels, best = _panels(history), _best_row(history)
     if 'epoch' not in history: history['epoch'] = np.arange(1, len(history) + 1)
-    widths = [0.7 if name == 'learning rate' else 1 for name in panels]
+    widths = [0.7 if name in ('learning rate', 'weight decay') else 1 for name in panels]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.5*sum(widths), 2.7), width_ratios=widths, squeeze=False)
     for ax, (name, curves) in zip(axes[0], panels.items()):
         _draw_curves(ax, history, curves, best)
         _title(ax, name, _draw_accuracy(ax, history, best, n_valid) if name == 'accuracy' else '')
+        if name == 'weight decay': ax.set_yscale('log')
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     return fig

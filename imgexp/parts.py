@@ -302,7 +302,8 @@ class Progress(Part):
     def after_epoch(self):
         r = self.history.row
         top1 = f"{r['train_top1']:.1%} (valid {r['valid_top1']:.1%})" if r['train_top1'] is not None else f"valid {r['valid_top1']:.1%}"
-        self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}: loss {r['train_loss']:.3f} (valid {r['valid_loss']:.3f}), "
+        decay = f", weight decay {r['weight_decay']:.2g}" if 'weight_decay' in r else ''
+        self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid {r['valid_loss']:.3f}), "
                   f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
 

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from imgexp.features import View, _make_room, cut, features, features_dir
+from imgexp.features import MADE, View, _make_room, cut, features, features_dir
+from imgexp.loader import make_batch
 from imgexp.models import build_model
 from imgexp.packs import load_images
 from imgexp.runs import InputError, RunFailed
@@ -102,6 +103,30 @@ def test_views_follow_the_image_not_its_place(parts):
     fewer = features(table.take(np.arange(19, 9, -1)), parts, moved, 'fp32')
     assert fewer.computed == 0 and torch.equal(fewer.take(np.arange(10)), one.take(np.arange(19, 9, -1)))
     assert features(table, parts, replace(moved, number=2), 'fp32').computed == 20
+
+def test_a_mirrored_image_is_another_view(parts):
+    "Digits are never mirrored, photos are: the same pixels don't share their views."
+    table, moved = load_images('digits').take(np.arange(20)), replace(VIEW, augment='crop-flip')
+    one = features(table, parts, moved, 'fp32')
+    two = features(replace(table, mirror=True), parts, moved, 'fp32')
+    assert two.computed == 20 and not torch.equal(one.take(np.arange(20)), two.take(np.arange(20)))
+
+def test_images_are_made_as_the_key_says(tmp_path):
+    "Whoever changes how images are decoded, cut or resized raises `imgexp.features.MADE`, or cached features would be those of other images; then new values belong here."
+    y, x = np.mgrid[0:300, 0:420]
+    image = np.stack([(x//20 + y//20)%2*200, y*255//300, x*255//420], 2).astype(np.uint8)  # blue, green, red
+    for split in ('train', 'valid', 'test'):
+        (tmp_path/'images'/split/'a').mkdir(parents=True); (tmp_path/'images'/split/'b').mkdir()
+        for c in 'ab': cv2.imwrite(str(tmp_path/'images'/split/c/'0.png'), image); cv2.imwrite(str(tmp_path/'images'/split/c/'1.jpg'), image)
+    made = {size: make_batch(load_images(tmp_path/'images'), [0, 1], size)[0].astype(int) for size in (16, 64, 224)}
+    assert MADE == 1
+    known = {16: [[42, 71, 130], [98, 71, 88], [155, 71, 88]], 64: [[37, 65, 19], [97, 65, 124], [157, 65, 124]], 224: [[47, 72, 162], [100, 72, 0], [153, 72, 0]]}
+    for size, values in known.items():
+        png, jpeg = made[size]
+        assert np.abs(png[size//4, ::size//3][:3] - values).max() <= 2, (size, png[size//4, ::size//3][:3].tolist())
+        assert np.abs(png - jpeg).mean() < 10
+    digit = make_batch(load_images('digits'), [0], 32)[0][0, 5:30:7, 4:30:6, 0].astype(int)
+    assert np.abs(digit - [[0, 196, 186, 193, 26], [36, 184, 5, 143, 48], [46, 127, 4, 156, 46], [18, 193, 135, 146, 0]]).max() <= 2
 
 def test_a_search_over_heads(project, parts):
     from imgexp.sweep import init, run

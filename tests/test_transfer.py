@@ -69,6 +69,20 @@ def test_history_and_metrics_tell_the_same(project):
         told = run.history.set_index('epoch').loc[run.metrics['epoch']]
         assert told.valid_top1 == pytest.approx(run.metrics['valid']['top1']['value'], abs=1e-6) and told.valid_loss == pytest.approx(run.metrics['valid']['loss'], rel=1e-5)
 
+def test_logistic_sees_all_views_at_once(project):
+    "And tells which weight decay it chose."
+    from imgexp.transfer import WholeLoader, load_features
+    run = train(head='logistic', views=3, **SMALL)
+    p, seen = run.params, run.history
+    assert (seen.images.diff().dropna() == 3*len(keep_subset(load_images('digits'), p.subset, p.seed).split('train'))).all()
+    assert np.allclose(seen.weight_decay, 10.**np.arange(0, -5.5, -0.5)) and 'lr' not in seen, 'there is no learning rate'
+    table = keep_subset(load_images('digits'), p.subset, p.seed)
+    sets, _ = load_features(p, table, cut(build_model(p.arch, 10, '', 0, p.size)), norm_of(p, table))
+    loader = WholeLoader(table, 'train', sets)
+    (x, y), = loader.at(0)
+    assert [s.computed for s in sets] == [0]*3 and np.array_equal(table.labels[loader.rows], y)
+    assert torch.equal(x, torch.cat([s.take(table.split('train')) for s in sets])) and not torch.equal(*x.tensor_split(3)[:2])
+
 def test_networks_and_heads_in_one_table(project):
     table = compare({'resnet18': '', 'compact_resnet': ''}, ['linear', 'logistic'], **SMALL)
     assert len(table) == 4 and list(table.valid_top1) == sorted(table.valid_top1, reverse=True) and set(table.test_n) == {359}
@@ -120,7 +134,13 @@ def test_killed_and_continued(launcher, project, undisturbed, step, number):
     pd.testing.assert_frame_equal(*(r.history.drop(columns=VARIES) for r in (run, undisturbed)), check_exact=True)
     assert weights(run) == weights(undisturbed) and run.metrics['test'] == undisturbed.metrics['test']
 
-def test_fine_tuning_begins_with_the_best_head(undisturbed):
+def test_fine_tuning_begins_with_the_best_head(project):
+    "An epoch at a rate of nothing measures what the best epoch measured, not the last one."
+    run = train(arch='resnet18', lr=0.1, finetune_epochs=1, finetune_lr=1e-30, **SMALL | dict(epochs=6))
+    head, after = run.history.valid_top1[:6], run.history.valid_top1[6]
+    assert head[5] < head.max() and after == pytest.approx(head.max(), abs=1e-6), run.history.valid_top1
+
+def test_fine_tuning_has_rates_of_its_own(undisturbed):
     "Lower rates towards the input, batch norm's statistics as they were, another optimizer state."
     state = torch.load(sorted((undisturbed.dir/'checkpoints').glob('step-*'))[-1]/'state.pt', weights_only=True)
     scales = [g['lr_scale'] for g in state['optimizer']['param_groups']]
