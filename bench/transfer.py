@@ -14,7 +14,8 @@ from tables import alone, compare, machine, save, show
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'/'transfer.csv'
 TABLES = ['frozen', 'second', 'frozen-rn50', 'retrain-rn18-128', 'peers', 'memory']
-EPOCHS, USUAL, OURS = 10, 'usual script, 10 times an epoch', 'imgexp.transfer, empty cache'
+EPOCHS, USUAL, OURS, FP32 = 10, 'usual script, 10 times an epoch', 'imgexp.transfer, empty cache', 'imgexp.transfer, empty cache, fp32'
+LATER = {'other seed': dict(seed=1), 'other split': {}, 'head=mlp': dict(head='mlp'), 'head=logistic': dict(head='logistic')}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,9 +64,9 @@ def in_the_loop(**given):
     return {'seconds': time.perf_counter() - began, 'test': run.metrics['test']['top1']['value']}
 
 def fastai(images, weights):
-    "The frozen phase of `fine_tune`: one of its epochs, ten times; batch norm is trained, as is fastai's default"
+    "The frozen phase of `fine_tune`: an epoch after a tenth of one, ten times; batch norm is trained, as is fastai's default"
     import torch
-    from fastai.vision.all import ImageDataLoaders, Learner, Normalize, Resize, create_vision_model, default_split, imagenet_stats
+    from fastai.vision.all import ImageDataLoaders, Learner, Normalize, Resize, ShortEpochCallback, create_vision_model, default_split, imagenet_stats
     from torchvision.models import mobilenet_v2
     dls = ImageDataLoaders.from_folder(images, train='train', valid='validation', item_tfms=Resize(224, method='squish'), bs=64, num_workers=2,
                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
@@ -74,6 +75,7 @@ def fastai(images, weights):
     learn.model[0].load_state_dict({k.replace('features.', '0.'): v for k, v in state.items() if k.startswith('features.')})
     learn.freeze()
     with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, 2e-3, cbs=ShortEpochCallback(0.1))
         began = time.perf_counter()
         learn.fit_one_cycle(1, 2e-3)
     return {'seconds': EPOCHS*(time.perf_counter() - began)}
@@ -128,17 +130,25 @@ def seconds(name, **kw): return lambda place: child(name, place, **kw)['seconds'
 def frozen(args):
     "From nothing, then experiments on a backbone whose features are there: the usual script needs its time again"
     given = dict(data=args.images, arch='mobilenet_v2', weights=args.weights, size=224)
-    more = {'other seed': dict(seed=1), 'half of the images': dict(subset=0.5), 'head=mlp': dict(head='mlp'), 'head=logistic': dict(head='logistic')}
-    first, later = {OURS: [], USUAL: []}, {USUAL: [], **{k: [] for k in more}, 'scikit-learn on the same features': []}
+    first, later = {OURS: [], FP32: [], USUAL: []}, {USUAL: [], **{k: [] for k in (*LATER, 'scikit-learn on the same features')}}
     for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as other:
             first[OURS].append(child('ours', place, **given)['seconds'])
-            for name, own in more.items(): later[name].append(child('ours', place, **given | own)['seconds'])
+            for name, own in LATER.items(): later[name].append(child('ours', place, **given | (own or dict(data=split_anew(args.images, other))))['seconds'])
             later['scikit-learn on the same features'].append(child('sklearn', place, images=args.images, weights=args.weights)['seconds'])
+        with tempfile.TemporaryDirectory() as place: first[FP32].append(child('ours', place, **given, precision='fp32')['seconds'])
         first[USUAL].append(usual(args.images, '--weights', args.weights))
         later[USUAL].append(first[USUAL][-1])
     yield from compare('frozen', first, {USUAL: 'ratio >= 15'})
-    yield from compare('second', later, {k: 'ratio >= 200' for k in more}, over=True)
+    yield from compare('second', later, {k: 'ratio >= 200' for k in LATER}, over=True)
+
+def split_anew(images, place):
+    "A folder with the same test images, and the others without a split: imgexp makes one, as large as the usual script's epoch"
+    for path in Path(images).glob('*/*/*'):
+        new = Path(place)/('test' if path.parts[-3] == 'test' else 'train')/path.parts[-2]/path.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.symlink_to(path)
+    return str(place)
 
 def some(images, place, n=600):
     "A folder with n of the images, the splits in proportion"
@@ -152,7 +162,7 @@ def some(images, place, n=600):
 def frozen_rn50(args):
     with tempfile.TemporaryDirectory() as folder:
         images = some(args.images, folder)
-        found = in_turn(args.rounds, **{OURS: seconds('ours', data=images, arch='resnet50', size=224), USUAL: lambda place: usual(images, '--arch', 'resnet50')})
+        found = in_turn(args.rounds, **{OURS: seconds('ours', data=images, arch='resnet50', size=224), FP32: seconds('ours', data=images, arch='resnet50', size=224, precision='fp32'), USUAL: lambda place: usual(images, '--arch', 'resnet50')})
     yield from compare('frozen-rn50', found, {USUAL: 'ratio >= 20'})
 
 def peers(args):

@@ -25,10 +25,10 @@ from torch.fx.experimental.optimization import fuse
 from .augment import augment_id
 from .data import SPLITS, _stamp, cache_dir, contents
 from .fetch import _amount
-from .learner import autocast, best_device, choose_precision, to_input
+from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
 from .models import blocks
-from .packs import Bar, preparation
+from .packs import Bar, _path, preparation
 from .runs import InputError, RunFailed, _plain, _read_json, _sha256, _shown, _write_json, writing
 
 # %% ../nbs/15_features.ipynb #15fe0006
@@ -104,7 +104,7 @@ def module_id(
         h.update(v.view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-MADE = 1  # raised when images reach a network otherwise than before: decoded, cut or resized in another way
+MADE = 1  # raised when images reach a network otherwise than before: decoded, cut, resized or augmented in another way
 
 @dataclass
 class View:
@@ -143,41 +143,72 @@ class Shelf:
         tell=print,   # told of damaged files
     ):
         self.about, self.key = _plain(about), hashlib.sha256(json.dumps(_plain(about), sort_keys=True).encode()).hexdigest()[:32]
-        self.dir, self.tell = features_dir()/self.key, tell
+        self.dir, self.tell, self.held, self.whole = features_dir()/self.key, tell, {}, set()
         self.open()
 
     def open(self):
-        "Map all files that are whole; the others are deleted"
-        paths = sorted(self.dir.glob('*.safetensors'))
-        with ThreadPoolExecutor() as pool: held = [*pool.map(_read_whole, paths)]
-        for path in [p for p, h in zip(paths, held) if h is None and p.exists()]:
-            self.tell(f'features {self.key[:8]}: {path.name} is damaged, its images are computed again')
-            path.unlink(missing_ok=True)
-        self.paths, held = [p for p, h in zip(paths, held) if h], [h for h in held if h]
-        self.values = [h['features'] for h in held]
-        keys = [h['contents'].numpy().view('S32')[:, 0] for h in held]
+        "Map the files that are there; those that are mapped stay so, although another process may have deleted them"
+        new = {p: _mapped(p) for p in sorted(self.dir.glob('*.safetensors')) if p not in self.held}
+        self.held |= {p: h for p, h in new.items() if h}
+        self._leave([p for p, h in new.items() if h is None])
+
+    def _leave(self, paths):
+        "Go on without files that are damaged or gone"
+        for path in paths:
+            if path.exists(): _delete(path, lambda text: self.tell(f'features {self.key[:8]}: {text}, its images are computed again'))
+            self.held.pop(path, None)
+        self._index()
+
+    def _index(self):
+        self.paths, self.values = [*self.held], [h['features'] for h in self.held.values()]
+        keys = [h['contents'].numpy().view('S32')[:, 0] for h in self.held.values()]
         self.known = np.concatenate(keys) if keys else np.zeros(0, 'S32')
         self.places = np.concatenate([np.stack([np.full(len(k), i), np.arange(len(k))], 1) for i, k in enumerate(keys)]) if keys else np.zeros((0, 2), int)
         self.sorted = np.argsort(self.known, kind='stable')
 
-    def find(
-        self,
-        contents, # bytes [n]
-    ) -> np.ndarray: # int [n, 2]: file and row of each; -1 for those that are not there
-        "Where the features of images are."
-        out = np.full((len(contents), 2), -1)
-        if not len(self.known): return out
-        at = self.sorted[np.searchsorted(self.known, contents, sorter=self.sorted).clip(max=len(self.known) - 1)]
-        there = self.known[at] == contents
-        out[there] = self.places[at[there]]
-        return out
+# %% ../nbs/15_features.ipynb #aa928adf
+def _mapped(path):
+    "What a file holds, mapped into memory; None where it is damaged, {} where another process has just deleted it"
+    try:
+        held = safetensors.torch.load_file(path)
+        return held if {'contents', 'features'} <= held.keys() else None
+    except FileNotFoundError: return {}
+    except OSError as e: raise RunFailed(f'{_shown(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
+    except safetensors.SafetensorError: return None
 
-def _is_whole(path): return _sha256(path)[:32] == path.stem
-
-def _read_whole(path):
-    "What a file holds, mapped into memory; None where it is damaged, or another process has just deleted it"
-    try: return safetensors.torch.load_file(path) if _is_whole(path) else None
+def _is_whole(path):
+    "Whether a file is what its name says; None where it is gone"
+    try: return _sha256(path)[:32] == path.stem
     except FileNotFoundError: return None
+
+def _delete(path, tell):
+    "Tell of a damaged file, and delete it"
+    tell(f'{path.name} is damaged')
+    with writing(path): path.unlink(missing_ok=True)
+
+# %% ../nbs/15_features.ipynb #920f76b6
+@patch
+def find(
+    self: Shelf,
+    contents, # bytes [n]
+) -> np.ndarray: # int [n, 2]: file and row of each; -1 for those that are not there
+    "Where the features of images are; files that hold some are compared with their names first, and deleted where they differ."
+    while True:
+        where = self._where(contents)
+        new = [p for k in np.unique(where[:, 0]) if k >= 0 and (p := self.paths[k]) not in self.whole]
+        with ThreadPoolExecutor() as pool: whole = dict(zip(new, pool.map(_is_whole, new)))
+        self.whole |= {p for p in new if whole[p]}
+        if all(whole.values()): return where
+        self._leave([p for p in new if not whole[p]])
+
+@patch
+def _where(self: Shelf, contents):
+    out = np.full((len(contents), 2), -1)
+    if not len(self.known): return out
+    at = self.sorted[np.searchsorted(self.known, contents, sorter=self.sorted).clip(max=len(self.known) - 1)]
+    there = (self.known[at] == contents) & (contents != b'')
+    out[there] = self.places[at[there]]
+    return out
 
 # %% ../nbs/15_features.ipynb #15fe0010
 @patch
@@ -194,7 +225,9 @@ def add(
         try:
             safetensors.torch.save_file({'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()), 'features': values.contiguous()}, part)
             with open(part, 'rb') as f: os.fsync(f.fileno())
-            os.replace(part, self.dir/f'{_sha256(part)[:32]}.safetensors')
+            path = self.dir/f'{_sha256(part)[:32]}.safetensors'
+            os.replace(part, path)
+            self.whole.add(path)
         finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/15_features.ipynb #15fe0015
@@ -206,15 +239,15 @@ def _make_room(cache_gb, keep):
         if total <= cache_gb*1e9: break
         if path in keep: continue
         total -= size
-        path.unlink(missing_ok=True)
+        with suppress(OSError): path.unlink()  # gone already, or not ours
 
-def _check_room(folder, n, each, cache_gb):
-    "Raises InputError where the features of n images will not fit"
-    needed, place = n*each, next(p for p in (folder, *folder.parents) if p.exists())
+def _check_room(folder, n, each, cache_gb, together):
+    "Raises InputError where the features of n images will not fit, so many times"
+    needed, place = n*each*together, next(p for p in (folder, *folder.parents) if p.exists())
     if needed > cache_gb*1e9:
-        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images take {_amount(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller size, or a smaller retrain')
+        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {together} views"*(together > 1)} take {_amount(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller size{", fewer views"*(together > 1)}, or a smaller retrain')
     free = shutil.disk_usage(place).free
-    if needed > free: raise RunFailed(f'{_shown(place)} has {_amount(free)} free, and the features take {_amount(needed)}: free some room, or set XDG_CACHE_HOME to a larger disk')
+    if n*each > free: raise RunFailed(f'{_shown(place)} has {_amount(free)} free, and the features take {_amount(n*each)}: free some room, or set XDG_CACHE_HOME to a larger disk')
 
 # %% ../nbs/15_features.ipynb #15fe0017
 class Features:
@@ -258,31 +291,21 @@ class Features:
 # %% ../nbs/15_features.ipynb #15fe0018
 FILE_MB, FILE_SECONDS = 256, 20  # a file of features is closed when it is so large, or took so long
 
+def _through(prefix, x):
+    "`prefix(x)`, in halves where the memory is too small for it"
+    try: return prefix(x)
+    except (RuntimeError, MemoryError) as e:
+        if not no_memory(e): raise
+        if len(x) == 1: raise RunFailed(f'out of memory with a single image of {x.shape[-1]} px: give a smaller size or arch') from None
+    return torch.cat([_through(prefix, part) for part in x.tensor_split(2)])
+
 def _batches(prefix, loader, view, precision, device):
     "(rows, features) batch by batch; four dimensions as the network keeps them, channels last"
+    kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)  # some layers leave it
     with torch.inference_mode():
         for images, _ in loader.at(view.number):
-            with autocast(precision, device): out = prefix(to_input(images, view.norm))
-            yield loader.rows, (out.permute(0, 2, 3, 1) if out.ndim == 4 else out).cpu()
-
-def _extract(shelf, prefix, loader, keys, view, precision, device, cache_gb, tell):
-    "Compute features, and keep them file by file"
-    prefix = prefix.eval() if precision == 'fp32' else fuse(prefix.eval())
-    prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last)
-    bar, held, size, began = Bar(len(keys), tell), [], 0, time.monotonic()
-    try:
-        for rows, values in _batches(prefix, loader, view, precision, device):
-            if not bar.done: _check_room(shelf.dir, len(keys), values[0].nbytes, cache_gb)
-            held.append((keys[rows], values))
-            size += values.nbytes
-            bar.tick(len(rows))
-            if size > FILE_MB*1e6 or time.monotonic() - began > FILE_SECONDS:
-                full, held = held, []
-                shelf.add(*_joined(full))
-                size, began = 0, time.monotonic()
-    finally:  # what is computed is kept, whatever ends this
-        bar.close()
-        if held: shelf.add(*_joined(held))
+            with autocast(precision, device): out = _through(prefix, to_input(images, view.norm))
+            yield loader.rows, (out.permute(0, 2, 3, 1) if out.ndim == 4 else out).to('cpu', kind)
 
 def _loader(table, keys, view, batch_size, device, workers, bad):
     "All images of a table in their order; chance depends on what an image is, not on where it stands"
@@ -291,23 +314,58 @@ def _loader(table, keys, view, batch_size, device, workers, bad):
     return Loader(replace(table, splits=np.zeros(len(table), np.int8)), 'train', view.size, batch_size, view.augment, view.seed, workers, device, bad,
                   flip=view.flip, crop=view.crop, shuffle=False, numbers=numbers)
 
+def _times(table, rows):
+    "Size and time of each image's file; None where the images do not come from files of their own"
+    return None if table.pixels is not None or table.pack is not None else [_stamp(_path(table, r)) for r in rows]
+
+# %% ../nbs/15_features.ipynb #d180b8cc
+def _extract(shelf, prefix, loader, keys, times, view, precision, device, cache_gb, together, tell):
+    "Compute features of the loader's images, and keep them file by file"
+    prefix = prefix.eval() if precision == 'fp32' else fuse(prefix.eval())
+    prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last)
+    bar, held, size, began = Bar(len(keys), tell), [], 0, time.monotonic()
+    try:
+        for rows, values in _batches(prefix, loader, view, precision, device):
+            if not bar.done: _check_room(shelf.dir, len(keys), values[0].nbytes, cache_gb, together)
+            held.append((rows, values))
+            size += values.nbytes
+            bar.tick(len(rows))
+            if size > FILE_MB*1e6 or time.monotonic() - began > FILE_SECONDS:
+                full, held = held, []
+                _keep(shelf, loader.table, keys, times, full)
+                size, began = 0, time.monotonic()
+    finally:  # what is computed is kept, whatever ends this
+        bar.close()
+        if held: _keep(shelf, loader.table, keys, times, held)
+
+def _keep(shelf, table, keys, times, held):
+    "Write a file of features; not of images that were rewritten since their content was known, or whose content is not known"
+    rows, values = np.concatenate([r for r, _ in held]), torch.cat([v for _, v in held])
+    now = _times(table, rows)
+    good = np.array([keys[r] != b'' and (now is None or now[i] == times[r]) for i, r in enumerate(rows)])
+    if good.any(): shelf.add(keys[rows[good]], values if good.all() else values[torch.from_numpy(good)])
+
 @contextmanager
 def _alone(shelf, tell):
     "No other process computes these features meanwhile"
-    with writing(shelf.dir): shelf.dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(shelf.dir/'.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        tell('another process computes these features: waiting for it')
-        lock.acquire()
-    try: yield
+    with writing(shelf.dir):
+        shelf.dir.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(timeout=0)
+        except Timeout:
+            tell('another process computes these features: waiting for it')
+            lock.acquire()
+    try:
+        for part in shelf.dir.glob('.*.part'): part.unlink(missing_ok=True)  # of a process that was killed
+        yield
     finally: lock.release()
 
-def _joined(held):
-    keys, values = zip(*held)
-    return np.concatenate(keys), torch.cat(values)
-
 # %% ../nbs/15_features.ipynb #15fe0019
+def _missing(shelf, table, keys, rows, skipped):
+    "Those of the rows whose features are not there, and can be"
+    rows = rows[shelf.find(keys[rows])[:, 0] < 0]
+    return rows[[str(table.items[r]) not in skipped for r in rows]] if skipped else rows
+
 def features(
     table,              # `Images`
     parts: Cut,         # of the network
@@ -319,30 +377,38 @@ def features(
     bad: str = 'stop',  # at an image that cannot be decoded; or 'skip'
     cache_gb: float = 20., # that all cached features may take
     splits=SPLITS,      # whose images are wanted
+    together: int = 1,  # so many such sets of features are needed at once
     tell=print,         # told of what is computed
 ) -> Features:
-    "Features of a table's images: those that are known from the cache, the others computed."
+    "Features of a table's images: those that are known from the cache, the others computed; raises `RunFailed` where they cannot be, or cannot be kept."
     device = device or best_device()
     precision, view = choose_precision(precision, device), view if table.mirror else replace(view, flip='none')
-    about = {'arch': parts.arch, 'cut': parts.name, 'prefix': module_id(parts.prefix), 'precision': precision, 'prepared': preparation(table)} | view.id()
-    shelf, keys = Shelf(about, tell), item_contents(table)
-    wanted = np.flatnonzero(np.isin(table.splits, [SPLITS.index(s) for s in splits]))
-    missing = wanted[shelf.find(keys[wanted])[:, 0] < 0]
-    skipped = {}
-    if len(missing):
+    about = {'arch': parts.arch, 'cut': parts.name, 'prefix': module_id(parts.prefix), 'precision': precision, 'device': torch.device(device).type, 'prepared': preparation(table)} | view.id()
+    shelf, wanted = Shelf(about, tell), np.flatnonzero(np.isin(table.splits, [SPLITS.index(s) for s in splits]))
+    times, keys, skipped, computed = _times(table, range(len(table))), item_contents(table), {}, 0  # times first
+    for _ in range(3):
+        if not len(_missing(shelf, table, keys, wanted, skipped)): break
         with _alone(shelf, tell):
             shelf.open()  # another process may have been faster
-            missing = missing[shelf.find(keys[missing])[:, 0] < 0]
+            missing = _missing(shelf, table, keys, wanted, skipped)
             loader = _loader(table.take(missing), keys[missing], view, batch_size, device, workers, bad)
-            if len(missing): _extract(shelf, parts.prefix, loader, keys[missing], view, precision, device, cache_gb, tell)
-            skipped = loader.skipped
-        shelf.open()
-    for path in shelf.paths:
-        with suppress(FileNotFoundError): os.utime(path)  # another process made room; what is mapped stays
-    _make_room(cache_gb, set(shelf.paths))
-    where = np.full((len(table), 2), -1)
+            if len(missing): _extract(shelf, parts.prefix, loader, keys[missing], times and [times[r] for r in missing], view, precision, device, cache_gb, together, tell)
+            computed, skipped = computed + len(missing) - len(loader.skipped), skipped | loader.skipped
+            shelf.open()
+    else:
+        if n := len(_missing(shelf, table, keys, wanted, skipped)):
+            raise RunFailed(f'features of {n:,} images are gone again: their files are being changed, or another process clears the cache; the same command continues')
+    return _found(shelf, len(table), keys, wanted, skipped, computed, cache_gb)
+
+def _found(shelf, n, keys, wanted, skipped, computed, cache_gb):
+    "The features of these rows of n; what is not among them makes room"
+    where = np.full((n, 2), -1)
     where[wanted] = shelf.find(keys[wanted])
-    return Features(shelf, where, skipped, len(missing) - len(skipped))
+    used = {shelf.paths[k] for k in np.unique(where[:, 0]) if k >= 0}
+    for path in used:
+        with suppress(OSError): os.utime(path)  # gone, but what is mapped stays; or another user's
+    _make_room(cache_gb, used)
+    return Features(shelf, where, skipped, computed)
 
 # %% ../nbs/15_features.ipynb #15fe0020
 def cached():
@@ -365,24 +431,32 @@ def _count(path):
         with safetensors.safe_open(path, 'pt') as f: return f.get_slice('contents').get_shape()[0]
     except (OSError, safetensors.SafetensorError): return 0
 
+# %% ../nbs/15_features.ipynb #a50227c9
 def verify(
     tell=print, # told of each damaged file
 ) -> int:       # damaged files
     "Compare every cached file with its hash; damaged ones are deleted, and computed again when they are needed."
     paths = sorted(features_dir().glob('*/*.safetensors'))
-    with ThreadPoolExecutor() as pool: held = [*pool.map(_read_whole, paths)]
-    damaged = [p for p, h in zip(paths, held) if h is None and p.exists()]
-    for path in damaged:
-        tell(f'{path.parent.name[:8]}/{path.name} is damaged: deleted')
-        path.unlink(missing_ok=True)
+    with ThreadPoolExecutor() as pool: damaged = [p for p, whole in zip(paths, pool.map(_is_whole, paths)) if whole is False]
+    for path in damaged: _delete(path, lambda text: tell(f'{path.parent.name[:8]}/{text}: deleted'))
     return len(damaged)
 
 def clear(
     key: str = '', # of a cache, or how it begins; '' is all of them
+    tell=print,    # told of what cannot be deleted
 ) -> int:          # bytes that are free now
     "Delete cached features; raises `InputError` for an unknown key."
-    folders = [d for d in features_dir().glob(f'{key}*') if d.is_dir()]
+    folders = [d for d in features_dir().iterdir() if d.is_dir() and d.name.startswith(key)] if features_dir().is_dir() else []
     if key and not folders: raise InputError(f'no cached features {key!r}: `imgexp cache ls` lists them')
-    size = sum(p.stat().st_size for d in folders for p in d.glob('*'))
-    for d in folders: shutil.rmtree(d)
+    return sum(_clear(d, tell) for d in folders)
+
+def _clear(folder, tell):
+    "Delete a folder of features, unless a process is filling it; bytes that are free now"
+    try: lock = FileLock(folder/'.lock').acquire(timeout=0)
+    except Timeout:
+        tell(f'{folder.name[:8]} stays: a process computes these features')
+        return 0
+    with lock, writing(folder):
+        size = sum(s[0] for p in folder.glob('*') if (s := _stamp(p)))
+        shutil.rmtree(folder)
     return size

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'OPTIMIZERS', 'best_device', 'choose_precision', 'autocast', 'Part', 'to_input', 'ToInput',
-           'make_optimizer', 'ImageLearner', 'make_learner']
+           'make_optimizer', 'ImageLearner', 'no_memory', 'make_learner']
 
 # %% ../nbs/02e_learner.ipynb #e640b669
 import os, re, shutil, warnings
@@ -142,10 +142,17 @@ def forward(
     "What `net` says of normalized images, in the learner's precision."
     with autocast(self.precision, self.dls.device): return net(x).float()
 
+def no_memory(
+    e: Exception, # any
+) -> bool:
+    "Whether an error is a lack of memory."
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(str(e)))
+
 @patch
 def _lean(self: ImageLearner, e, n):
     "The line for an error that may be a lack of memory, or the error itself"
-    if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and not _NO_MEMORY.search(str(e)): return e
+    if not no_memory(e): return e
+    if self.suffix is not None: return RunFailed(f'out of memory with the features of {n:,} images at once: give a smaller batch_size (head=logistic takes all images: give head=linear)')
     if n < 2: return RunFailed(f'out of memory with a single image of {self.xb[0].shape[-1]} px: give a smaller size or arch')
     return RunFailed(f'out of memory with {n} images of {self.xb[0].shape[-1]} px at once: try micro_batch={2**((n - 1).bit_length() - 1)} '
                      '(the gradients stay those of the whole batch)')

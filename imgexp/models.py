@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'archs', 'CompactResNet', 'compact_resnet', 'MLP', 'Block', 'Blocks', 'blocks', 'set_retrain',
-           'keep_statistics', 'set_drop_path', 'drop_probs', 'weights_id', 'Report', 'build_model', 'trained_params',
-           'param_groups', 'Summary', 'summary']
+           'keep_statistics', 'set_drop_path', 'drop_probs', 'weights_id', 'own_size', 'Report', 'build_model',
+           'trained_params', 'param_groups', 'Summary', 'summary']
 
 # %% ../nbs/02_models.ipynb #030d04a0
 import difflib, hashlib, math, pickle, re, sys
@@ -331,15 +331,23 @@ def _weights_file(weights):
                      'or the path of a .pth or .safetensors file.')
 
 # %% ../nbs/02_models.ipynb #366ef981
-def _published(arch):
-    "torchvision's default weights for an architecture: address and metadata."
+def _is_published(weights):
+    "Whether `weights` is a name of torchvision's"
+    return str(weights) == 'imagenet' or str(weights).startswith('IMAGENET1K')
+
+def _published(arch, weights='imagenet'):
+    "torchvision's weights for an architecture, by default the ones it takes itself: address and metadata."
     _check_arch(arch)
     if arch == 'compact_resnet':
-        raise InputError("weights='imagenet': compact_resnet has no published weights; use weights='' or a file.")
-    return torchvision.models.get_model_weights(arch).DEFAULT
+        raise InputError(f"weights={weights!r}: compact_resnet has no published weights; use weights='' or a file.")
+    known = torchvision.models.get_model_weights(arch)
+    if weights == 'imagenet': return known.DEFAULT
+    names = [w.name for w in known]
+    if weights in names: return known[weights]
+    raise InputError(f"weights={weights!r}: of {arch} there are {', '.join(names)}, and 'imagenet', which is {known.DEFAULT.name}.")
 
 # %% ../nbs/02_models.ipynb #729a3c7f
-def _download(url):
+def _download(url, weights='imagenet'):
     "The published file in torch.hub's folder, fetched if it is not there, its sha-256 compared with its name."
     name = url.rsplit('/', 1)[-1]
     path = Path(torch.hub.get_dir())/'checkpoints'/name
@@ -349,21 +357,21 @@ def _download(url):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), expected, progress=sys.stderr.isatty())
         except Exception as e:
-            raise InputError(f"weights='imagenet': {url} could not be fetched ({_first_line(e)}): put that file into "
+            raise InputError(f"weights={weights!r}: {url} could not be fetched ({_first_line(e)}): put that file into "
                              f"{path.parent} by hand, or give weights=PATH.") from e
     elif not _sha256(path).startswith(expected):
-        raise InputError(f"weights='imagenet': {path} is damaged (its sha-256 does not begin with {expected}): "
+        raise InputError(f"weights={weights!r}: {path} is damaged (its sha-256 does not begin with {expected}): "
                          'delete it and run again.')
     return path
 
 # %% ../nbs/02_models.ipynb #96aa7094
 def weights_id(
     arch:str, # one of `archs()`
-    weights:str='', # '', 'imagenet' or a path
+    weights:str='', # as for `build_model`
 ) -> str: # '', the published file's name, or 'sha256:' and 16 hex digits
     "What identifies the weights in a run's id; nothing is downloaded. Raises `InputError` for a missing file."
     if not weights: return ''
-    if weights == 'imagenet': return _published(arch).url.rsplit('/', 1)[-1]
+    if _is_published(weights): return _published(arch, weights).url.rsplit('/', 1)[-1]
     return f'sha256:{_sha256(_weights_file(weights))[:16]}'
 
 # %% ../nbs/02_models.ipynb #9ea33b36
@@ -411,16 +419,30 @@ def _stem(arch, stem, size, file):
     return 'small' if small and _is_resnet(arch) else 'standard'
 
 # %% ../nbs/02_models.ipynb #18f0ccbc
+def _least_size(arch):
+    "The smallest side of images that an architecture takes, and what every side is a multiple of."
+    if arch == 'compact_resnet': return 8, 1
+    if arch.startswith('vit'): return (int(arch.rsplit('_', 1)[1]),)*2
+    if arch.startswith('maxvit'): return 224, 224
+    return (32 if arch.startswith('swin') else _published(arch).meta['min_size'][0]), 1
+
 def _check_size(arch, size):
     "Refuse image sizes that the architecture cannot take."
-    low, step = 32, 1
-    if arch == 'compact_resnet': low = 8
-    elif arch.startswith('vit'): low = step = int(arch.rsplit('_', 1)[1])
-    elif arch.startswith('maxvit'): low = step = 224
-    elif not arch.startswith('swin'): low = _published(arch).meta['min_size'][0]
+    low, step = _least_size(arch)
     if size >= low and size % step == 0: return
     allowed = f'at least {low} px' if step == 1 else f'a multiple of {step} px'
     raise InputError(f'size={size}: {arch} needs {allowed}; change size, or take another arch.')
+
+# %% ../nbs/02_models.ipynb #fab9328d
+def own_size(
+    arch:str, # one of `archs()`
+    weights:str='', # as for `build_model`
+) -> int: # px
+    "The side of the images that published weights are evaluated at; 224 for weights from a file, 64 without, or the next larger one that the architecture takes."
+    if _is_published(weights): return _published(arch, weights).transforms().crop_size[0]
+    _check_arch(arch)
+    low, step = _least_size(arch)
+    return -(-max(low, 224 if weights else 64)//step)*step
 
 # %% ../nbs/02_models.ipynb #51325953
 def _network(arch, n_classes, size, small):
@@ -514,13 +536,13 @@ def _load(model, file, keep_head):
 # %% ../nbs/02_models.ipynb #75e1e091
 def _fetch(arch, weights):
     "The state dict that `weights` names."
-    return _read(_download(_published(arch).url) if weights == 'imagenet' else _weights_file(weights))
+    return _read(_download(_published(arch, weights).url, weights) if _is_published(weights) else _weights_file(weights))
 
 # %% ../nbs/02_models.ipynb #8c1c5996
 def build_model(
     arch:str, # one of `archs()`
     n_classes:int, # number of outputs
-    weights:str='', # '' (scratch), 'imagenet' (torchvision's default), or the path of a .pth or .safetensors file
+    weights:str='', # '' (scratch), 'imagenet' (torchvision's default) or a name of torchvision's (IMAGENET1K_V1), or the path of a .pth or .safetensors file
     retrain:int=-1, # what is trained: -1 everything, 0 the head, k the head and the last k blocks
     size:int=224, # side of the images in px
     stem:str='auto', # 'standard', 'small' (ResNets only) or 'auto': the file's, or small at 32 px and below

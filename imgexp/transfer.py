@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE_MB', 'KEPT_MB', 'DECAYS', 'NORMALIZE', 'HEAD', 'ALLOWED', 'FIRST_LR', 'FeatureLoader', 'WholeLoader', 'solve',
            'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_learner', 'predict_split',
-           'run_experiment', 'fit_head', 'finetune', 'train', 'compare']
+           'resolve', 'run_experiment', 'fit_head', 'finetune', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
 from dataclasses import replace
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .augment import augment_id
+from .augment import augment_id, policy
 from .checkpoints import stands_at
 from .data import keep_subset, table_id
 from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, Part, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, Loader, _Batches, normalization
-from .models import HEADS, build_model, keep_statistics, set_retrain, weights_id
+from .models import HEADS, build_model, keep_statistics, own_size, set_retrain, weights_id
 from .packs import load_images, packed, preparation
-from .parallel import say
+from .parallel import launched, say
 from .runs import InputError, Params, Run, TRACK, check_call, seeds, start_run
 from .train import conclude, fit
 
@@ -84,7 +84,9 @@ class WholeLoader(FeatureLoader):
         self.batches = _Batches(rows, max(1, len(rows)), 0, False, self.process)
     def _jobs(self):
         x, rows = self.held, np.tile(self.batches.rows, len(self.sets))
-        if x is None: x = torch.cat([s.take(self.batches.rows) for s in self.sets])
+        if x is None:
+            parts = [s.take(self.batches.rows) for s in self.sets]
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat would copy
         if x.nbytes < KEPT_MB*1e6: self.held = x
         yield _Taken(x, rows)
 
@@ -97,6 +99,19 @@ def _scale(x):
     mean = x.mean(0)
     return mean, (sum((part - mean).square().sum(0) for part in x.split(4096))/(len(x) - 1)).sqrt().clamp_min(1e-6)  # std would need as much memory again
 
+@torch.no_grad()
+def _cross_entropy(weight, bias, x, y):
+    "Mean cross-entropy of a linear layer, and its gradients, part by part: the second pass over a part finds it in the processor's cache"
+    loss, to_weight, to_bias = x.new_zeros(()), torch.zeros_like(weight.T), torch.zeros_like(bias)
+    size = 1024 if x.device.type == 'cpu' else 65_536
+    for xs, ys in zip(x.split(size), y.split(size)):
+        log_p = (weight @ xs.T + bias[:, None]).log_softmax(0)
+        loss -= log_p.gather(0, ys[None]).sum()
+        away = log_p.exp_().scatter_add_(0, ys[None], x.new_full((1, len(ys)), -1))
+        to_weight.addmm_(xs.T, away.T); to_bias += away.sum(1)
+    return loss/len(x), to_weight.T/len(x), to_bias/len(x)
+
+# %% ../nbs/20_transfer.ipynb #fbbf0175
 def solve(
     layer,      # nn.Linear; its weights are where it begins, and hold the result
     x,          # float32 [n, features]
@@ -109,12 +124,12 @@ def solve(
     w = (layer.weight.detach()*std).requires_grad_()
     b = (layer.bias.detach() + layer.weight.detach() @ mean).requires_grad_()
     found = torch.optim.LBFGS([w, b], max_iter=steps, history_size=10, line_search_fn='strong_wolfe', tolerance_grad=1e-5, tolerance_change=1e-9)
+    @torch.no_grad()
     def loss():
-        found.zero_grad()
         own = w/std  # the same as features of unit variance, without a copy of them
-        value = F.cross_entropy(x @ own.T + (b - own @ mean), y) + decay/2*w.square().sum()
-        value.backward()
-        return value
+        value, to_own, b.grad = _cross_entropy(own, b - own @ mean, x, y)
+        w.grad = (to_own - b.grad[:, None]*mean)/std + decay*w
+        return value + decay/2*w.square().sum()
     found.step(loss)
     with torch.no_grad():
         layer.weight.copy_(w/std)
@@ -162,16 +177,18 @@ def load_features(
     tell=print,  # told of what is computed
 ) -> tuple:      # list of `Features` to train on, one for each view; `Features` of the other splits
     "What the frozen part makes of all images, from the cache or computed."
-    kw = dict(precision=p.precision, bad=p.bad, cache_gb=p.cache_gb, tell=tell)
+    kw = dict(precision=p.precision, workers=p.workers, bad=p.bad, cache_gb=p.cache_gb, tell=tell)
     view = View(p.size, norm)
     if not p.views:
         found = features(table, parts, view, **kw)
         return [found], found
     views = [replace(view, augment=p.augment, seed=seeds(p)['order'], number=k) for k in range(p.views)]
-    return [features(table, parts, v, splits=('train',), **kw) for v in views], features(table, parts, view, splits=('valid', 'test'), **kw)
+    return [features(table, parts, v, splits=('train',), together=p.views, **kw) for v in views], features(table, parts, view, splits=('valid', 'test'), **kw)
 
 # %% ../nbs/20_transfer.ipynb #20aa000d
-def _in_precision(learn, x): return x.float() if learn.precision == 'fp32' else x
+def _in_precision(learn, x):
+    if x.device.type == 'mps': x = x.contiguous()  # as `to_input`
+    return x.float() if learn.precision == 'fp32' else x
 
 class ToFloat(Part):
     "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
@@ -214,26 +231,36 @@ def predict_split(
 # %% ../nbs/20_transfer.ipynb #20aa000e
 _SEED = 2**32 - 1
 HEAD = [*HEADS, 'logistic']
-ALLOWED = dict(subset='(0, 1]', retrain=(0, 1000), head=HEAD, size=(8, 1024), normalize=NORMALIZE, views=(0, 1000), epochs=(1, 10_000), batch_size=(1, 65_536),
-               lr='(0, 100]', weight_decay=(-1, 10), finetune_epochs=(0, 10_000), finetune_lr='(0, 100]', cache_gb='(0, 1000000]', precision=PRECISION, seed=(0, _SEED), bad=['stop', 'skip'], track=TRACK)
+ALLOWED = dict(subset='(0, 1]', retrain=(0, 1000), head=HEAD, size=(0, 1024), normalize=NORMALIZE, views=(0, 1000), epochs=(1, 10_000), batch_size=(1, 65_536),
+               lr='(0, 100]', weight_decay=(-1, 10), finetune_epochs=(0, 10_000), finetune_lr='(0, 100]', cache_gb='(0, 1000000]', precision=PRECISION, seed=(0, _SEED),
+               seed_subset=(-1, _SEED), seed_order=(-1, _SEED), seed_init=(-1, _SEED), workers=(-1, 256), bad=['stop', 'skip'], track=TRACK)
+
+def resolve(
+    p: Params, # of `params` or `check_call`
+) -> Params:   # all values filled in
+    "The size of the images that the weights are made for, where the user named none; an epoch for each weight decay of `logistic`."
+    out = Params(p | {'size': p.size or own_size(p.arch, p.weights)} | ({'epochs': len(DECAYS)} if p.head == 'logistic' else {}))
+    out.given = p.given
+    return out
 
 def run_experiment(
-    p: Params, # checked parameters
+    p: Params, # of `resolve`
 ) -> Run:      # finished
     "`train` for checked parameters."
+    if launched() > 1: raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
     table = load_images(p.data, p.classes)
     if p.finetune_epochs: table = packed(table, p.size)
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
-    _cut(p, model); choose_precision(p.precision, best_device())  # what is refused leaves no run
+    _cut(p, model); choose_precision(p.precision, best_device()); policy(p.augment, p.size)  # what is refused leaves no run
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
     with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}) as run:
         if run.finished: return run
         norm = norm_of(p, kept)
-        if stands_at(run) < (_epochs(p), 0) or not p.finetune_epochs:
+        if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
             learn = make_learner(p, kept, model, norm)
             best = fit_head(run, p, learn)
-        if p.finetune_epochs: conclude(run, *finetune(run, p, kept, model, norm))
+        if p.finetune_epochs and not run.enough: conclude(run, *finetune(run, p, kept, model, norm))
         else: conclude(run, learn, best, look=predict_split)
     return run
 
@@ -242,15 +269,13 @@ def _cut(p, model):
     if p.head == 'logistic': _linear(parts.suffix)
     return parts
 
-def _epochs(p): return len(DECAYS) if p.head == 'logistic' else p.epochs
-
 def fit_head(
     run,       # a `Run`
     p: Params, # parameters
     learn,     # of `make_learner`
 ) -> dict:     # the best checkpoint
     "Train what is not frozen, and load the weights of the best epoch."
-    best = fit(run, learn, _epochs(p), 'adam', p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1, seed=p.seed)
+    best = fit(run, learn, p.epochs, 'adam', p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1, seed=p.seed)
     if p.head == 'logistic': say(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
     return best
 
@@ -264,9 +289,9 @@ def finetune(
     norm,      # (mean, std) of the channels
 ) -> tuple:    # the learner, and the best checkpoint of all epochs
     "Train everything but batch norm's statistics from the best head on, images augmented and in the loop; the nearer to the input, the lower the learning rate."
-    learn = through_images(table, keep_statistics(set_retrain(model, -1)), norm, p.size, p.batch_size, p.augment, p.precision, seed=seeds(p)['order'], bad=p.bad)
+    learn = through_images(table, keep_statistics(set_retrain(model, -1)), norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'], bad=p.bad)
     say(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for {p.finetune_epochs} epochs')
-    return learn, fit(run, learn, p.finetune_epochs, 'adam', p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed, first_lr=FIRST_LR, after=_epochs(p))
+    return learn, fit(run, learn, p.finetune_epochs, 'adam', p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed, first_lr=FIRST_LR, after=p.epochs)
 
 # %% ../nbs/20_transfer.ipynb #20aa000f
 def train(
@@ -274,10 +299,10 @@ def train(
     classes: str = '', # comma-separated names of the classes to keep; empty keeps all
     subset: float = 1.0, # fraction of the training images kept
     arch: str = 'resnet18', # any classification architecture of torchvision, or compact_resnet
-    weights: str = '', # empty (random), imagenet, or a .pth or .safetensors file
+    weights: str = '', # empty (random), imagenet (torchvision's default) or IMAGENET1K_V1, or a .pth or .safetensors file
     retrain: int = 0, # what is trained. 0 the head, k the head and the last k blocks
     head: str = 'linear', # linear, mlp (one hidden layer), or logistic (the optimum of linear, weight decay chosen on validation)
-    size: int = 64, # side of the images in px
+    size: int = 0, # side of the images in px; 0 is what the weights are made for (224 for most, also for a file; 64 without weights)
     normalize: str = 'weights', # images by what the weights were trained with; half (0.5 and 0.5), or data
     views: int = 0, # augmented views of each training image; 0 takes the images as they are
     augment: str = 'crop-flip', # of the views, and of fine-tuning. crop-flip, color, randaugment, trivial, autoaugment, or module:function
@@ -290,12 +315,16 @@ def train(
     cache_gb: float = 20.0, # that all cached features may take on the disk
     precision: str = 'auto', # fp32, bf16, fp16, or what the device does best
     seed: int = 0, # sets everything random
+    seed_subset: int = -1, # of the choice of images; -1 as seed
+    seed_order: int = -1, # of order and augmentation; -1 as seed
+    seed_init: int = -1, # of the initial weights; -1 as seed
+    workers: int = -1, # threads that load images; -1 chooses
     bad: str = 'stop', # what an image that cannot be decoded does. stop the run, or skip the image
     resume: str = 'auto', # auto, reuse, never, or the name of a run
     track: str = 'auto', # Weights & Biases. auto, online, offline or off
 ): # the `Run`, finished
     "Train a head on a frozen network: this notebook without the notebook."
-    return run_experiment(check_call(train, dict(locals()), ALLOWED))
+    return run_experiment(resolve(check_call(train, dict(locals()), ALLOWED)))
 
 # %% ../nbs/20_transfer.ipynb #20aa0024
 def compare(

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from imgexp.features import MADE, View, _make_room, cut, features, features_dir
 from imgexp.loader import make_batch
 from imgexp.models import build_model
@@ -38,6 +39,8 @@ def test_the_parts_are_the_network_folded_or_not(arch, size):
 def test_too_large_for_the_cache(parts):
     with pytest.raises(InputError, match='cache_gb=0.0001: the features of 1,797 images take .*: give cache_gb=1'):
         features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=1e-4)
+    with pytest.raises(InputError, match='the features of 1,797 images in 20 views take 23.0 MB: give cache_gb=1, a smaller size, fewer views, or a smaller retrain'):
+        features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=0.02, together=20)
     assert not stored()
 
 def test_what_was_used_last_stays(parts):
@@ -68,6 +71,87 @@ def test_an_image_that_cannot_be_decoded(parts, tmp_path):
     with pytest.raises(RunFailed, match='000.png'): features(table, parts, VIEW, 'fp32')
     found = features(table, parts, VIEW, 'fp32', bad='skip')
     assert list(found.skipped) == [os.path.join('circle', '000.png')] and (found.where[:, 0] < 0).sum() == 1 and found.computed == len(table) - 1
+
+def test_what_others_delete_is_computed_again(parts, monkeypatch):
+    "Another process makes room, or clears the cache, while images are computed: none is missing afterwards."
+    import imgexp.features as f
+    monkeypatch.setattr(f, 'FILE_SECONDS', 0)  # a file a batch
+    table, add, written = load_images('digits').take(np.arange(400)), f.Shelf.add, []
+    def deleting(self, *args):
+        add(self, *args)
+        written.append(1)
+        if len(written) == 3: [p.unlink() for p in stored()]
+    monkeypatch.setattr(f.Shelf, 'add', deleting)
+    found = features(table, parts, VIEW, 'fp32')
+    assert (found.where[:, 0] >= 0).all() and found.computed == 400 + 3*64
+    monkeypatch.setattr(f.Shelf, 'add', lambda self, *args: (add(self, *args), [p.unlink() for p in stored()]))
+    with pytest.raises(RunFailed, match='features of 1,397 images are gone again: .* the same command continues'):
+        features(load_images('digits').take(np.arange(400, 1797)), parts, VIEW, 'fp32')
+
+def test_data_sets_of_one_backbone_share_the_bound(parts):
+    "The least recently used goes, also where it lies beside what is used."
+    table = load_images('digits')
+    one, two = (features(table.take(np.arange(k, k + 100)), parts, VIEW, 'fp32', cache_gb=1e-4) for k in (0, 100))
+    assert len(stored()) == 1 and (two.where[:, 0] >= 0).all() and one.take(np.arange(100)).isfinite().all(), 'what is mapped stays'
+    assert features(table.take(np.arange(100, 200)), parts, VIEW, 'fp32').computed == 0
+
+def test_a_cache_of_somebody_else_can_be_read(parts, monkeypatch):
+    "Read-only, and all features there: nothing is written, nothing fails."
+    table = load_images('digits').take(np.arange(100))
+    features(table, parts, VIEW, 'fp32')
+    def refuse(*args, **kw): raise PermissionError(13, 'Permission denied')
+    for name in ('utime', 'unlink'): monkeypatch.setattr(os, name, refuse)
+    assert features(table, parts, VIEW, 'fp32', cache_gb=1e-9).computed == 0
+    monkeypatch.setattr(os, 'open', refuse)  # of the lock
+    with pytest.raises(RunFailed, match='cannot be written .Permission denied'): features(load_images('digits').take(np.arange(200)), parts, VIEW, 'fp32')
+
+def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatch):
+    "Its features would stand under the content that it had before."
+    import imgexp.features as f
+    folder, contents = tree(tmp_path/'images'), f.item_contents
+    changed = sorted((folder/'circle').iterdir())[1]
+    def then_changed(table):
+        out = contents(table)
+        cv2.imwrite(str(changed), np.full((20, 20, 3), 77, np.uint8))
+        return out
+    monkeypatch.setattr(f, 'item_contents', then_changed)
+    with pytest.raises(RunFailed, match='features of 1 images are gone again'): features(load_images(folder), parts, VIEW, 'fp32')
+    monkeypatch.setattr(f, 'item_contents', contents)
+    table = load_images(folder)
+    found = features(table, parts, VIEW, 'fp32')
+    assert found.computed == 1
+    alone = features(table, parts, replace(VIEW, size=33), 'fp32')
+    assert alone.computed == len(table)
+
+def test_too_little_memory_for_a_batch(parts):
+    "Halves, and halves of them; one line where a single image is too large."
+    prefix, seen = parts.prefix, []
+    class Small(torch.nn.Module):
+        def __init__(self, most): super().__init__(); self.inner, self.most = prefix, most
+        def forward(self, x):
+            seen.append(len(x))
+            if len(x) > self.most: raise torch.OutOfMemoryError('CUDA out of memory.')
+            return self.inner(x)
+    table = load_images('digits').take(np.arange(70))
+    plain = features(table, parts, VIEW, 'fp32').take(np.arange(70))
+    halved = features(table, replace(parts, prefix=Small(20)), VIEW, 'fp32').take(np.arange(70))
+    assert seen == [64, 32, 16, 16, 32, 16, 16, 6] and torch.allclose(plain, halved, atol=1e-5)
+    with pytest.raises(RunFailed, match='out of memory with a single image of 32 px'): features(load_images('digits').take(np.arange(70, 80)), replace(parts, prefix=Small(0)), VIEW, 'fp32')
+
+def test_clear_touches_nothing_else(parts):
+    from imgexp.features import clear
+    features(load_images('digits').take(np.arange(50)), parts, VIEW, 'fp32')
+    (features_dir().parent/'data').mkdir()
+    for key in ('../data', '..', '/', '*', 'x'):
+        with pytest.raises(InputError, match='imgexp cache ls'): clear(key)
+    assert stored() and (features_dir().parent/'data').exists()
+    folder, told = stored()[0].parent, []
+    with FileLock(folder/'.lock'): assert clear(tell=told.append) == 0
+    assert told == [f'{folder.name[:8]} stays: a process computes these features'] and stored()
+    (folder/'.123.part').write_bytes(b'half')
+    features(load_images('digits').take(np.arange(51)), parts, VIEW, 'fp32')
+    assert not (folder/'.123.part').exists(), 'what a killed process left is gone'
+    assert clear(folder.name[:6]) > 0 and not folder.exists()
 
 EXTRACT = '''
 import sys, time

@@ -284,7 +284,7 @@ def hub(tmp_path, monkeypatch):
     Thread(target=server.serve_forever, daemon=True).start()
     def publish(name):
         fake = type('Fake', (), dict(url=f'http://127.0.0.1:{server.server_port}/{name}', meta=published('resnet18')))
-        monkeypatch.setattr(models, '_published', lambda arch: fake)
+        monkeypatch.setattr(models, '_published', lambda arch, weights='imagenet': fake)
     publish.names, publish.folder = sorted(p.name for p in site.iterdir()), tmp_path/'hub'/'checkpoints'
     yield publish
     server.shutdown()

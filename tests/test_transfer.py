@@ -2,6 +2,8 @@
 import json
 import re
 import signal
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,16 @@ def test_fine_tuning_begins_with_the_best_head(project):
     head, after = run.history.valid_top1[:6], run.history.valid_top1[6]
     assert head[5] < head.max() and after == pytest.approx(head.max(), abs=1e-6), run.history.valid_top1
 
+def test_told_enough_before_fine_tuning(project, monkeypatch):
+    "A sweep ends a trial while its head is trained: it is not fine-tuned either."
+    watcher = types.ModuleType('watcher')
+    def look(run, row): run.enough = 'half of the others are better'
+    watcher.look = look
+    monkeypatch.setitem(sys.modules, 'watcher', watcher)
+    monkeypatch.setenv('IMGEXP_WATCH', 'watcher:look')
+    run = train(finetune_epochs=1, arch='compact_resnet', **SMALL)
+    assert run.finished and len(run.history) == 1 and run.metrics['ended'] == 'half of the others are better' and run.metrics['valid']['top1']['n'] == 360
+
 def test_fine_tuning_has_rates_of_its_own(undisturbed):
     "Lower rates towards the input, batch norm's statistics as they were, another optimizer state."
     state = torch.load(sorted((undisturbed.dir/'checkpoints').glob('step-*'))[-1]/'state.pt', weights_only=True)
@@ -182,6 +194,8 @@ WRONG = {
     'no cache': ('--cache-gb 0', r'cache_gb=0.* more than 0'),
     'fp16 on the processor': ('--precision fp16', r"precision='fp16' is not for cpu"),
     'too small': ('--arch alexnet --size 32', r'size=32: alexnet needs'),
+    'augment': ('--augment crop-flop', r"augment='crop-flop' is not known: did you mean 'crop-flip'"),
+    'weights of torchvision': ('--arch resnet18 --weights IMAGENET1K_V2', r"weights='IMAGENET1K_V2': of resnet18 there are IMAGENET1K_V1, and 'imagenet'"),
     'normalize': ('--normalize imagenet', r"normalize='imagenet' is not known"),
 }
 
