@@ -189,17 +189,18 @@ def large(n, width, head, precision):
     import numpy as np, torch
     import imgexp.transfer as t
     from imgexp.data import Images
-    from imgexp.features import Features, Shelf
+    from imgexp.features import Features, FeatureCache
     from imgexp.models import build_model
     from imgexp.runs import check_call, start_run
     rng, kind = np.random.default_rng(0), torch.float32 if precision == 'fp32' else torch.bfloat16
     contents, labels = np.array([f'{i:032}' for i in range(n)], 'S32'), rng.integers(0, 10, n)
-    shelf = Shelf({'generated': [n, width, precision]})
-    for rows in np.array_split(np.arange(n), 16): shelf.add(contents[rows], (torch.randn(len(rows), width) + torch.from_numpy(labels[rows])[:, None]/5).to(kind))
+    cache = FeatureCache({'generated': [n, width, precision]})
+    for rows in np.array_split(np.arange(n), 16): cache.add(contents[rows], (torch.randn(len(rows), width) + torch.from_numpy(labels[rows])[:, None]/5).to(kind))
     began = time.perf_counter()
-    shelf.open()
+    cache = FeatureCache(cache.about)  # which has not seen the files
+    where = cache.find(contents)
     opened = time.perf_counter() - began
-    found = Features(shelf, shelf.find(contents), {}, 0)
+    found = Features(cache, where, {}, 0)
     table = Images(np.arange(n), labels, (rng.random(n) < 0.1).astype(np.int8), [str(c) for c in range(10)], name='generated', pixels=np.zeros((n, 8, 8, 3), np.uint8))
     t.load_features = lambda *args: ([found], found)
     p = check_call(t.train, dict(arch='resnet50', head=head, precision=precision, epochs=2, track='off'), t.ALLOWED)

@@ -450,7 +450,7 @@ def _watch(run, row):
     known, why = sweep.of(number).intermediate_values, sweep.told(number, 'why', '')
     for k, r in enumerate(rows, 1):
         if k not in known: sweep.report(number, k, float(r[header.index(column)] or math.nan))
-    if len(rows) == run.params.get('epochs'): run.enough = ''  # it is at its end anyway
+    if len(rows) == sum(run.params.get(k, 0) for k in ('epochs', 'finetune_epochs')): run.enough = ''  # it is at its end anyway
     else: run.enough = sweep.ends(number) if len(rows) not in known else why
     if run.enough != why: sweep.tell(number, why=run.enough)
 

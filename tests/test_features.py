@@ -76,15 +76,15 @@ def test_what_others_delete_is_computed_again(parts, monkeypatch):
     "Another process makes room, or clears the cache, while images are computed: none is missing afterwards."
     import imgexp.features as f
     monkeypatch.setattr(f, 'FILE_SECONDS', 0)  # a file a batch
-    table, add, written = load_images('digits').take(np.arange(400)), f.Shelf.add, []
+    table, add, written = load_images('digits').take(np.arange(400)), f.FeatureCache.add, []
     def deleting(self, *args):
         add(self, *args)
         written.append(1)
         if len(written) == 3: [p.unlink() for p in stored()]
-    monkeypatch.setattr(f.Shelf, 'add', deleting)
+    monkeypatch.setattr(f.FeatureCache, 'add', deleting)
     found = features(table, parts, VIEW, 'fp32')
     assert (found.where[:, 0] >= 0).all() and found.computed == 400 + 3*64
-    monkeypatch.setattr(f.Shelf, 'add', lambda self, *args: (add(self, *args), [p.unlink() for p in stored()]))
+    monkeypatch.setattr(f.FeatureCache, 'add', lambda self, *args: (add(self, *args), [p.unlink() for p in stored()]))
     with pytest.raises(RunFailed, match='features of 1,397 images are gone again: .* the same command continues'):
         features(load_images('digits').take(np.arange(400, 1797)), parts, VIEW, 'fp32')
 
@@ -159,12 +159,12 @@ import imgexp.features as f
 from imgexp.models import build_model
 from imgexp.packs import load_images
 f.FILE_SECONDS = 0
-add = f.Shelf.add
+add = f.FeatureCache.add
 def slow(self, *args):
     add(self, *args)
     print('written', flush=True)
     time.sleep(float(sys.argv[1]))
-f.Shelf.add = slow
+f.FeatureCache.add = slow
 found = f.features(load_images('digits'), f.cut(build_model('compact_resnet', 10, retrain=0)), f.View(32, ((0.5,)*3, (0.5,)*3)), 'fp32')
 print('computed', found.computed)
 '''
@@ -209,6 +209,8 @@ def test_images_are_made_as_the_key_says(tmp_path):
         png, jpeg = made[size]
         assert np.abs(png[size//4, ::size//3][:3] - values).max() <= 2, (size, png[size//4, ::size//3][:3].tolist())
         assert np.abs(png - jpeg).mean() < 10
+    moved = make_batch(load_images(tmp_path/'images'), [0], 64, 'crop-flip', seed=1, epoch=2)[0][0, 16, ::21][:3].astype(int)
+    assert np.abs(moved - [[207, 63, 9], [155, 63, 197], [103, 63, 200]]).max() <= 2
     digit = make_batch(load_images('digits'), [0], 32)[0][0, 5:30:7, 4:30:6, 0].astype(int)
     assert np.abs(digit - [[0, 196, 186, 193, 26], [36, 184, 5, 143, 48], [46, 127, 4, 156, 46], [18, 193, 135, 146, 0]]).max() <= 2
 
