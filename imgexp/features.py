@@ -405,7 +405,8 @@ def features(
         with _alone(cache, tell):
             cache.open()  # another process may have been faster
             missing = _missing(cache, table, keys, wanted, skipped)
-            loader = _loader(table.take(missing), keys[missing], view, batch_size, device, workers, bad)
+            loader, there = _loader(table.take(missing), keys[missing], view, batch_size, device, workers, bad), len(wanted) - len(missing)
+            if len(missing): tell(f'computing features of {len(missing):,} images' + f', {there:,} are cached'*(there > 0))
             if len(missing): _extract(cache, parts.prefix, loader, keys[missing], times and [times[r] for r in missing], view, precision, device, cache_gb, together, tell)
             computed, skipped = computed + len(missing) - len(loader.skipped), skipped | loader.skipped
             cache.open()
