@@ -173,7 +173,7 @@ def test_killed_and_continued(parts):
     import subprocess, sys
     def start(wait): return subprocess.Popen([sys.executable, '-c', EXTRACT, str(wait)], stdout=subprocess.PIPE, text=True)
     job = start(30)
-    assert job.stdout.readline() == 'written\n'
+    assert 'written\n' in job.stdout  # reads up to it
     job.send_signal(signal.SIGKILL); job.wait()
     assert len(stored()) == 1
     both = [start(0.01), start(0.01)]
