@@ -280,6 +280,13 @@ def _checked(notebook, points):
     kinds, allowed = {k: type(v) for k, v in usual.items()}, importlib.import_module(module).ALLOWED if module else {}
     return [{k: v for k, v in check_params(usual | point, kinds, allowed, point).items() if k in point} for point in points]
 
+def _filled(notebook, usual, point):
+    "All parameters of a point, as its run will have them"
+    module, p = _experiment(notebook), Params(usual | point)
+    p.given = frozenset(point)
+    resolve = getattr(importlib.import_module(module), 'resolve', None) if module else None
+    return resolve(p) if resolve else p
+
 # %% ../nbs/05_batch.ipynb #2ac7631a
 @contextmanager
 def _passing_on(patience=20.):
@@ -428,12 +435,13 @@ def plan(
     "What a batch will do, and how long it will take."
     runs, usual = _runs_of(notebook), notebook_parameters(notebook)
     threads = int(shares(n)[0]['OMP_NUM_THREADS'])
-    found = [_known(usual | p, runs) for p in points]
+    full = [_filled(notebook, usual, p) for p in points]
+    found = [_known(p, runs) for p in full]
     def does(p, run):
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
-        if run.finished: return 'look' if any(map(_outside, (usual | p).values())) else 'reuse'
+        if run.finished: return 'look' if any(map(_outside, p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
-    return Plan(notebook, points, [does(p, r) for p, r in zip(points, found)], found, [estimate(usual | p, runs, threads) for p in points], n)
+    return Plan(notebook, points, [does(p, r) for p, r in zip(full, found)], found, [estimate(p, runs, threads) for p in full], n)
 
 # %% ../nbs/05_batch.ipynb #a1a1d81b
 def batch(

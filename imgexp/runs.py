@@ -755,9 +755,9 @@ def runs(
     settings = [r.pop('_params', {}) for r in found]
     names = dict.fromkeys(k for s in settings for k in s)
     full = [s for s in settings if s]
-    shown = [k for k in names if k in columns or len({repr(s.get(k)) for s in full}) > 1]
+    first = ['run', 'state', 'minutes', 'epochs', 'valid_top1', 'test_top1', 'disk_mb']  # epochs: those that are done
+    shown = [k for k in names if k not in first and (k in columns or len({repr(s.get(k)) for s in full}) > 1)]
     for row, s in zip(found, settings): row |= {k: s[k] for k in shown if k in s}
-    first = ['run', 'state', 'minutes', 'epochs', 'valid_top1', 'test_top1', 'disk_mb']
     table = pd.DataFrame(found, columns=first + shown + ['error'])
     return table.set_index('run').round({'minutes': 1, 'valid_top1': 4, 'test_top1': 4, 'disk_mb': 1})
 

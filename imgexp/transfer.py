@@ -336,6 +336,7 @@ def compare(
 ):               # a pandas table: a row for each run, the best on validation images first
     "A run for each architecture and head, on the same features; finished ones are not repeated."
     import pandas as pd
+    if not isinstance(archs, dict) or isinstance(heads, str) or not archs or not heads: raise InputError("give architectures with their weights, and a list of heads: compare({'resnet18': 'imagenet'}, ['linear'])")
     def row(arch, weights, head):
         run = train(**{'resume': 'reuse'} | given | dict(arch=arch, weights=weights, head=head))
         told = {s: run.metrics[s]['top1'] for s in ('valid', 'test') if run.metrics.get(s)}

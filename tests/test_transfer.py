@@ -92,6 +92,18 @@ def test_networks_and_heads_in_one_table(project):
     assert set(again.run) == set(table.run), 'finished ones are reused'
     assert len(list(features_dir().glob('*'))) == 2, 'heads share what a network makes of the images'
 
+def test_a_batch_and_the_table_know_what_is_filled_in(project, root):
+    "The size that the weights are made for, and logistic's own epochs, are in the run, not in what was asked."
+    from imgexp.batch import plan
+    from imgexp.runs import runs
+    given = dict(subset=0.05, arch='compact_resnet', track='off')
+    made = [train(head=head, **given, **more) for head, more in (('linear', dict(epochs=2)), ('logistic', {}))]
+    assert [r.params.epochs for r in made] == [2, 11] and {r.params.size for r in made} == {64}
+    table = runs(columns=('epochs',))
+    assert list(table.epochs) == [2, 11] and table.columns.is_unique
+    points = [dict(given, head='linear', epochs=2), dict(given, head='logistic'), dict(given, head='mlp')]
+    assert plan(root/'nbs/20_transfer.ipynb', points).does == ['reuse', 'reuse', 'run']
+
 # -- killed, and continued
 
 GIVEN = dict(size=32, subset=0.2, epochs=3, finetune_epochs=2, batch_size=64, precision='fp32', track='off', retrain=1, arch='compact_resnet')
