@@ -413,7 +413,6 @@ def features(
     else:
         if n := len(_missing(cache, table, keys, wanted, skipped)):
             raise RunFailed(f'features of {n:,} images are gone again: their files are being changed, or another process clears the cache; the same command continues')
-    if skipped: tell(f'{len(skipped):,} of {len(wanted):,} images cannot be decoded and are left out: {next(iter(skipped))}' + ', …'*(len(skipped) > 1))
     return _found(cache, len(table), keys, wanted, skipped, computed, cache_gb)
 
 # %% ../nbs/15_features.ipynb #15fe0020

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE_MB', 'KEPT_MB', 'DECAYS', 'NORMALIZE', 'HEAD', 'ALLOWED', 'FIRST_LR', 'FeatureLoader', 'WholeLoader', 'solve',
            'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_learner', 'predict_split',
-           'resolve', 'run_experiment', 'fit_head', 'finetune', 'train', 'compare']
+           'resolve', 'fit_head', 'finetune', 'run_experiment', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
 from dataclasses import replace
@@ -35,6 +35,9 @@ class _Taken:
     def __init__(self, images, rows): self.images, self.rows = images, rows
     def bad(self): return {}
 
+def _bytes(chosen): return chosen.values[0][0].nbytes if chosen.values else 0
+
+# %% ../nbs/20_transfer.ipynb #b70b835f
 class FeatureLoader(Loader):
     "Batches (features, labels) of one split, in the order in which `Loader` gives its images."
     def __init__(
@@ -67,8 +70,6 @@ class FeatureLoader(Loader):
             yield from map(_Taken, parts, several)
     def _keeps(self, chosen): return not self.batches.shuffle and len(self.sets) == 1 and len(self.batches.rows)*_bytes(chosen) < KEPT_MB*1e6
     def _at_once(self, chosen): return max(1, int(AT_ONCE_MB*1e6)//max(1, self.batches.batch_size*_bytes(chosen)))
-
-def _bytes(chosen): return chosen.values[0][0].nbytes if chosen.values else 0
 
 # %% ../nbs/20_transfer.ipynb #56d2d642
 class WholeLoader(FeatureLoader):
@@ -191,6 +192,8 @@ def _in_precision(learn, x):
     if x.device.type == 'mps': x = x.contiguous()  # as `to_input`
     return x.float() if learn.precision == 'fp32' else x
 
+def _left_out(skipped, n): return f'{len(skipped):,} of {n:,} images cannot be decoded and are left out: {next(iter(skipped))}' + ', …'*(len(skipped) > 1)
+
 class ToFloat(Part):
     "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
@@ -210,6 +213,7 @@ def make_learner(
     train = WholeLoader(table, 'train', sets, device) if logistic else FeatureLoader(table, 'train', sets, p.batch_size, seeds(p)['order'], device)
     kind, cbs = (LogisticLearner, [Decays()]) if logistic else (ImageLearner, [])
     learn = kind(_Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model, loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
+    if train.skipped or plain.skipped: tell(_left_out(train.skipped | plain.skipped, len(table)))
     learn.table, learn.norm, learn.size, learn.training, learn.plain = table, norm, p.size, False, plain
     learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix  # a head alone costs nothing
     learn.scaler = torch.amp.GradScaler(device) if learn.precision == 'fp16' else None
@@ -245,32 +249,7 @@ def resolve(
     out.given = p.given
     return out
 
-def run_experiment(
-    p: Params, # of `resolve`
-) -> Run:      # finished
-    "`train` for checked parameters."
-    if launched() > 1: raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
-    table = load_images(p.data, p.classes)
-    if p.finetune_epochs: table = packed(table, p.size)
-    kept = keep_subset(table, p.subset, seeds(p)['subset'])
-    model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
-    _cut(p, model); choose_precision(p.precision, best_device()); policy(p.augment, p.size)  # what is refused leaves no run
-    more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
-    with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}) as run:
-        if run.finished: return run
-        norm = norm_of(p, kept)
-        if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
-            learn = make_learner(p, kept, model, norm)
-            best = fit_head(run, p, learn)
-        if p.finetune_epochs and not run.enough: conclude(run, *finetune(run, p, kept, model, norm))
-        else: conclude(run, learn, best, look=predict_split)
-    return run
-
-def _cut(p, model):
-    parts = cut(model, p.retrain)
-    if p.head == 'logistic': _linear(parts.suffix)
-    return parts
-
+# %% ../nbs/20_transfer.ipynb #0a61a609
 def fit_head(
     run,       # a `Run`
     p: Params, # parameters
@@ -294,6 +273,34 @@ def finetune(
     learn = through_images(table, keep_statistics(set_retrain(model, -1)), norm, p.size, p.batch_size, p.augment, p.precision, p.workers, seeds(p)['order'], bad=p.bad)
     say(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for {p.finetune_epochs} epochs')
     return learn, fit(run, learn, p.finetune_epochs, 'adam', p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed, first_lr=FIRST_LR, after=p.epochs)
+
+# %% ../nbs/20_transfer.ipynb #b9260c85
+def run_experiment(
+    p: Params, # of `resolve`
+) -> Run:      # finished
+    "`train` for checked parameters."
+    if launched() > 1: raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
+    table = load_images(p.data, p.classes)
+    if p.finetune_epochs: table = packed(table, p.size)
+    kept = keep_subset(table, p.subset, seeds(p)['subset'])
+    model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
+    _cut(p, model); choose_precision(p.precision, best_device()); policy(p.augment, p.size)  # what is refused leaves no run
+    set_retrain(model, p.retrain)
+    more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
+    with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}) as run:
+        if run.finished: return run
+        norm = norm_of(p, kept)
+        if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
+            learn = make_learner(p, kept, model, norm)
+            best = fit_head(run, p, learn)
+        if p.finetune_epochs and not run.enough: conclude(run, *finetune(run, p, kept, model, norm))
+        else: conclude(run, learn, best, look=predict_split)
+    return run
+
+def _cut(p, model):
+    parts = cut(model, p.retrain)
+    if p.head == 'logistic': _linear(parts.suffix)
+    return parts
 
 # %% ../nbs/20_transfer.ipynb #20aa000f
 def train(

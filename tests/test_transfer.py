@@ -197,6 +197,7 @@ f._batches = batches'''
 
 WRONG = {
     'retrain too deep': ('--arch resnet18 --size 32 --retrain 9', r'retrain=9: features need frozen blocks; resnet18 has 9 below its head: give 0 to 8'),
+    'retrain far too deep': ('--arch resnet18 --size 32 --retrain 500', r'retrain=500: features need frozen blocks; resnet18 has 9 below its head: give 0 to 8'),
     'negative retrain': ('--retrain -1', r'retrain=-1 .*at least 0'),
     'one class': ('--data single', r'only one class \(circle\)'),
     'weights of another architecture': ('--arch squeezenet1_1 --size 32 --weights compact.pth', r'compact.pth.* not those of arch=squeezenet1_1'),
@@ -232,12 +233,13 @@ def test_wrong_use(launcher, project, shelf, case):
 def test_an_image_that_cannot_be_decoded(launcher, project):
     data = tree(project/'data', 20)
     (data/'circle/003.png').write_bytes(b'<html>404</html>')
-    args = ['transfer', '--data', 'data', '--arch', 'compact_resnet', '--size', '16', '--epochs', '2', '--track', 'off']
+    args = ['transfer', '--data', 'data', '--arch', 'compact_resnet', '--size', '16', '--epochs', '2', '--views', '2', '--track', 'off']
     job = launcher.imgexp(*args, root=project)
     assert job.wait() == 1 and 'circle/003.png is not an image' in last_line(job.err) and 'bad=skip' in last_line(job.err), job.err
     assert only_run(project).status['state'] == 'failed'
     job = launcher.imgexp(*args, '--bad', 'skip', root=project)
     assert job.wait() == 0, job.err
+    assert job.out.count('images cannot be decoded and are left out: circle/003.png') == 1, job.out
     assert list(only_run(project).metrics['skipped']) == ['circle/003.png']
 
 def test_a_cache_that_cannot_be_written(launcher, project):
