@@ -393,7 +393,7 @@ def estimate(
     run, (around, training) = max(measured, key=lambda m: sum(m[0].params.get(k) == v for k, v in values.items()))
     for k in ('epochs', 'subset'):
         if run.params.get(k) and values.get(k): training *= values[k]/run.params[k]
-    before = (_read_json(run.dir/'env.json') or {}).get('threads') or threads
+    before = (run.attempts or [{}])[-1].get('threads') or threads
     return around + training*(max(1., before/threads) if threads else 1.)
 
 # %% ../nbs/05_batch.ipynb #b869e536

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights', 'generators', 'set_generators',
-           'Checkpoints', 'read_index', 'stands_at', 'restore', 'begin_at_end', 'restore_best', 'weights_kind']
+           'Checkpoints', 'read_index', 'stands_at', 'restore', 'begin_at_end', 'end_id', 'restore_best',
+           'weights_kind']
 
 # %% ../nbs/02g_checkpoints.ipynb #fb264629
 import hashlib, json, os, pickle, random, shutil, sys, time
@@ -192,6 +193,7 @@ def save(
     state = {'epoch': epoch, 'batch': batch, 'optimizer': self.opt.state_dict(), 'parts': parts, 'generators': generators(),
              'scaler': self.learn.scaler.state_dict() if self.learn.scaler else None}
     if rank() == 0:
+        self.to.check_owner()
         told = (row or {}) | {'by': self.by}
         path = write_checkpoint(self.to.dir/'checkpoints', self.schedule.done, self._weights(), self.about, state, told)
         self.spent += time.perf_counter() - began
@@ -360,6 +362,13 @@ def begin_at_end(
     learn.schedule.done = learn.schedule.since = parts['schedule']['done']
     learn.history.images = parts['history']['images']
     if hasattr(learn, 'averages') and 'averages' in parts: learn.averages.load(parts['averages'])
+
+def end_id(
+    parent, # a `Run`, finished
+) -> str:
+    "What stands for a run that another one extends: its id, and the hash of the weights that it ended with."
+    path = newest_checkpoint(parent)
+    return parent.id + (f" {_sealed(path/'COMMITTED.json')['files']['model.safetensors']['sha256'][:16]}" if path else '')
 
 def _few(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 

@@ -62,6 +62,7 @@ def show(
     pictures = sorted((run.dir/'figures').glob('*.png'))
     rows = [('run', _shown(run.dir)), ('state', run.state), *_headline(run)]
     if run.status.get('error'): rows.append(('error', run.status['error']))
+    rows += run.attempts_told()
     rows += [('picture', _shown(p)) for p in pictures]
     for k, v in rows: print(f'{k:<11}{v}')
     if not last: print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
@@ -79,20 +80,21 @@ def diff(a: Name, b: Name, as_json: Json = False):
 
 @runs_app.command()
 def rm(
-    names: Annotated[List[str], typer.Argument(help='Names of runs, or unambiguous parts of them.')],
+    names: Annotated[List[str], typer.Argument(help='Names of runs, unambiguous parts of them, or their directories.')],
     yes: Annotated[bool, typer.Option('--yes', help='Do not ask.')] = False,
 ):
     "Delete runs."
-    found = [find_run(n) for n in names]
-    if not yes: typer.confirm(f"delete {', '.join(r.name for r in found)}?", abort=True, err=True)
-    for run in found: _say(f'deleted {run.name}, {remove_run(run.name)/1e6:.1f} MB')
+    if not all(names): raise InputError("'' names no run: `imgexp runs ls` lists them")
+    found = {run.dir.resolve(): run for run in map(find_run, names)}
+    if not yes: typer.confirm('delete ' + ', '.join(map(str, found)) + '?', abort=True, err=True)
+    for path, run in found.items(): _say(f'deleted {path}, {remove_run(run)/1e6:.1f} MB')
 
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):
-    "Delete the runs that ended without a single epoch."
+    "Delete the runs that ended without an epoch or a checkpoint."
     names = prune_runs(dry=not yes)
     for name in names: print(name)
-    _say(f"{len(names)} runs without an epoch{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
+    _say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
 # %% ../nbs/90_cli.ipynb #479585a5
 data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)

@@ -238,6 +238,16 @@ def see_training_images(
 
 # %% ../nbs/02e_learner.ipynb #78b94f09
 @patch
+def set_precision(
+    self: ImageLearner,
+    precision: str, # 'auto', 'fp32', 'bf16' or 'fp16'
+):
+    "Compute in `precision` from now on; raises `InputError` for what the device does not offer."
+    device = torch.device(self.dls.device).type
+    self.precision = choose_precision(precision, device)
+    self.scaler = torch.amp.GradScaler(device) if self.precision == 'fp16' else None
+
+@patch
 def prepare(
     self: ImageLearner,
     compile: bool = False, # let torch compile the network
@@ -286,7 +296,7 @@ def make_learner(
     loss = partial(F.cross_entropy, label_smoothing=label_smoothing)
     learn = ImageLearner(loaders, model, loss_func=loss, cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
     learn.table, learn.norm, learn.size, learn.sizes, learn.training = table, norm, size, sizes, False
-    learn.precision, learn.micro_batch, learn.clip = choose_precision(precision, device), micro_batch, clip
-    learn.scaler = torch.amp.GradScaler(torch.device(device).type) if learn.precision == 'fp16' else None
+    learn.micro_batch, learn.clip = micro_batch, clip
+    learn.set_precision(precision)
     learn.prepare(compile)
     return learn

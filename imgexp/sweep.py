@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from .batch import Job, Local, _checked, _experiment, _function, _runs_of, cores, estimate, find_notebook, gpus, notebook_parameters, run as run_jobs, shares
-from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _refused, _shown, _take, _track_mode, _unknown, _write_json,
+from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _refused, _shown, take_lock, _track_mode, _unknown, _write_json,
                          asked_to_stop, duration, runs_dir)
 from .sweep_config import METRICS, _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
 
@@ -241,7 +241,7 @@ class Sweep:
 @contextmanager
 def guarded(self: Sweep):
     "Nobody else on this machine asks for trials, or looks for those that were left; raises `RunFailed` after a minute."
-    guard = _take(self.dir/'lock', wait=60)
+    guard = take_lock(self.dir/'lock', wait=60)
     if guard is None: raise RunFailed(f'{_shown(self.dir)} is locked by another process: try again')
     try: yield
     finally: guard.release()
@@ -302,7 +302,7 @@ def _ends(d): return (list(d.choices),) if hasattr(d, 'choices') else (d.low, d.
 def _lock(self: Sweep, number, wait=0.):
     folder = self.dir/'locks'
     folder.mkdir(exist_ok=True)
-    return _take(folder/str(number), wait)
+    return take_lock(folder/str(number), wait)
 
 # %% ../nbs/06b_sweep.ipynb #77aa0c12
 @patch

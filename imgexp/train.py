@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .augment import FLIPS, augment_id
-from .checkpoints import (Checkpoints, begin_at_end, checkpoints, generators, restore, restore_best,
+from .checkpoints import (Checkpoints, begin_at_end, checkpoints, end_id, generators, restore, restore_best,
                                 set_generators, weights_kind)
 from .data import keep_subset, table_id
 from .learner import (OPTIMIZERS, PRECISION, CancelFitException, CancelValidException, Part, autocast, choose_precision, make_learner,
@@ -338,7 +338,8 @@ def identity(
     table,     # of `images`
 ) -> dict:
     "What the parameters that name files stand for: part of the run's id."
-    more = {'prepared': preparation(table), 'augment': augment_id(p.augment)}
+    parent = _parent(p)
+    more = {'prepared': preparation(table), 'augment': augment_id(p.augment), 'extend': end_id(parent) if parent else ''}
     depends = {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}
     for run in _unfinished_on_other_images(p, depends):
         print(f"run {run.name} is unfinished, but saw other images ({run.depends.get('prepared', 'as they are')}, here "
@@ -373,15 +374,16 @@ def fit_as(
     run,       # a `Run`
     learn,     # of `load_learner`
 ) -> dict:     # the best checkpoint
-    "`fit` as the parameters say."
+    "`fit` as the parameters say; in the precision that `auto` meant when the run began."
+    if not run.finished: learn.set_precision(run.resolved.get('precision', p.precision))
     return fit(run, learn, **{k: p[k] for k in _FIT}, parent=_parent(p))
 
 # %% ../nbs/03_train.ipynb #600cefec
-def _start(p, table):
+def _start(p, table, learn):
     "The run, made or found by the first process"
     found = []
     def first():
-        found.append(start_run('03_train', p, identity(p, table)))
+        found.append(start_run('03_train', p, identity(p, table), resolved={'precision': learn.precision}))
         return str(found[0].dir)
     folder = of_first(first)
     return found[0] if found else Run(folder)
@@ -396,7 +398,7 @@ def run_experiment(
     with together():
         table = images(p, told.append)
         learn = load_learner(p, table)
-        with _start(p, table) as run:
+        with _start(p, table, learn) as run:
             for line in told: say(line)
             conclude(run, learn, fit_as(p, run, learn), p.upload)
     return run

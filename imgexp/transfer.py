@@ -284,11 +284,13 @@ def run_experiment(
     if p.finetune_epochs: table = packed(table, p.size)
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
-    _cut(p, model); choose_precision(p.precision, best_device()); policy(p.augment, p.size)  # what is refused leaves no run
+    _cut(p, model); policy(p.augment, p.size)  # what is refused leaves no run
+    resolved = {'precision': choose_precision(p.precision, best_device())}
     set_retrain(model, p.retrain)
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
-    with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}) as run:
+    with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}, resolved=resolved) as run:
         if run.finished: return run
+        p = Params(p | {'precision': run.resolved.get('precision', p.precision)})  # what `auto` meant when the run began
         norm = norm_of(p, kept)
         if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
             learn = make_learner(p, kept, model, norm)

@@ -314,7 +314,9 @@ def test_two_ask_at_once(launcher, project, data, undisturbed):
 def elsewhere(run, seconds):
     "As if another machine were working on it, whose heart beat so many seconds ago."
     beat = (datetime.now().astimezone() - timedelta(seconds=seconds)).isoformat(timespec='seconds')
-    (run.dir/'status.json').write_text(json.dumps(run.status | dict(state='running', host='elsewhere', pid=4711, beat=beat, ended=None)))
+    status = run.dir/'status.json'
+    status.write_text(json.dumps(run.status | dict(state='running', host='elsewhere', machine='another', pid=4711, beat=beat, ended=None)))
+    os.utime(status, (time.time() - seconds,)*2)
 
 def test_a_run_of_another_machine(project):
     from imgexp.runs import RunBusy, start_run
