@@ -571,6 +571,14 @@ def _record_attempt(self: Run):
     found = ', '.join(f'{k} {a[k]} before, {b[k]} now' for k in a if a[k] != b[k])
     if found: print(f'run {self.name} continues, but its result will not be bit for bit that of an uninterrupted one: {found}', file=sys.stderr)
 
+# %% ../nbs/00_runs.ipynb #8292325d
+@patch
+def attempts_told(self: Run):
+    "How often a run was continued, and on what else, as rows (name, text); none for a run of one attempt."
+    if len(self.attempts) < 2: return []
+    changed = ', '.join(f"{k} {' → '.join(map(str, v))}" for k, v in self.changes().items())
+    return [('attempts', f'{len(self.attempts)}' + f', not exact: {changed}'*bool(changed))]
+
 # %% ../nbs/00_runs.ipynb #a75a99dc
 @patch
 def _end(self: Run, state, error=None, metrics=None):
@@ -879,7 +887,7 @@ def _row(folder):
     ends = status.get('ended') or status.get('beat')
     def top1(split): return ((metrics.get(split) or {}).get('top1') or {}).get('value')
     return {'run': run.name, 'state': run.state if status and run.params else 'half-written',
-            'minutes': (_age(status.get('started')) - _age(ends))/60 if ends else None,
+            'minutes': abs(_age(status.get('started')) - _age(ends))/60 if ends else None,
             'epochs': len(rows), 'valid_top1': top1('valid'), 'test_top1': top1('test'),
             'disk_mb': disk_use(folder)/1e6, 'error': status.get('error'), '_params': dict(run.params)}
 
@@ -900,14 +908,6 @@ def runs(
     for row, s in zip(found, settings): row |= {k: s[k] for k in shown if k in s}
     table = pd.DataFrame(found, columns=first + shown + ['error'])
     return table.set_index('run').round({'minutes': 1, 'valid_top1': 4, 'test_top1': 4, 'disk_mb': 1})
-
-# %% ../nbs/00_runs.ipynb #8292325d
-@patch
-def attempts_told(self: Run):
-    "How often a run was continued, and on what else, as rows (name, text); none for a run of one attempt."
-    if len(self.attempts) < 2: return []
-    changed = ', '.join(f"{k} {' → '.join(map(str, v))}" for k, v in self.changes().items())
-    return [('attempts', f'{len(self.attempts)}' + f', not exact: {changed}'*bool(changed))]
 
 # %% ../nbs/00_runs.ipynb #bdaf888b
 def _percent(v): return f"{v['value']:.1%} ({v['low']:.1%} to {v['high']:.1%}, n = {v['n']})"

@@ -185,6 +185,19 @@ def test_sigkill_where_chance_matters(launcher, project, data, given):
     pd.testing.assert_frame_equal(history, history2, check_exact=True)
     assert weights == weights2 and history.lr.max() > 0
 
+def test_what_auto_meant_is_kept_and_a_change_of_threads_is_told(launcher, project, data):
+    "Begun where `auto` is fp32 with two threads, continued where it would be bf16, with one: precision stays, threads are told."
+    begin, go_on = (f'import imgexp.learner, torch; imgexp.learner._native_bf16 = lambda device: {bf16}; torch.set_num_threads({n})\n' for bf16, n in ((False, 2), (True, 1)))
+    args = options(data, epochs=2)
+    job = launcher.imgexp(*args, root=project, before=begin + at(BATCHES + 3, 'os.kill(os.getpid(), signal.SIGKILL)'))
+    assert job.wait() == -signal.SIGKILL, job.err
+    job = launcher.imgexp(*args, root=project, before=go_on + "import imgexp.train as t; real = t.fit\ndef fit(run, learn, **kw): print('computes in', learn.precision); return real(run, learn, **kw)\nt.fit = fit\n")
+    assert job.wait() == 0, job.err
+    run = the_run(project)
+    assert 'computes in fp32' in job.out and json.loads((run/'params.json').read_text())['resolved'] == {'precision': 'fp32'}
+    assert 'threads 2 before, 1 now' in job.err and 'precision' not in job.err
+    assert [a['threads'] for a in json.loads((run/'env.json').read_text())['attempts']] == [2, 1]
+
 @pytest.mark.parametrize('name', ['model.safetensors', 'state.pt', 'COMMITTED.json', 'index.json', 'history.csv'])
 def test_sigkill_while_a_checkpoint_is_written(launcher, project, data, undisturbed, name):
     "At each of its files; what was half-written is passed over and cleared away."
