@@ -277,18 +277,21 @@ print(json.dumps([time.perf_counter() - imported, megabytes() - before]))
 '''
 
 def large_index(folder, n=1_281_167, classes=1000):
-    "A pack as large as ImageNet, without its images"
+    "A pack as large as ImageNet, without its images: 1,500 files of a few bytes stand for them"
     import pyarrow as pa
+    from imgexp.packs import FORMAT
     folder.mkdir(parents=True, exist_ok=True)
     labels, k = np.sort(np.arange(n) % classes), np.arange(n)
     items = [f'train/n{c:08d}/n{c:08d}_{i}.JPEG' for c, i in zip(labels.tolist(), k.tolist())]
     ones = np.full(n, 256, np.int32)
     index = pa.table({'item': pa.array(items, pa.large_string()), 'label': pa.array(labels, pa.int32()), 'split': pa.array(np.zeros(n, np.int8)),
                       'height': ones, 'width': ones, 'sha256': pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), n, [None, pa.py_buffer(np.repeat(k[:, None], 4, 1).tobytes())]),
-                      'error': pa.nulls(n, pa.large_string())})
+                      'error': pa.nulls(n, pa.large_string())}, metadata={'build': 'large'})
     with pa.ipc.new_file(str(folder/'index.arrow'), index.schema) as f: f.write(index.combine_chunks())
-    about = {'format': 1, 'name': 'large', 'kind': 'jpeg', 'size': 256, 'images': n, 'classes': [f'n{c:08d}' for c in range(classes)],
-             'rows': 1000, 'bytes': 0, 'files': {}}
+    files = [f'images-{k:05d}.arrow' for k in range(1500)]
+    for name in files: (folder/name).write_bytes(b'none')
+    about = {'format': FORMAT, 'build': 'large', 'name': 'large', 'kind': 'jpeg', 'size': 256, 'images': n, 'classes': [f'n{c:08d}' for c in range(classes)],
+             'rows': 1000, 'bytes': 0, 'files': dict.fromkeys([*files, 'index.arrow'], '')}
     (folder/'pack.json').write_text(json.dumps(about))
     return folder
 

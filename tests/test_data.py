@@ -1,5 +1,5 @@
 "imgexp.data against real trees: strange files, strange names, links, no leak from test, and nothing read twice."
-import gzip, hashlib, io, json, os, re, shutil, sqlite3
+import gzip, hashlib, io, json, os, re, shutil, sqlite3, time
 from pathlib import Path
 
 import cv2, numpy as np, pytest
@@ -9,7 +9,7 @@ import imgexp.data as d
 from imgexp.data import BadImage, decode, fingerprint, from_folders, keep_subset, read, shapes
 from imgexp.loader import Loader, normalization
 from imgexp.packs import load_images
-from imgexp.runs import InputError, find_run
+from imgexp.runs import InputError, RunFailed, find_run
 from pictures import CLASSES, tree
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -262,12 +262,13 @@ def test_a_file_that_goes_away(project):
 
 @pytest.fixture
 def opened(monkeypatch):
-    "Paths whose content was read."
-    found, real = [], Path.read_bytes
-    def read_bytes(self):
-        found.append(str(self))
-        return real(self)
-    monkeypatch.setattr(Path, 'read_bytes', read_bytes)
+    "Paths whose content was read; all files count as older than two seconds."
+    found, real = [], d._digest
+    def digest(path):
+        found.append(str(path))
+        return real(path)
+    monkeypatch.setattr(d, '_digest', digest)
+    monkeypatch.setattr(d, 'CLOCK', -1)
     return found
 
 def test_the_fingerprint_reads_nothing_twice(project, opened):
@@ -283,10 +284,21 @@ def test_the_fingerprint_reads_nothing_twice(project, opened):
     shutil.copytree(data, project/'copy')
     assert fingerprint(load_images(project/'copy')) == fingerprint(load_images(data)) and len(opened) == 10
 
-@pytest.mark.parametrize('change', ['content', 'name', 'class', 'added', 'removed', 'swapped'])
-def test_what_changes_the_fingerprint(project, change):
-    data = tree(project/'data', 4)
-    first, a, b = fingerprint(load_images(data)), data/'circle/000.png', data/'circle/001.png'
+@pytest.mark.parametrize('change', ['content', 'name', 'class', 'added', 'removed', 'swapped', 'renamed', 'rewritten', 'linked'])
+def test_what_changes_the_fingerprint(project, change, opened):
+    "Also where size and time stay: files that exchange their names, or are rewritten, and a link that leads elsewhere."
+    data, other = tree(project/'data', 4), project/'other.png'
+    a, b, link = data/'circle/000.png', data/'circle/001.png', data/'square/link.png'
+    size = max(a.stat().st_size, b.stat().st_size)
+    for f in (a, b, other):
+        f.write_bytes((f if f.exists() else b).read_bytes().ljust(size, b'\0'))
+        os.utime(f, ns=(10**18, 10**18))
+    link.symlink_to(a)
+    first = fingerprint(load_images(data))
+    if change == 'renamed': a.rename(data/'spare'); b.rename(a); (data/'spare').rename(b)
+    if change == 'rewritten':
+        a.write_bytes(other.read_bytes()); os.utime(a, ns=(10**18, 10**18))
+    if change == 'linked': link.unlink(); link.symlink_to(other)
     if change == 'content': a.write_bytes(a.read_bytes() + b'\0')
     if change == 'name': a.rename(data/'circle/zero.png')
     if change == 'class': a.rename(data/'square/zero.png')
@@ -305,6 +317,32 @@ def test_what_does_not_change_the_fingerprint(project):
     data.rename(project/'moved')
     assert fingerprint(load_images(project/'moved')) == first
 
+def test_a_file_written_just_now_is_read_again(project, monkeypatch):
+    "A clock of 10 ms, or of two seconds, does not tell a second write from the first."
+    data = tree(project/'data', 4)
+    file, real = data/'circle/000.png', d.file_state
+    def coarse(file): return ' '.join(t if k in (0, 3) else str(int(t)//10**9*10**9) for k, t in enumerate(real(file).split()))
+    monkeypatch.setattr(d, 'file_state', coarse)
+    now = time.time()
+    if now % 1 > 0.5: time.sleep(1 - now % 1)  # both writes within one second
+    file.write_bytes(file.read_bytes())
+    first, state = fingerprint(load_images(data)), d.file_state(file)
+    file.write_bytes(file.read_bytes()[::-1])
+    assert d.file_state(file) == state and fingerprint(load_images(data)) != first
+
+def test_a_file_that_changes_while_it_is_read(project, monkeypatch):
+    "Content and state belong together; a file that is being written is named."
+    file, real, writes = project/'a.png', d.file_state, [b'two', b'six']
+    file.write_bytes(b'one')
+    def state(path):
+        out = real(path)
+        if writes: file.write_bytes(writes.pop(0))
+        return out
+    monkeypatch.setattr(d, 'file_state', state)
+    assert d._digest(file)[1] == hashlib.sha256(b'six').digest()
+    writes += [bytes([i]) for i in range(9)]
+    with pytest.raises(RunFailed, match='a.png changes while it is read: wait until it is written to its end'): d._digest(file)
+
 @pytest.mark.parametrize('state', ['damaged', 'read-only', 'a folder', 'other table'])
 def test_a_cache_that_cannot_be_used(project, state):
     "It is only a cache: the fingerprint is computed without it."
@@ -315,13 +353,13 @@ def test_a_cache_that_cannot_be_used(project, state):
     if state == 'damaged': file.write_bytes(b'no database at all'*100)
     if state == 'read-only':
         db = sqlite3.connect(file)
-        db.execute('create table contents (path text primary key, size int, time int, sha blob) without rowid')
+        db.execute('create table files (path text primary key, state text, sha blob) without rowid')
         db.commit(); db.close()
         file.chmod(0o444); file.parent.chmod(0o555)
     if state == 'a folder': file.mkdir()
     if state == 'other table':
         db = sqlite3.connect(file)
-        db.execute('create table contents (wrong text)')
+        db.execute('create table files (wrong text)')
         db.commit(); db.close()
     try: assert fingerprint(load_images(data)) == wanted
     finally: file.parent.chmod(0o755)

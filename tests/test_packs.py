@@ -7,7 +7,7 @@ import cv2, numpy as np, pytest
 from PIL import Image
 
 import imgexp.packs as packs
-from imgexp.data import BadImage, fingerprint, from_folders, keep_subset, read, stored
+from imgexp.data import BadImage, file_state, fingerprint, from_folders, keep_subset, read, stored
 from imgexp.loader import Loader
 from imgexp.packs import Pack, as_prepared, enough, from_pack, load_images, pack, packed, preparation
 from imgexp.runs import InputError, RunFailed
@@ -146,8 +146,9 @@ def test_a_network_is_evaluated_on_images_treated_likewise(photos):
     assert same(batches(as_prepared(table, 'jpeg-96', own=True)), batches(load_images(path)))
 
 def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch):
-    path = pack(photos, 128, 'raw', tell=quiet)
     import imgexp.data
+    monkeypatch.setattr(imgexp.data, 'CLOCK', -1)
+    path = pack(photos, 128, 'raw', tell=quiet)
     monkeypatch.setattr(imgexp.data, '_digest', lambda path: pytest.fail(f'{path} was read again'))
     assert packed(load_images(photos), 100).pack.path == path
 
@@ -158,6 +159,107 @@ def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
     inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
     for i in range(len(table)): read(table, i)
     assert len(os.listdir('/proc/self/fd')) <= inside + 1
+
+# -- one build
+
+def negatives(photos):
+    "The same names and sizes, other pictures."
+    for f in photos.rglob('*.*'): Image.fromarray(255 - np.asarray(Image.open(f).convert('RGB'))).save(f)
+
+def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
+    "Packed again or deleted while a training reads it: the old images, to the end."
+    monkeypatch.setattr(packs, '_rows_each', lambda *args: 2)  # images in a file
+    path = pack(photos, 96, 'raw', tell=quiet)
+    wanted, opened = batches(load_images(path)), load_images(path)
+    read(opened, 0)
+    negatives(photos)
+    assert pack(photos, 96, 'raw', tell=quiet) == path
+    assert same(batches(opened), wanted) and not same(batches(load_images(path)), wanted)
+    new = load_images(path)
+    fresh = batches(new)
+    shutil.rmtree(path)
+    assert same(batches(new), fresh) and same(batches(opened), wanted)
+
+@pytest.mark.parametrize('name', ['index.arrow', 'images-00000.arrow', 'images-00005.arrow'])
+def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
+    "Index and images are of one build, whichever file the new build arrives before."
+    import pyarrow as pa
+    monkeypatch.setattr(packs, '_rows_each', lambda *args: 2)
+    path, other = pack(photos, 96, 'raw', tell=quiet), photos.parent/'other'
+    negatives(photos)
+    new, real = pack(photos, 96, 'raw', other, tell=quiet), pa.memory_map
+    def slow(place, *args):
+        if place == str(path/name) and new.exists():
+            os.rename(path, photos.parent/'old')
+            os.rename(new, path)
+        return real(place, *args)
+    monkeypatch.setattr(pa, 'memory_map', slow)
+    opened = load_images(path)
+    assert not new.exists() and fingerprint(opened) == fingerprint(load_images(photos))
+    assert same(batches(opened), batches(replace(load_images(photos), presize=96)))
+
+def test_files_of_two_builds_are_no_pack(photos, monkeypatch):
+    "Copied over each other, say: an error, never another image."
+    monkeypatch.setattr(packs, '_rows_each', lambda *args: 4)
+    path = pack(photos, 96, 'raw', tell=quiet)
+    negatives(photos)
+    other = pack(photos, 96, 'raw', photos.parent/'other', tell=quiet)
+    shutil.copy(other/'images-00001.arrow', path)
+    table = load_images(path)
+    read(table, 0)
+    with pytest.raises(RunFailed, match=r'images-00001.arrow is damaged .it belongs to another build of the pack.: pack it again'): read(table, 4)
+    shutil.copy(other/'index.arrow', path)
+    with pytest.raises(InputError, match=r'is damaged .index.arrow: it belongs to another build of the pack.: pack it again'): load_images(path)
+
+def test_a_pack_that_goes_away_on_a_network_disk(photos, monkeypatch):
+    "What is mapped is lost there: one line that says what to do."
+    path = pack(photos, 96, 'raw', tell=quiet)
+    monkeypatch.setattr(packs, 'LOOK', 0)
+    monkeypatch.setattr(packs, 'REMOTE', [packs._disk_kind(path)])
+    table = load_images(path)
+    read(table, 0)
+    negatives(photos)
+    pack(photos, 96, 'raw', tell=quiet)
+    with pytest.raises(RunFailed, match='was deleted or packed again while it was read, .* give the command again'): read(table, 1)
+
+def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
+    "Its test images are those that it began with."
+    for split, n in (('train', 4), ('test', 2)):
+        for c in ('cat', 'dog'):
+            (project/'data'/split/c).mkdir(parents=True)
+            for i in range(n): shutil.copy(photos/c/f'{i if split == "train" else i + 4}.jpg', project/'data'/split/c)
+    small = 'import imgexp.packs as p; p._rows_each = lambda *args: 1; '
+    def packing():
+        job = launcher.imgexp('data', 'pack', 'data', '--size', 32, '--kind', 'raw', root=project, before=small)
+        assert job.wait() == 0, job.err
+        return job.out.strip()
+    path = packing()
+    args = f'train --data {path} --size 16 --epochs 1 --batch-size 4 --workers 0 --track off --resume never'.split()
+    assert launcher.imgexp(*args, root=project).wait() == 0
+    job = launcher.imgexp(*args, root=project, before="""import imgexp.train as t, time, pathlib
+real = t.conclude
+def conclude(*args):
+    pathlib.Path('trained').touch()
+    while not pathlib.Path('packed').exists(): time.sleep(0.01)
+    return real(*args)
+t.conclude = conclude""")
+    until((project/'trained').exists, 'the end of the training')
+    negatives(project/'data')
+    assert packing() == path
+    (project/'packed').touch()
+    assert job.wait() == 0, job.err
+    from imgexp.runs import Run
+    one, two = (Run(d).metrics['test'] for d in sorted((project/'runs').glob('2*')))
+    assert one == two
+
+def test_a_pack_that_was_exchanged_since_a_run(photos):
+    "Another pack of the same photos under the name that the run was given: not evaluated on, as the network saw other images."
+    path, table = pack(photos, 96, 'jpeg', tell=quiet), load_images(photos)
+    prepared = preparation(load_images(path))
+    shutil.rmtree(path)
+    os.rename(pack(photos, 64, 'raw', tell=quiet), path)
+    with pytest.raises(InputError, match='holds presize-64, and the run saw jpeg-96: `imgexp data pack .*photos --kind jpeg --size 96`'): as_prepared(load_images(path), prepared, own=True)
+    assert as_prepared(load_images(path), 'presize-64', own=True) is not None
 
 # -- what can't be decoded
 
@@ -210,6 +312,7 @@ def test_damaged_progressive_jpegs_never_show_another_image(photos):
 
 # -- whole or not there
 
+OLD = 'import imgexp.data; imgexp.data.CLOCK = -1\n'  # as if the photos were older than two seconds
 SLOW = '''
 import imgexp.packs, time
 real = imgexp.packs._packed_image
@@ -218,7 +321,7 @@ def slow(*args):
     return real(*args)
 imgexp.packs._packed_image = slow
 imgexp.packs._rows_each = lambda *args: 3
-'''
+''' + OLD
 
 def packing(launcher, project, photos, before=SLOW): return launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project, before=before)
 def parts(project): return sorted((project/'cache/imgexp/data/packs').glob('.*.part/images-*.arrow'))
@@ -245,11 +348,25 @@ def test_terminated(launcher, project, photos):
     job.send(signal.SIGTERM)
     assert job.wait() == 75 and 'terminated' in job.err and packs.packs() == []
 
-def test_a_photo_that_changed_between_two_attempts(launcher, project, photos):
-    job = packing(launcher, project, photos)
-    until(lambda: len(parts(project)) >= 1, 'a file of images')
+@pytest.mark.parametrize('how', ['saved', 'exchanged', 'saved just now'])
+def test_a_photo_that_changed_between_two_attempts(launcher, project, photos, how):
+    "Also two of one size and time that exchange their names; and what was just written is packed again, as its clock may be coarse."
+    one, two = photos/'cat/0.jpg', photos/'cat/1.jpg'
+    for i, f in enumerate((one, two)):  # of one size: a comment fills them
+        raw = f.read_bytes()
+        f.write_bytes(raw[:2] + b'\xff\xfe' + (fill := 60_000 - len(raw) - 2).to_bytes(2, 'big') + bytes(fill - 2) + raw[2:])
+        os.utime(f, ns=(10**18, 10**18))
+    assert one.stat().st_size == two.stat().st_size == 60_000
+    job = packing(launcher, project, photos, SLOW + 'imgexp.data.CLOCK = 1e9'*(how == 'saved just now'))
+    until(lambda: len(list(parts(project)[0].parent.glob('images-*.json')) if parts(project) else []) >= 1, 'a file of images')
     job.send(signal.SIGKILL); job.wait()
-    photo(99).save(photos/'cat/0.jpg')
+    side = next((project/'cache/imgexp/data/packs').glob('.*.part/images-00000.json'))
+    if how == 'exchanged': one.rename(photos/'spare'); two.rename(one); (photos/'spare').rename(two)
+    else: photo(99).save(one)
+    if how == 'saved just now':  # an unlucky clock: the state is that of the first attempt, as far as that was noted
+        told = json.loads(side.read_text())
+        told['stamps'] = [[*rest, state and file_state(photos/rest[0])] for *rest, state in told['stamps']]
+        side.write_text(json.dumps(told))
     job = packing(launcher, project, photos, before="import imgexp.packs; imgexp.packs._rows_each = lambda *args: 3")
     assert job.wait() == 0, job.err
     assert same(batches(load_images(Path(job.out.strip()))), batches(replace(load_images(photos), presize=96)))
@@ -268,7 +385,7 @@ def test_a_photo_that_was_moved_to_another_class_between_two_attempts(launcher, 
 def test_killed_before_it_got_its_name(launcher, project, photos):
     "Between pack.json and the name: not a pack yet, and hardly anything is done again."
     job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project,
-                          before="import imgexp.packs, signal; imgexp.packs.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
+                          before=OLD + "import imgexp.packs, signal; imgexp.packs.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
     job.wait()
     assert parts(project) and packs.packs() == []
     stamps = {p.name: p.stat().st_mtime_ns for p in parts(project)}
@@ -300,6 +417,23 @@ def test_a_damaged_pack(photos, name):
     if name == 'index.arrow': assert packed(load_images(photos), 80).pack is None
     assert pack(photos, 96, 'raw', tell=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
     assert packed(load_images(photos), 80).pack.path == path
+
+def test_packs_that_are_left_aside_are_told(photos):
+    "Damaged ones, and those of another version; data of another name are not mentioned."
+    path, told = pack(photos, 128, 'raw', tell=quiet), []
+    raw = (path/'index.arrow').read_bytes()
+    (path/'index.arrow').write_bytes(raw[:1000])
+    assert packed(load_images(photos), 100, tell=told.append).pack is None
+    (path/'index.arrow').write_bytes(raw)
+    about = json.loads((path/'pack.json').read_text())
+    (path/'pack.json').write_text(json.dumps(about | {'format': 1}))
+    assert packed(load_images(photos), 100, tell=told.append).pack is None
+    assert [line.partition('-raw')[2].partition(' ')[2] for line in told] == [
+        'is damaged (index.arrow: Not an Arrow file): pack it again', 'is left aside: another version of imgexp made it, pack it again'], told
+    with pytest.raises(InputError, match='was packed by another version of imgexp: pack it again'): load_images(path)
+    os.rename(photos, photos.parent/'others')
+    packed(load_images(photos.parent/'others'), 100, tell=told.append)
+    assert len(told) == 2
 
 # -- wrong use
 
