@@ -8,7 +8,7 @@ __all__ = ['HEADS', 'archs', 'CompactResNet', 'compact_resnet', 'MLP', 'Block', 
            'trained_params', 'param_groups', 'Summary', 'summary']
 
 # %% ../nbs/02_models.ipynb #030d04a0
-import difflib, hashlib, math, pickle, re, sys
+import difflib, hashlib, io, math, pickle, re, sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import safetensors.torch
 import torch, torchvision
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -289,8 +289,9 @@ class _File:
     state: dict # name to tensor
     versions: dict # module path to what torch's migrations want to know of it
     half: int # tensors that were in another floating precision
+    id: str # as `weights_id` names it
 
-def _tensors(obj, path):
+def _tensors(obj, path, id):
     "The state dict in what a file held, at the top or under a usual key."
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(obj, dict) and isinstance(obj.get(key), dict): obj = obj[key]
@@ -301,24 +302,25 @@ def _tensors(obj, path):
     half = sum(v.is_floating_point() and v.dtype != torch.float32 for v in obj.values())
     state = {bare(k): v.float() if v.is_floating_point() else v for k, v in obj.items()}
     versions = {bare(f'{k}.')[:-1]: v for k, v in getattr(obj, '_metadata', {}).items()}
-    return _File(path.name, state, versions, half)
+    return _File(path.name, state, versions, half, id)
 
 # %% ../nbs/02_models.ipynb #6e447acf
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:120]
 
-def _read(path):
-    "The state dict in a .safetensors or PyTorch file; nothing is ever unpickled."
+def _read(path, id=''):
+    "The state dict in a .safetensors or PyTorch file, read once for its content and its `id`; nothing is ever unpickled."
     name = repr(str(path))
     try:
-        if path.suffix == '.safetensors': obj = load_file(path)
-        else: obj = torch.load(path, map_location='cpu', weights_only=True)
+        raw = path.read_bytes()
+        if path.suffix == '.safetensors': obj = safetensors.torch.load(raw)
+        else: obj = torch.load(io.BytesIO(raw), map_location='cpu', weights_only=True)
     except Exception as e:
         if isinstance(e, pickle.UnpicklingError) and re.search('GLOBAL|[Uu]nsafe|Unsupported class|Blocked', str(e)):
             raise InputError(f'weights={name} holds Python objects, which are never unpickled: '
                              'save the tensors alone with `torch.save(model.state_dict(), path)`.') from None
         raise InputError(f'weights={name} is damaged or no weights file ({type(e).__name__}): '
                          'fetch or save it again.') from None
-    return _tensors(obj, path)
+    return _tensors(obj, path, id or f'sha256:{hashlib.sha256(raw).hexdigest()[:16]}')
 
 # %% ../nbs/02_models.ipynb #2a875f9a
 def _weights_file(weights):
@@ -465,6 +467,7 @@ class Report:
     stem: str = 'standard' # or 'small'
     kind: str = 'linear' # of the head, or 'mlp'
     source: str = '' # file name of the weights
+    weights_id: str = '' # of the weights that were loaded; the file may have been replaced since
     loaded: int = 0 # tensors taken from the file
     head: str = '' # what became of the head
     notes: list = field(default_factory=list) # what was left out, converted or resized
@@ -528,7 +531,7 @@ def _load(model, file, keep_head):
         raise InputError(f'keep_head: the head in {file.name} has {theirs or "no"} classes and n_classes={ours}: '
                          'give its number of classes, or keep_head=False for a new head.')
     _refuse(model.arch, file.name, missing, unexpected, shapes)
-    report.source, report.loaded = file.name, len(state)
+    report.source, report.weights_id, report.loaded = file.name, file.id, len(state)
     if keep_head: report.head = f'{name} kept, {ours} classes'
     elif theirs: report.head += f' (the file has {theirs})'
     if file.half: report.notes.append(f'{file.half} tensors converted to float32')
@@ -536,7 +539,8 @@ def _load(model, file, keep_head):
 # %% ../nbs/02_models.ipynb #75e1e091
 def _fetch(arch, weights):
     "The state dict that `weights` names."
-    return _read(_download(_published(arch, weights).url, weights) if _is_published(weights) else _weights_file(weights))
+    if _is_published(weights): return _read(_download(_published(arch, weights).url, weights), weights_id(arch, weights))
+    return _read(_weights_file(weights))
 
 # %% ../nbs/02_models.ipynb #8c1c5996
 def build_model(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from imgexp.features import MADE, View, _make_room, cut, features, features_dir
+from imgexp.learner import to_input
 from imgexp.loader import make_batch
 from imgexp.models import build_model
 from imgexp.packs import load_images
@@ -105,23 +106,58 @@ def test_a_cache_of_somebody_else_can_be_read(parts, monkeypatch):
     monkeypatch.setattr(os, 'open', refuse)  # of the lock
     with pytest.raises(RunFailed, match='cannot be written .Permission denied'): features(load_images('digits').take(np.arange(200)), parts, VIEW, 'fp32')
 
-def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatch):
-    "Its features would stand under the content that it had before."
+@pytest.mark.parametrize('how', ['rewritten', 'exchanged', 'written just now'])
+def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatch, how):
+    "Its features would stand under the content that it had before; also where size and time stay, and where a coarse clock shows no change at all."
+    import imgexp.data as d
     import imgexp.features as f
-    folder, contents = tree(tmp_path/'images'), f.item_contents
-    changed = sorted((folder/'circle').iterdir())[1]
+    folder, contents, state = tree(tmp_path/'images'), f.item_contents, f.file_state
+    one, two = sorted((folder/'circle').iterdir())[1:3]
+    for p in (one, two):
+        p.write_bytes(p.read_bytes().ljust(3000, b'\0'))
+        os.utime(p, (10**9, 10**9))
+    def coarse(path): return '3000 0 0 0' if how == 'written just now' and path == str(one) else state(path)
+    monkeypatch.setattr(f, 'file_state', coarse)
+    monkeypatch.setattr(d, 'CLOCK', 1e12 if how == 'written just now' else -1)
     def then_changed(table):
         out = contents(table)
-        cv2.imwrite(str(changed), np.full((20, 20, 3), 77, np.uint8))
+        if how == 'exchanged': one.rename(folder/'spare'); two.rename(one); (folder/'spare').rename(two)
+        else: cv2.imwrite(str(one), np.full((20, 20, 3), 77, np.uint8))
         return out
     monkeypatch.setattr(f, 'item_contents', then_changed)
-    with pytest.raises(RunFailed, match='features of 1 images are gone again'): features(load_images(folder), parts, VIEW, 'fp32')
+    with pytest.raises(RunFailed, match=f'features of {2 if how == "exchanged" else 1} images are gone again'): features(load_images(folder), parts, VIEW, 'fp32')
     monkeypatch.setattr(f, 'item_contents', contents)
     table = load_images(folder)
     found = features(table, parts, VIEW, 'fp32')
-    assert found.computed == 1
-    alone = features(table, parts, replace(VIEW, size=33), 'fp32')
-    assert alone.computed == len(table)
+    assert found.computed == (2 if how == 'exchanged' else 1)
+    images = torch.from_numpy(make_batch(table, np.arange(len(table)), 32)[0])
+    with torch.inference_mode(): wanted = parts.prefix.eval()(to_input(images, VIEW.norm))
+    assert torch.allclose(found.take(np.arange(len(table))), wanted, atol=1e-5)
+
+def test_images_that_exchange_their_names(parts, tmp_path, monkeypatch):
+    "Of one size and time: each has its own features afterwards, and none is computed again."
+    import imgexp.data as d
+    monkeypatch.setattr(d, 'CLOCK', -1)
+    folder = tree(tmp_path/'images')
+    one, two = sorted((folder/'circle').iterdir())[1:3]
+    for p in (one, two):
+        p.write_bytes(p.read_bytes().ljust(3000, b'\0'))
+        os.utime(p, (10**9, 10**9))
+    table = load_images(folder)
+    before = features(table, parts, VIEW, 'fp32').take(np.arange(len(table))).clone()
+    one.rename(folder/'spare'); two.rename(one); (folder/'spare').rename(two)
+    after = features(table, parts, VIEW, 'fp32')
+    a, b = (list(table.items).index(f'circle/{p.name}') for p in (one, two))
+    assert after.computed == 0 and torch.equal(after.take([a, b]), before[[b, a]]) and not torch.equal(before[a], before[b])
+
+def test_other_versions_of_libraries_compute_anew(parts, monkeypatch):
+    "What decodes and what computes is part of the key."
+    import imgexp.features as f
+    table, known = load_images('digits').take(np.arange(20)), f.library_versions()
+    assert features(table, parts, VIEW, 'fp32').computed == 20 and features(table, parts, VIEW, 'fp32').computed == 0
+    for name in known:
+        monkeypatch.setattr(f, 'library_versions', lambda: known | {name: 'next'})
+        assert features(table, parts, VIEW, 'fp32').computed == 20
 
 def test_too_little_memory_for_a_batch(parts):
     "Halves, and halves of them; one line where a single image is too large."

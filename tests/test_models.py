@@ -167,6 +167,15 @@ def test_local_weights(source, tmp_path, name):
     assert model.fc.out_features == 3 and model.report.loaded == len(theirs) - 2
     assert 'the file has 10' in repr(model.report) and name in model.report._repr_html_()
     assert weights_id('resnet18', path) == 'sha256:' + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert model.report.weights_id == weights_id('resnet18', path)
+
+def test_a_weights_file_that_is_replaced_once_it_is_loaded(source, tmp_path):
+    "The report names what was loaded, not what lies there now."
+    path = save(source, tmp_path/'w.pth')
+    before = weights_id('resnet18', path)
+    model = build_model('resnet18', 3, path, size=64)
+    save(torch.nn.Linear(2, 3), path)
+    assert model.report.weights_id == before != weights_id('resnet18', path)
 
 def test_head_of_the_same_size_is_new_unless_kept(source, tmp_path):
     path = save(source, tmp_path/'w.pth')
