@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from .augment import SCALE, crop_boxes, flips, policy
 from .data import BadImage, Images, decode, jpeg_size, order, shrink, stored, uniforms
+from .runs import plot_text
 
 # %% ../nbs/01e_loader.ipynb #ea764203
 def center_boxes(
@@ -344,7 +345,7 @@ def show_batch(
         ax.axis('off')
         if i >= len(images): continue
         ax.imshow(images[i], interpolation='nearest')
-        if labels is not None: ax.set_title(str(classes[int(labels[i])] if classes else int(labels[i]))[:14], fontsize=8)
+        if labels is not None: ax.set_title(plot_text(str(classes[int(labels[i])] if classes else int(labels[i]))[:14]), fontsize=8)
     fig.tight_layout(pad=0.3)
     plt.close(fig)
     return fig

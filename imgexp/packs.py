@@ -18,10 +18,10 @@ import simplejpeg
 from fastcore.basics import patch
 
 from .catalog import data_dir, located
-from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
+from .data import (BadImage, Images, _remember, _remembered, _stamp, _trainable, contents, decode, digits, fingerprint, from_folders, from_idx, jpeg_size,
                          keep_classes, read, shapes, shrink, stored, with_valid)
 from .fetch import _amount
-from .runs import InputError, RunFailed, _read_json, _sha256, _shown, _unknown, _write_json, duration, writing
+from .runs import InputError, RunFailed, _read_json, _sha256, _shown, _unknown, _write_json, duration, printable, writing
 
 # %% ../nbs/01d_packs.ipynb #5465877d
 KINDS = ('jpeg', 'raw')
@@ -149,7 +149,7 @@ def _jpeg(image):
 
 def _stamps(table, rows):
     "What a file of images is made from: name, label, split, size and time of each"
-    return [[_key(table.items[r]), int(table.labels[r]), int(table.splits[r]), *(_stamp(_path(table, r)) or (0, 0))] for r in rows]
+    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), *(_stamp(_path(table, r)) or (0, 0))] for r in rows]
 
 def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
 
@@ -160,7 +160,7 @@ def _batch(table, rows, held):
     "The arrow batch of some images"
     import pyarrow as pa
     images, heights, widths, shas, errors = zip(*held)
-    names = [_key(table.items[r]) for r in rows]  # arrow takes unicode only
+    names = [printable(table.items[r]) for r in rows]  # arrow takes unicode only
     return pa.record_batch({
         'item': pa.array(names, pa.large_string()), 'label': pa.array(table.labels[rows], pa.int32()),
         'split': pa.array(table.splits[rows], pa.int8()), 'height': pa.array(heights, pa.int32()),
@@ -203,8 +203,8 @@ def _make_shard(part, table, kind, k, rows, pool, tick):
     sha = _write_arrow(part/_shard_name(k), _batch(table, rows, held))
     if _stamps(table, rows) != stamps: raise RunFailed(f'{_shown(table.root)} changed while it was packed: give the command again')
     _write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'stamps': stamps})
-    db, _ = _remembered(_key(table.root), known=False)  # hashed once for all that asks later
-    _remember(db, [(_key(_path(table, r)), *stamp[3:], h[3] if any(h[3]) else None) for r, stamp, h in zip(rows, stamps, held)])
+    db, _ = _remembered(printable(table.root), known=False)  # hashed once for all that asks later
+    _remember(db, [(printable(_path(table, r)), *stamp[3:], h[3] if any(h[3]) else None) for r, stamp, h in zip(rows, stamps, held)])
     db.close()
     return sha
 
@@ -349,7 +349,7 @@ def packs(
 def _places(pack, table):
     "Where the images of `table` lie in `pack`; None unless it holds all of them with the same content"
     if set(table.classes) - set(pack.about['classes']) or len(pack) < len(table): return None
-    known, names = pack.index['item'].to_numpy(), np.array([_key(i) for i in table.items], object)
+    known, names = pack.index['item'].to_numpy(), np.array([printable(i) for i in table.items], object)
     if len(known) == len(names) and (known == names).all(): places = np.arange(len(known))
     else:
         where = {item: i for i, item in enumerate(known)}
