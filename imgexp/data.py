@@ -384,6 +384,7 @@ def shapes(
 def cache_dir() -> Path:
     "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache); raises `RunFailed` where there can be none."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
+    if printable(path) != str(path): raise RunFailed(f'{printable(path)} is no UTF-8: set XDG_CACHE_HOME to a folder that is')
     with writing(path): path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -22,7 +22,7 @@ from .loader import center_boxes
 from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import load_images, packed, preparation
 from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _plain, _read_json, _sha256, _write_json, asked_to_stop, check_call,
-                         duration, seeds, start_run, writing)
+                         duration, printable, seeds, start_run, writing)
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c47
 ACTIVATIONS, STRATEGIES, PRECISION = ['relu', 'silu', 'gelu', 'mish'], ['same', 'half', 'pyramid'], ['auto', 'fp32', 'bf16']
@@ -443,7 +443,7 @@ def _finish(run, history, told, arrays):
     best = history.loc[history.valid_top1.idxmax()]
     metrics = {s: score(probs, arrays.labels[s]) for s, probs in told.items()}
     run.finish({'checkpoint': 'best', 'epoch': int(best.epoch)} | metrics | {'seconds': float(history.seconds.iloc[-1]),
-                'img_per_s': float(history.img_per_s.median()), 'skipped': arrays.skipped})
+                'img_per_s': float(history.img_per_s.median()), 'skipped': {printable(k): v for k, v in arrays.skipped.items()}})
     return {}
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1a

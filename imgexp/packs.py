@@ -43,7 +43,7 @@ class Pack:
         import pyarrow as pa
         self.path, self.about, self._shards = Path(path), _about(path), {}
         if self.about is None: raise InputError(f'{_shown(path)} is not a pack: it has no pack.json')
-        try: index = pa.ipc.open_file(pa.memory_map(str(self.path/'index.arrow'))).read_all()
+        try: index = pa.ipc.open_file(pa.memory_map(os.fsencode(self.path/'index.arrow'))).read_all()
         except (OSError, pa.ArrowInvalid) as e: raise InputError(f'{_shown(path)} is damaged (index.arrow: {e}): pack it again') from None
         self.index, self.raw, self.size = index, self.about['kind'] == 'raw', self.about['size']
         self.heights, self.widths = (index[k].to_numpy() for k in ('height', 'width'))
@@ -63,7 +63,7 @@ class Pack:
         import pyarrow as pa
         path = str(self.path/_shard_name(shard))
         try:
-            whole = pa.memory_map(path).read_buffer()
+            whole = pa.memory_map(os.fsencode(path)).read_buffer()
             _, ends, data = pa.ipc.open_file(whole).get_batch(0)['image'].buffers()
         except (OSError, pa.ArrowInvalid) as e: raise RunFailed(f'{_shown(path)} is damaged ({e}): pack it again') from None
         self._shards[shard] = np.frombuffer(data, np.uint8), np.frombuffer(ends, np.int64)  # keeps no file open
@@ -226,7 +226,7 @@ def _rows_each(n, each):
 def _index(part, shards):
     "Write index.arrow from the files of images; its sha-256, and the errors by name"
     import pyarrow as pa
-    tables = [pa.ipc.open_file(pa.memory_map(str(part/_shard_name(k)))).read_all().select(_INDEX) for k in range(shards)]
+    tables = [pa.ipc.open_file(pa.memory_map(os.fsencode(part/_shard_name(k)))).read_all().select(_INDEX) for k in range(shards)]
     index = pa.concat_tables(tables).combine_chunks()
     errors = {r['item']: r['error'] for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
     return _write_arrow(part/'index.arrow', index), errors
