@@ -34,15 +34,18 @@ def ended(job, code=0):
 
 def test_files_and_classes_that_are_no_utf8(images, project, launcher):
     "Trained with, tracked, evaluated, predicted, packed and checked; CSV files have them as escapes, JSON as they are."
-    (project/'one').mkdir(); (project/'one/runs').mkdir()
+    for k in ('one', 'two'): (project/k).mkdir()
     train = launcher.imgexp('train', '--data', images, *SMALL, '--track', 'offline', root=project)
     check = launcher.imgexp('data', 'check', images, '--csv', 'found.csv', '--sheet', 'sheet.png', root=project)
     pack = launcher.imgexp('data', 'pack', images, '--size', 8, '--dest', project/os.fsdecode(b'\xe9'), root=project)
     transfer = launcher.imgexp('transfer', '--data', images, '--size', 32, '--epochs', 1, '--bad', 'skip', '--track', 'off', root=project/'one')
+    stop = launcher.imgexp('train', '--data', images, *SMALL, '--bad', 'stop', '--track', 'off', root=project/'two')
     assert 'top1' in ended(train) and 'tracking' not in train.out + train.err
     run = find_run('', project/'runs')
     assert run.metrics['skipped'].keys() == {r'caf\xe9/\xe9.png', r'$\a{$/\xe9.png'}
     assert r'caf\xe9/\xe9.png is not an image' in ended(check) and r'caf\xe9/\xe9.png' in (project/'found.csv').read_text()
+    ended(stop, 1)
+    assert r'\xe9.png is not an image' in ended(launcher.imgexp('runs', 'ls', '--json', root=project/'two'))
     assert r'\xe9/images-jpeg-8-' in ended(pack) and 'top1' in ended(transfer)
     jobs = {how: launcher.imgexp('predict', run.name, images, *how.split(), root=project, PYTHONIOENCODING=code)
             for how, code in (('', 'utf-8'), ('--json', 'ascii'))}
@@ -67,6 +70,15 @@ def test_a_terminal_obeys_no_name(images, project, launcher):
         out = ended(job)
         assert name + r'/\x1b[2Ja\u202eb.png' in out and '\x1b' not in out
     for job in refused: assert job.wait() == 2 and '\x1b' not in job.err
+
+def test_a_table_that_follows_a_sweep_has_names_as_they_are():
+    "What rich takes for a style is a name."
+    from imgexp.cli import _live
+    table = pd.DataFrame({'state': ['done'], 'top1': [1.], 'trained': [1], '[/b]': ['[/red]']})
+    live = _live(SimpleNamespace(table=lambda: table, best=lambda: {'value': 1.}, metric=SimpleNamespace(name='top1'), varying=['[/b]'], limit=1))
+    live.console.file, live.console.width = io.StringIO(), 120
+    live.console.print(live.get_renderable())
+    assert '[/b]=[/red]' in live.console.file.getvalue()
 
 # -- spreadsheets
 
