@@ -20,7 +20,7 @@ import typer
 from .runs import (InputError, RunBusy, RunFailed, _headline, _not_known, _shown, check_call, diff_params, find_run, printable, prune_runs, remove_run,
                          runs, writing)
 
-# %% ../nbs/90_cli.ipynb #1d71044b
+# %% ../nbs/90_cli.ipynb #a86f6fc9
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')  # and what reverses the direction of the text
 
 def _visible(text):
@@ -35,13 +35,14 @@ class _Output:
     def write(self, text): return self._stream.write(_visible(text))
     def __getattr__(self, name): return getattr(self._stream, name)
 
-# %% ../nbs/90_cli.ipynb #2a9e882c
+# %% ../nbs/90_cli.ipynb #2f48a018
 _FORMULA = ('=', '+', '-', '@', '\t', '\r', '\n', "'", '＝', '＋', '－', '＠')
 
 def _cell(value):
     "A value as a spreadsheet shall show it: no text is a formula"
     if not isinstance(value, str): return value
-    return "'"*value.startswith(_FORMULA) + printable(value)
+    text = printable(value)
+    return "'"*text.startswith(_FORMULA) + text
 
 def _csv(table):
     "A pandas table without its index as CSV"
