@@ -11,6 +11,7 @@ import ast, importlib.util, itertools, json, os, queue, signal, statistics, subp
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from .runs import (NOT_IN_ID, InputError, Params, Run, Stopped, _age, _headline, _plain, _read_json, _shown, _unknown, asked_to_stop,
@@ -422,7 +423,7 @@ class Plan:
         rows = [p | {'does': d, 'run': r.name if r else '', 'seconds': s} for p, d, r, s in zip(self.points, self.does, self.runs, self.seconds)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='job')).round({'seconds': 0})
     def __repr__(self): return f'{self.table()}\n{self}'
-    def _repr_html_(self): return self.table()._repr_html_() + str(self)
+    def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
 _DOES = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'look': 'finished, if their data are the same', 'skip': 'failed (--retry runs them again)'}
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from textwrap import fill
+from textwrap import wrap
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .data import SPLITS, BadImage, Images, decode, order, read, resize, with_valid, without_warnings
 from .packs import Pack, load_images
-from .runs import InputError, RunFailed
+from .runs import InputError, RunFailed, plot_text, printable
 
 # %% ../nbs/01f_check.ipynb #ebf12e8d
 BITS, NEAR = 256, 15  # bits of the hash; how many may differ between two savings of one picture
@@ -154,13 +154,9 @@ def _as_brought(table):
     try: return merged if (with_valid(merged).splits == table.splits).all() else table
     except InputError: return table  # too small for a validation split
 
-def _printable(names):
-    "File names may be no unicode"
-    return [str(n).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace') for n in names]
-
 def _names(table, rows):
     "Printable names: paths, or split/class/number of images in memory"
-    if table.pixels is None: return _printable(table.items[rows])
+    if table.pixels is None: return [printable(i) for i in table.items[rows]]
     columns = zip(table.splits[rows], table.labels[rows], table.items[rows])
     return [f'{SPLITS[s]}/{table.classes[c]}/{i}' for s, c, i in columns]
 
@@ -176,7 +172,7 @@ def survey(
     rows = np.sort(order(len(table), 0, 0)[:n or None])
     columns = _empty(len(rows))
     _fill_all(table, rows, columns, workers)
-    labels = {'class': pd.Categorical.from_codes(table.labels[rows], _printable(table.classes)),
+    labels = {'class': pd.Categorical.from_codes(table.labels[rows], [printable(str(c)) for c in table.classes]),
               'split': pd.Categorical.from_codes(table.splits[rows], SPLITS)}
     out = pd.DataFrame(dict(item=_names(table, rows), **labels, **columns), index=rows)
     return out.astype({'format': 'category', 'mode': 'category'})
@@ -397,10 +393,10 @@ def _draw_row(ax, table, kind, found, top, columns, side):
     ax.text(2, top + side/2, f'{kind}\n{found.finding.nunique():,}', fontsize=9, va='center')
     for i, (_, one) in enumerate(found[:columns].iterrows()):
         x, image = _LABEL + i*_cell(side), _thumbnail(table, one.row, side)
-        name = f'{one.split} {one["class"]}'[:16] + '\n' + os.path.basename(one['item'])[-16:]
-        ax.text(x, top - 4, name, fontsize=6.5)
+        name = f'{one.split} {one["class"]}'[:16], os.path.basename(one['item'])[-16:]
+        ax.text(x, top - 4, '\n'.join(map(plot_text, name)), fontsize=6.5)
         if image is not None: ax.imshow(image, extent=(x, x + image.shape[1], top + image.shape[0], top))
-        else: ax.text(x, top + 4, fill(one.detail, 15), fontsize=6.5, color='#a00', va='top')
+        else: ax.text(x, top + 4, '\n'.join(map(plot_text, wrap(one.detail, 15))), fontsize=6.5, color='#a00', va='top')
         if i and one.finding == found.finding.iloc[i - 1]:
             ax.plot([x - _cell(side), x + side], [top + side + 4]*2, color='#0072B2')
 
@@ -420,7 +416,7 @@ def sheet(
     width, height = _LABEL + columns*_cell(side), (side + 32)*max(1, len(kinds))
     fig = plt.figure(figsize=(width/80, height/80), dpi=80)
     ax = fig.add_axes((0, 0, 1, 1))
-    if not kinds: ax.text(2, height/2, self.summary)
+    if not kinds: ax.text(2, height/2, plot_text(self.summary))
     for i, (kind, found) in enumerate(kinds): _draw_row(ax, self.images, kind, found, i*(side + 32) + 26, columns, side)
     ax.set(xlim=(0, width), ylim=(height, 0)); ax.set_axis_off()
     plt.close(fig)

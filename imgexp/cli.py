@@ -9,15 +9,47 @@ __all__ = ['app', 'runs_app', 'Json', 'Name', 'data_app', 'DataName', 'cache_app
            'sweep_best', 'sweep_stop', 'sweep_extend', 'sweep_retry', 'sweep_export', 'main']
 
 # %% ../nbs/90_cli.ipynb #775b639b
-import atexit, inspect, json, os, signal, sys, traceback
+import atexit, csv, inspect, io, json, os, re, signal, sys, traceback
 from collections import deque
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, List, Optional
 
 import typer
 
-from .runs import (InputError, RunBusy, RunFailed, _headline, _not_known, _shown, check_call, diff_params, find_run, prune_runs, remove_run,
+from .runs import (InputError, RunBusy, RunFailed, _headline, _not_known, _shown, check_call, diff_params, find_run, printable, prune_runs, remove_run,
                          runs, writing)
+
+# %% ../nbs/90_cli.ipynb #a86f6fc9
+_CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')  # and what reverses the direction of the text
+
+def _visible(text):
+    "Lines of text in which nothing is left for a terminal to obey"
+    return '\n'.join(printable(_CONTROL.sub(lambda m: ascii(m[0])[1:-1], line)) for line in text.split('\n'))
+
+class _Output:
+    "The standard output, where names are shown and never obeyed"
+    def __init__(self, stream):
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='backslashreplace')  # LANG=C
+    def write(self, text): return self._stream.write(_visible(text))
+    def __getattr__(self, name): return getattr(self._stream, name)
+
+# %% ../nbs/90_cli.ipynb #2f48a018
+_FORMULA = ('=', '+', '-', '@', '\t', '\r', '\n', "'", '＝', '＋', '－', '＠')
+
+def _cell(value):
+    "A value as a spreadsheet shall show it: no text is a formula"
+    if not isinstance(value, str): return value
+    text = printable(value)
+    return "'"*text.startswith(_FORMULA) + text
+
+def _csv(table):
+    "A pandas table without its index as CSV"
+    out = io.StringIO()
+    rows = ([_cell(v) if v == v else '' for v in row] for row in table.itertuples(index=False, name=None))  # not-a-number is empty
+    csv.writer(out, lineterminator='\n').writerows([map(_cell, table.columns), *rows])
+    return out.getvalue()
 
 # %% ../nbs/90_cli.ipynb #8bbdc192
 app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.', no_args_is_help=True,
@@ -28,7 +60,7 @@ app.add_typer(runs_app, name='runs')
 Json = Annotated[bool, typer.Option('--json', help='For programs: JSON instead of a table.')]
 Name = Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory.")]
 
-def _say(text): print(text, file=sys.stderr)
+def _say(text): print(_visible(str(text)), file=sys.stderr)
 
 def _terminated(number, frame): raise KeyboardInterrupt('terminated')
 
@@ -158,7 +190,7 @@ def _can_write(path, suffix=''):
 def data_check(
     data: Annotated[str, typer.Argument(help='A folder, a pack, digits, shapes, or a name of `imgexp data list` that is here.')],
     strict: Annotated[bool, typer.Option('--strict', help='Exit status 1 when anything is strange.')] = False,
-    csv: Annotated[Optional[Path], typer.Option(help='Write all findings there: a row for each finding and image.')] = None,
+    csv: Annotated[Optional[Path], typer.Option(help='Write all findings there: a row for each finding and image. Texts that a spreadsheet would take for formulas get an apostrophe before them.')] = None,
     sheet: Annotated[Optional[Path], typer.Option(help='Write pictures of the findings there (PNG).')] = None,
     as_json: Json = False,
 ):
@@ -172,7 +204,7 @@ def data_check(
         _say(report.summary)
     else: print(report)
     if csv:
-        with writing(csv): report.table().to_csv(csv)
+        with writing(csv): csv.write_text(_csv(report.table().reset_index()), encoding='utf-8')
     if sheet:
         with writing(sheet): report.sheet().savefig(sheet)
     for path in filter(None, (csv, sheet)): _say(f'{path} written')
@@ -247,10 +279,10 @@ def predict(
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
     as_json: Json = False,
 ):
-    "Label a folder of images: CSV on stdout."
+    "Label a folder of images: CSV on stdout. A name that a spreadsheet would take for a formula (it begins with =, +, -, @, a tab or an apostrophe) gets an apostrophe before it, and what is no UTF-8 is written as \\xe9: --json gives names as they are (in Python, os.fsencode(name) has the bytes)."
     from imgexp.evaluate import load_run
     table = load_run(name, checkpoint).predict(folder)
-    print(table.to_json(orient='records', indent=1) if as_json else table.to_csv(index=False), end='')
+    print(json.dumps(table.astype(object).where(table.notna(), None).to_dict('records'), indent=1) if as_json else _csv(table), end='')
     failed = table.error.notna().sum()
     if failed: _say(f'{failed} of {len(table)} images could not be read: see the column error')
 
@@ -370,7 +402,7 @@ def _live(sweep, rows=15):
                           ' '.join(f'{k}={t[k]:.3g}' if isinstance(t[k], float) else f'{k}={t[k]}' for k in sweep.varying if t[k] == t[k]))
         table.caption = f'{len(ended)} of {sweep.limit} trials have ended' + f", best {best['value']:.4g}"*bool(best) + f', {len(trials) - len(shown)} not shown'*(len(trials) > len(shown))
         return table
-    return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True), transient=True)
+    return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True, markup=False, highlight=False), transient=True)
 
 # %% ../nbs/90_cli.ipynb #77aa0c22
 @sweep_app.command('status')
@@ -430,7 +462,7 @@ def sweep_retry(name: SweepName = ''):
 @sweep_app.command('export')
 def sweep_export(
     name: SweepName = '',
-    csv: Annotated[Optional[Path], typer.Option(help='Write the trials there.')] = None,
+    csv: Annotated[Optional[Path], typer.Option(help='Write the trials there. Texts that a spreadsheet would take for formulas get an apostrophe before them.')] = None,
     figures: Annotated[bool, typer.Option('--figures', help='Write the pictures to figures/ in the folder of the sweep.')] = False,
     to_wandb: Annotated[bool, typer.Option('--wandb', help='Send the table to Weights & Biases.')] = False,
 ):
@@ -440,7 +472,7 @@ def sweep_export(
     if not (csv or figures or to_wandb): raise InputError('nothing to export: give --csv FILE, --figures or --wandb')
     if csv:
         _can_write(csv)
-        with writing(csv): sweep.table().to_csv(csv)
+        with writing(csv): csv.write_text(_csv(sweep.table().reset_index()), encoding='utf-8')
         _say(f'{csv} written')
     if figures:
         from imgexp.sweep_figures import save_figures
@@ -463,7 +495,7 @@ def _fail(e):
     if isinstance(e, InputError):
         _say(f'imgexp: {e}')
         return 1 if isinstance(e, (RunBusy, RunFailed)) else 2
-    traceback.print_exception(e)
+    _say(''.join(traceback.format_exception(e)).rstrip())
     return 1
 
 # %% ../nbs/90_cli.ipynb #030c074f
@@ -480,7 +512,7 @@ def main(
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_MADE[name]())
             command.commands[name] = typer.main.get_command(single)
-        with command.make_context('imgexp', args) as context: command.invoke(context)  # .main would hide interruptions
+        with redirect_stdout(_Output(sys.stdout)), command.make_context('imgexp', args) as context: command.invoke(context)  # .main would hide interruptions
         sys.stdout.flush()
         return 0
     except typer.Exit as e: return e.exit_code

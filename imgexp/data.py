@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from .runs import InputError, RunFailed, _shown, _unknown, writing
+from .runs import InputError, RunFailed, _shown, _unknown, plot_text, printable, writing
 
 # %% ../nbs/01b_data.ipynb #4c77d3df
 def _mix(x):
@@ -158,7 +158,7 @@ def keep_classes(
     classes: str,  # comma-separated names; '' keeps all
 ) -> Images:
     "`table` with the named classes only; raises `InputError` for a name that it doesn't have."
-    names = [c.strip() for c in classes.split(',') if c.strip()]
+    names = [printable(c.strip()) for c in classes.split(',') if c.strip()]
     for c in names:
         if c not in table.classes: raise _unknown(c, table.classes[:20], 'class')
     if not names: return table
@@ -223,7 +223,7 @@ def from_idx(
         labels.append(read_idx(label_path))
         splits.append(np.full(len(pixels[-1]), SPLITS.index(_IDX[prefix]), np.int8))
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
-                       name=Path(folder).resolve().name)
+                       name=printable(Path(folder).resolve().name))
 
 # %% ../nbs/01b_data.ipynb #8b9d96d4
 SUFFIXES = frozenset('.jpg .jpeg .jpe .png .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
@@ -256,6 +256,13 @@ def _node(folder):
 # %% ../nbs/01b_data.ipynb #16fa663f
 def _folders(path): return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
 
+def _named(folders, root):
+    "Folders by the names of their classes, which can be printed, stored and drawn"
+    named = {printable(f): f for f in folders}
+    twice = [f for f in folders if named[printable(f)] != f]
+    if twice: raise InputError(f'two classes of {_shown(root)} are both written {printable(twice[0])}: rename one of the folders')
+    return named
+
 def from_folders(
     root: str | Path,  # holds class folders, or train/, valid/, test/ with class folders in each
     classes: str = '', # comma-separated names of the classes to read; '' reads all
@@ -266,17 +273,19 @@ def from_folders(
     parts = [(root/d, SPLIT_NAMES[d.lower()]) for d in below if d.lower() in SPLIT_NAMES] or [(root, 0)]
     if all(s != 0 for _, s in parts): raise InputError(f'{_shown(root)} has {", ".join(below)} but no train folder')
     names = _folders(next(d for d, s in parts if s == 0))
-    kept = [c.strip() for c in classes.split(',') if c.strip()] or names
+    named = _named(names, root)
+    kept = [printable(c.strip()) for c in classes.split(',') if c.strip()] or [*named]
     for c in kept:
-        if c not in names: raise _unknown(c, names[:20], 'class')
-    kept, items, labels, splits = [c for c in names if c in kept], [], [np.zeros(0, np.int64)], [np.zeros(0, np.int8)]
+        if c not in named: raise _unknown(c, [*named][:20], 'class')
+    kept, items, labels, splits = [c for c in named if c in kept], [], [np.zeros(0, np.int64)], [np.zeros(0, np.int8)]
     for folder, split in parts:
         extra = sorted(set(_folders(folder)) - set(names))
         if extra: raise InputError(f'{_shown(folder/extra[0])}: class {extra[0]!r} has no folder among the training images')
         for label, c in enumerate(kept):
-            found = _images_below(folder/c, os.path.relpath(folder/c, root) + os.sep) if (folder/c).is_dir() else []
+            below = folder/named[c]
+            found = _images_below(below, os.path.relpath(below, root) + os.sep) if below.is_dir() else []
             items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split, np.int8))
-    return _trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept, name=root.name, root=root))
+    return _trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept, name=printable(root.name), root=root))
 
 def _trainable(table):
     "Raises InputError unless there are two classes and every class has a training image"
@@ -376,6 +385,7 @@ def shapes(
 def cache_dir() -> Path:
     "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache); raises `RunFailed` where there can be none."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
+    if printable(path) != str(path): raise RunFailed(f'{printable(path)} is no UTF-8: set XDG_CACHE_HOME to a folder that is')
     with writing(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -387,8 +397,6 @@ def _remembered(root, place=None, known=True):
         rows = db.execute('select path, state, sha from files where path between ? and ?', (f'{root}/', f'{root}0')) if known else ()
         return db, {p: (s, h) for p, s, h in rows}
     except (OSError, sqlite3.Error, RunFailed): return _remembered(root, ':memory:', known)
-
-def _key(path): return str(path).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')  # names may be no unicode
 
 def _stamp(path):
     "Size and time of a file; None where there is none (a link to nowhere)"
@@ -432,8 +440,8 @@ def _remember(db, rows):
 
 def _content_hashes(paths, root):
     "sha-256 of each file, read at most once while its state is the same; b'' for one that can't be read"
-    db, known = _remembered(_key(root))
-    keys, states = [_key(f) for f in paths], [file_state(f) for f in paths]
+    db, known = _remembered(printable(root))
+    keys, states = [printable(f) for f in paths], [file_state(f) for f in paths]
     out = [b'' if s is None else found[1] if (found := known.get(k)) and found[0] == s else None for k, s in zip(keys, states)]
     new = [i for i, h in enumerate(out) if h is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -462,7 +470,7 @@ def fingerprint(
     elif table.pixels is not None: h.update(np.ascontiguousarray(table.pixels[table.items]))
     else:
         for item, content in zip(table.items, contents(table)):
-            h.update(_key(item).replace(os.sep, '/').encode() + b'\0' + content)
+            h.update(printable(item).replace(os.sep, '/').encode() + b'\0' + content)
     return f'sha256:{h.hexdigest()[:16]}'
 
 # %% ../nbs/01b_data.ipynb #3a8844c6
@@ -614,7 +622,7 @@ def show_counts(
     fig, ax = plt.subplots(figsize=(6, 0.6 + 0.22*min(len(counts), 60)))
     for split, color, n in zip(SPLITS, ('#0072B2', '#E69F00', '#999999'), counts.T):
         ax.barh(range(len(n)), n, left=left, color=color, label=f'{split} (n = {n.sum():,})'); left = left + n
-    if len(counts) <= 60: ax.set_yticks(range(len(counts)), table.classes, fontsize=8)
+    if len(counts) <= 60: ax.set_yticks(range(len(counts)), [plot_text(str(c)) for c in table.classes], fontsize=8)
     ax.invert_yaxis(); ax.set_xlabel('images'); ax.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
     ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)

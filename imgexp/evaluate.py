@@ -153,9 +153,9 @@ def predict(
     table = Images(names, zeros, np.full(len(names), 2, np.int8), self.classes, root=root.resolve())
     table = as_prepared(table, self.run.depends.get('prepared', ''))
     probs, _, rows, loader = _predict(self, table, bad='skip')
-    out = pd.DataFrame({'file': names, 'predicted': None, 'probability': np.nan, 'error': None})
+    out = pd.DataFrame({'file': pd.Series(names, dtype=object), 'predicted': None, 'probability': np.nan, 'error': None})
     if len(rows):
         out.loc[rows, 'predicted'] = np.array(self.classes, object)[probs.argmax(1)]
-        out.loc[rows, 'probability'] = probs.max(1).round(4)
+        out.loc[rows, 'probability'] = probs.max(1).astype(float).round(4)
     for name, why in loader.skipped.items(): out.loc[out.file == name, 'error'] = why
     return out

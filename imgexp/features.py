@@ -7,7 +7,7 @@ __all__ = ['MADE', 'FILE_MB', 'FILE_SECONDS', 'Cut', 'cut', 'module_id', 'View',
            'features_dir', 'FeatureCache', 'Features', 'features', 'cached', 'verify', 'clear']
 
 # %% ../nbs/15_features.ipynb #15fe0003
-import hashlib, json, math, os, shutil, time
+import errno, hashlib, json, math, os, shutil, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -142,6 +142,13 @@ def features_dir() -> Path:
     "The user's folder of cached features; raises `RunFailed` where there can be none."
     return cache_dir()/'features'
 
+def _files(folder):
+    "Files of features in a folder; none where another process has just deleted it"
+    try: return sorted(p for p in folder.iterdir() if p.suffix == '.safetensors')
+    except (FileNotFoundError, NotADirectoryError): return []
+
+def _folders(): return [d for d in features_dir().iterdir() if d.is_dir()] if features_dir().is_dir() else []
+
 class FeatureCache:
     "The features under one key: where each image's are."
     def __init__(
@@ -155,7 +162,7 @@ class FeatureCache:
 
     def open(self):
         "Map the files that are there; those that are mapped stay so, although another process may have deleted them"
-        new = {p: _mapped(p) for p in sorted(self.dir.glob('*.safetensors')) if p not in self.held}
+        new = {p: _mapped(p) for p in _files(self.dir) if p not in self.held}
         self.held |= {p: h for p, h in new.items() if h}
         self._leave([p for p, h in new.items() if h is None])
 
@@ -174,10 +181,17 @@ class FeatureCache:
         self.sorted = np.argsort(self.known, kind='stable')
 
 # %% ../nbs/15_features.ipynb #aa928adf
+def _load(path):
+    "What a file holds, mapped into memory; raises FileNotFoundError where another process has deleted it"
+    try: return safetensors.torch.load_file(path)
+    except RuntimeError as e:  # of torch, which opens it a second time
+        if os.strerror(errno.ENOENT) not in str(e): raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+
 def _mapped(path):
     "What a file holds, mapped into memory; None where it is damaged, {} where another process has just deleted it"
     try:
-        held = safetensors.torch.load_file(path)
+        held = _load(path)
         return held if {'contents', 'features'} <= held.keys() else None
     except FileNotFoundError: return {}
     except OSError as e: raise RunFailed(f'{_shown(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
@@ -226,22 +240,24 @@ def add(
     values,   # tensor [n, …]
 ):
     "Write a file of features, whole or not at all; raises `RunFailed` where the disk refuses."
-    part = self.dir/f'.{os.getpid()}.part'
+    part = self.dir/f'.{uuid.uuid4().hex}.part'
+    tensors = {'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()), 'features': values.contiguous()}
     with writing(self.dir):
         self.dir.mkdir(parents=True, exist_ok=True)
         if not (self.dir/'about.json').exists(): _write_json(self.dir/'about.json', self.about)
         try:
-            safetensors.torch.save_file({'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()), 'features': values.contiguous()}, part)
+            safetensors.torch.save_file(tensors, part)
             with open(part, 'rb') as f: os.fsync(f.fileno())
             path = self.dir/f'{_sha256(part)[:32]}.safetensors'
             os.replace(part, path)
             self.whole.add(path)
+            self.held[path] = _mapped(path) or tensors  # mapped now: another process may delete the file
         finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/15_features.ipynb #15fe0015
 def _make_room(cache_gb, keep):
     "Delete the files that were used least recently, until the rest fits; never those in `keep`"
-    files = sorted((used, size, p) for p in features_dir().glob('*/*.safetensors') for size, used in [_stamp(p) or (0, 0)])
+    files = sorted((used, size, p) for d in _folders() for p in _files(d) for size, used in [_stamp(p) or (0, 0)])
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= cache_gb*1e9: break
@@ -278,7 +294,7 @@ class Features:
     def _file(self, k, n):
         "A file's features; where n are read at once and that is much, through a mapping of its own, whose pages leave the memory with it"
         if n*self.values[k][0].nbytes < 32e6: return self.values[k]
-        try: return safetensors.torch.load_file(self.paths[k])['features']
+        try: return _load(self.paths[k])['features']
         except FileNotFoundError: return self.values[k]  # another process made room
 
     def take(
@@ -363,16 +379,23 @@ def _keep(cache, table, keys, states, held):
     if good.any(): cache.add(keys[rows[good]], values if good.all() else values[torch.from_numpy(good)])
 
 # %% ../nbs/15_features.ipynb #9aa23e66
+def _lock(key):
+    "Held by the process that computes or deletes the features under a key; not in their folder, which may be deleted"
+    folder = cache_dir()/'locks'
+    folder.mkdir(exist_ok=True)
+    return FileLock(folder/f'{key}.lock')
+
 @contextmanager
 def _alone(cache, tell):
-    "No other process computes these features meanwhile"
-    lock = FileLock(cache.dir/'.lock')
+    "No other process computes or deletes these features meanwhile"
     with writing(cache.dir):
+        lock = _lock(cache.key)
         cache.dir.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(timeout=0)
         except Timeout:
-            tell('another process computes these features: waiting for it')
+            tell('another process computes or clears these features: waiting for it')
             lock.acquire()
+        cache.dir.mkdir(parents=True, exist_ok=True)  # another may have cleared it meanwhile
     try:
         for part in cache.dir.glob('.*.part'): part.unlink(missing_ok=True)  # of a process that was killed
         yield
@@ -427,7 +450,7 @@ def features(
             cache.open()
     else:
         if n := len(_missing(cache, table, keys, wanted, skipped)):
-            raise RunFailed(f'features of {n:,} images are gone again: their files are being changed, or another process clears the cache; the same command continues')
+            raise RunFailed(f'features of {n:,} images are gone again: their files are being changed; the same command continues')
     return _found(cache, len(table), keys, wanted, skipped, computed, cache_gb)
 
 # %% ../nbs/15_features.ipynb #15fe0020
@@ -435,13 +458,14 @@ def cached():
     "The caches, the one used last first: a pandas table with the network, where it was cut, images, MB, and when they were used."
     import pandas as pd
     def row(folder):
-        files = [s for p in folder.glob('*.safetensors') if (s := _stamp(p))]
+        paths = _files(folder)
+        files = [s for p in paths if (s := _stamp(p))]
         about = _read_json(folder/'about.json') or {}
         view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
         return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
-            'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view, 'images': sum(map(_count, folder.glob('*.safetensors'))), 'mb': round(sum(size for size, _ in files)/1e6, 1),
+            'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view, 'images': sum(map(_count, paths)), 'mb': round(sum(size for size, _ in files)/1e6, 1),
             'used': datetime.fromtimestamp(max((used/1e9 for _, used in files), default=0)).isoformat(' ', 'seconds')}
-    rows = [row(d) for d in features_dir().glob('*') if any(d.glob('*.safetensors'))]
+    rows = [row(d) for d in _folders() if _files(d)]
     columns = ['key', 'arch', 'cut', 'size', 'precision', 'norm', 'view', 'images', 'mb', 'used']
     return pd.DataFrame(rows, columns=columns).sort_values('used', ascending=False).set_index('key')
 
@@ -449,14 +473,14 @@ def _count(path):
     "Images in a file of features; 0 where it is damaged, or has just been deleted"
     try:
         with safetensors.safe_open(path, 'pt') as f: return f.get_slice('contents').get_shape()[0]
-    except (OSError, safetensors.SafetensorError): return 0
+    except (OSError, RuntimeError, safetensors.SafetensorError): return 0
 
 # %% ../nbs/15_features.ipynb #a50227c9
 def verify(
     tell=print, # told of each damaged file
 ) -> int:       # damaged files
     "Compare every cached file with its hash; damaged ones are deleted, and computed again when they are needed."
-    paths = sorted(features_dir().glob('*/*.safetensors'))
+    paths = sorted(p for d in _folders() for p in _files(d))
     with ThreadPoolExecutor() as pool: damaged = [p for p, whole in zip(paths, pool.map(_is_whole, paths)) if whole is False]
     for path in damaged: _delete(path, lambda text: tell(f'{path.parent.name[:8]}/{text}: deleted'))
     return len(damaged)
@@ -466,17 +490,21 @@ def clear(
     tell=print,    # told of what cannot be deleted
 ) -> int:          # bytes that are free now
     "Delete cached features; raises `InputError` for an unknown key."
-    folders = [d for d in features_dir().iterdir() if d.is_dir() and d.name.startswith(key)] if features_dir().is_dir() else []
+    folders = [d for d in _folders() if d.name.startswith(key)]
     if key and not folders: raise InputError(f'no cached features {key!r}: `imgexp cache ls` lists them')
     return sum(_clear(d, tell) for d in folders)
 
 def _clear(folder, tell):
-    "Delete a folder of features, unless a process is filling it; bytes that are free now"
-    try: lock = FileLock(folder/'.lock').acquire(timeout=0)
-    except Timeout:
-        tell(f'{folder.name[:8]} stays: a process computes these features')
-        return 0
-    with lock, writing(folder):
-        size = sum(s[0] for p in folder.glob('*') if (s := _stamp(p)))
-        shutil.rmtree(folder)
-    return size
+    "Delete a folder of features, unless a process is filling or deleting it; bytes that are free now"
+    freed = 0
+    with writing(folder):
+        try:
+            with _lock(folder.name).acquire(timeout=0):
+                for path in list(folder.iterdir()):
+                    size = (_stamp(path) or (0, 0))[0]
+                    path.unlink(missing_ok=True)  # others make room
+                    freed += size
+                folder.rmdir()
+        except FileNotFoundError: pass  # another process has cleared it
+        except Timeout: tell(f'{folder.name[:8]} stays: another process computes or clears these features')
+    return freed

@@ -22,7 +22,7 @@ from .loader import center_boxes
 from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import load_images, packed, preparation
 from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _plain, _read_json, _sha256, _write_json, asked_to_stop, check_call,
-                         duration, seeds, start_run, writing)
+                         duration, plot_text, printable, seeds, start_run, writing)
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c47
 ACTIVATIONS, STRATEGIES, PRECISION = ['relu', 'silu', 'gelu', 'mish'], ['same', 'half', 'pyramid'], ['auto', 'fp32', 'bf16']
@@ -186,7 +186,7 @@ def to_arrays(
     skipped = {str(table.items[k]): str(e) for k, e in enumerate(found) if isinstance(e, BadImage)}
     if skipped and bad == 'stop':
         name, why = next(iter(skipped.items()))
-        raise RunFailed(f'image {name} {why}: mend or remove it, or give bad=skip')
+        raise RunFailed(f'image {printable(name)} {why}: mend or remove it, or give bad=skip')
     rows = np.array([k for k, e in enumerate(found) if not isinstance(e, BadImage)])
     gray = all(found[k].ndim == 2 for k in rows)
     images = np.empty((len(rows), size, size, 1 if gray else 3), np.uint8)
@@ -443,7 +443,7 @@ def _finish(run, history, told, arrays):
     best = history.loc[history.valid_top1.idxmax()]
     metrics = {s: score(probs, arrays.labels[s]) for s, probs in told.items()}
     run.finish({'checkpoint': 'best', 'epoch': int(best.epoch)} | metrics | {'seconds': float(history.seconds.iloc[-1]),
-                'img_per_s': float(history.img_per_s.median()), 'skipped': arrays.skipped})
+                'img_per_s': float(history.img_per_s.median()), 'skipped': {printable(k): v for k, v in arrays.skipped.items()}})
     return {}
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1a
@@ -556,7 +556,7 @@ def _tiles(images, title, cmap='gray', columns=16):
     fig, axes = plt.subplots(rows, columns, figsize=(columns*0.5, rows*0.5 + 0.4), squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for ax, image in zip(axes.flat, images): ax.imshow(image, cmap=cmap)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(plot_text(title), fontsize=9)
     plt.close(fig)
     return fig
 

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 
 from .augment import SCALE, crop_boxes, flips, policy
 from .data import BadImage, Images, decode, jpeg_size, order, shrink, stored, uniforms
+from .runs import plot_text, printable
 
 # %% ../nbs/01e_loader.ipynb #ea764203
 def center_boxes(
@@ -294,7 +295,7 @@ def _without(self: Loader, bad, images, rows):
     if self.bad == 'stop':
         item, why = next(iter(names.items()))
         more = f' (and {len(bad) - 1} more in its batch)' if len(bad) > 1 else ''
-        raise BadImage(f'{item} {why}{more}: mend or remove it, or go on without such images by bad=skip')
+        raise BadImage(f'{printable(item)} {why}{more}: mend or remove it, or go on without such images by bad=skip')
     good = np.setdiff1d(np.arange(len(rows)), list(bad))
     return images[good], rows[good]
 
@@ -344,7 +345,7 @@ def show_batch(
         ax.axis('off')
         if i >= len(images): continue
         ax.imshow(images[i], interpolation='nearest')
-        if labels is not None: ax.set_title(str(classes[int(labels[i])] if classes else int(labels[i]))[:14], fontsize=8)
+        if labels is not None: ax.set_title(plot_text(str(classes[int(labels[i])] if classes else int(labels[i]))[:14]), fontsize=8)
     fig.tight_layout(pad=0.3)
     plt.close(fig)
     return fig

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .runs import InputError
+from .runs import InputError, plot_text, printable
 
 # %% ../nbs/02b_metrics.ipynb #d5dcdb39
 def _check_probs(probs):
@@ -219,8 +219,8 @@ def _picture(draw):
 # %% ../nbs/02b_metrics.ipynb #28a77566
 def _name(name, length=22):
     "A class name as a label: one line, not too long, and a $ is a $"
-    name = ' '.join(str(name).split())
-    return (name if len(name) <= length else name[:length - 1].rstrip() + '…').replace('$', r'\$')
+    name = printable(' '.join(str(name).split()))
+    return plot_text(name if len(name) <= length else name[:length - 1].rstrip() + '…')
 
 def _percent(x): return f'{100*x:.1f} %'
 

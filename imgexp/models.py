@@ -13,6 +13,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from itertools import chain
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def _html(head, rows):
     "A table; numbers stand on the right."
     def tr(tag, cells):
         side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
-        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{c}</{tag}>' for s, c in zip(side, cells)) + '</tr>'
+        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>' for s, c in zip(side, cells)) + '</tr>'
     return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table>'
 
 # %% ../nbs/02_models.ipynb #1e8421ae
@@ -637,7 +638,7 @@ class Summary:
         rows = [(*row, f'{n:,}') for row, n in zip(self.blocks.rows(), self.block_multiply_adds)]
         return (*Blocks.head, 'multiply-adds'), _shorten(rows)
     def __repr__(self): return f'{self}\n{_text(*self._table())}'
-    def _repr_html_(self): return f'<p>{self}</p>{_html(*self._table())}'
+    def _repr_html_(self): return f'<p>{escape(str(self))}</p>{_html(*self._table())}'
 
 # %% ../nbs/02_models.ipynb #b3c14825
 def summary(

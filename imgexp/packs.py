@@ -18,10 +18,10 @@ import simplejpeg
 from fastcore.basics import patch
 
 from .catalog import data_dir, located
-from .data import (BadImage, Images, _key, _remember, _remembered, _stamp, _trainable, contents, decode, digits, file_state, fingerprint, from_folders, from_idx,
+from .data import (BadImage, Images, _remember, _remembered, _stamp, _trainable, contents, decode, digits, file_state, fingerprint, from_folders, from_idx,
                          jpeg_size, keep_classes, read, settled, shapes, shrink, stored, with_valid)
 from .fetch import _amount
-from .runs import InputError, RunFailed, _read_json, _sha256, _shown, _unknown, _write_json, duration, writing
+from .runs import InputError, RunFailed, _read_json, _sha256, _shown, _unknown, _write_json, duration, printable, writing
 
 # %% ../nbs/01d_packs.ipynb #5465877d
 KINDS = ('jpeg', 'raw')
@@ -85,9 +85,9 @@ def _map(self: Pack):
     import pyarrow as pa
     self._whole, self._shards = {}, {}
     try:
-        for name in self.about['files']: self._whole[name] = pa.memory_map(str(self.path/name)).read_buffer()
+        for name in self.about['files']: self._whole[name] = pa.memory_map(os.fsencode(self.path/name)).read_buffer()
         name = 'index.arrow'
-        self.index = _arrow(pa.memory_map(str(self.path/name)).read_buffer(), self.about['build']).read_all()
+        self.index = _arrow(pa.memory_map(os.fsencode(self.path/name)).read_buffer(), self.about['build']).read_all()
     except (OSError, pa.ArrowInvalid) as e: return f'{name}: {e}'
 
 @patch
@@ -188,7 +188,7 @@ def _jpeg(image):
 
 def _stamps(table, rows):
     "What a file of images is made from: name, label, split and state of each"
-    return [[_key(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))] for r in rows]
+    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))] for r in rows]
 
 def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
 
@@ -199,7 +199,7 @@ def _batch(table, rows, held):
     "The arrow batch of some images"
     import pyarrow as pa
     images, heights, widths, shas, errors = zip(*held)
-    names = [_key(table.items[r]) for r in rows]  # arrow takes unicode only
+    names = [printable(table.items[r]) for r in rows]  # arrow takes unicode only
     return pa.record_batch({
         'item': pa.array(names, pa.large_string()), 'label': pa.array(table.labels[rows], pa.int32()),
         'split': pa.array(table.splits[rows], pa.int8()), 'height': pa.array(heights, pa.int32()),
@@ -249,8 +249,8 @@ def _make_shard(part, table, kind, build, k, rows, pool, tick):
     if _stamps(table, rows) != stamps: raise RunFailed(f'{_shown(table.root)} changed while it was packed: give the command again')
     states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '' is made again, and read again
     _write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
-    db, _ = _remembered(_key(table.root), known=False)  # hashed once for all that asks later
-    _remember(db, [(_key(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s, h in zip(rows, states, held)])
+    db, _ = _remembered(printable(table.root), known=False)  # hashed once for all that asks later
+    _remember(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s, h in zip(rows, states, held)])
     db.close()
     return sha
 
@@ -272,7 +272,7 @@ def _rows_each(n, each):
 def _index(part, shards, build):
     "Write index.arrow from the files of images; its sha-256, and the errors by name"
     import pyarrow as pa
-    tables = [_arrow(pa.memory_map(str(part/_shard_name(k))), build).read_all().select(_INDEX) for k in range(shards)]
+    tables = [_arrow(pa.memory_map(os.fsencode(part/_shard_name(k))), build).read_all().select(_INDEX) for k in range(shards)]
     index = pa.concat_tables(tables).combine_chunks()
     errors = {r['item']: r['error'] for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
     return _write_arrow(part/'index.arrow', index, build), errors
@@ -408,7 +408,7 @@ def _known(folder=None, outdated=False):
 def _places(pack, table):
     "Where the images of `table` lie in `pack`; None unless it holds all of them with the same content"
     if set(table.classes) - set(pack.about['classes']) or len(pack) < len(table): return None
-    known, names = pack.index['item'].to_numpy(), np.array([_key(i) for i in table.items], object)
+    known, names = pack.index['item'].to_numpy(), np.array([printable(i) for i in table.items], object)
     if len(known) == len(names) and (known == names).all(): places = np.arange(len(known))
     else:
         where = {item: i for i, item in enumerate(known)}

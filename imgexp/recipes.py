@@ -28,7 +28,7 @@ class Recipe:
     def __repr__(self): return '\n'.join(f'{k:<10}{v}' for k, v in self._lines())
     def _repr_html_(self):
         cell = "<td style='text-align:left'>"
-        rows = ''.join(f'<tr>{cell}{k}</td>{cell}{escape(v)}</td></tr>' for k, v in self._lines())
+        rows = ''.join(f'<tr>{cell}{escape(k)}</td>{cell}{escape(v)}</td></tr>' for k, v in self._lines())
         return f'<table>{rows}</table>'
 
 # %% ../nbs/02h_recipes.ipynb #ddc95b1d

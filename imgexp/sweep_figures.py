@@ -7,10 +7,11 @@ __all__ = ['plot_parallel', 'importance', 'plot_importance', 'plot_trials', 'plo
 
 # %% ../nbs/06c_sweep_figures.ipynb #3f0c1a03
 import json, math
+from html import escape
 
 import numpy as np
 
-from .runs import InputError
+from .runs import InputError, plot_text, printable
 
 # %% ../nbs/06c_sweep_figures.ipynb #3f0c1a09
 def _ended(sweep):
@@ -19,6 +20,10 @@ def _ended(sweep):
     if not rows: raise InputError(f'sweep {sweep.name}: no trial has ended yet: `imgexp sweep run {sweep.name}`')
     names = [n for n in rows[0]['values'] if len({json.dumps(r['values'].get(n)) for r in rows}) > 1]
     return rows, names
+
+def _markup(text):
+    "A name as plotly shall draw it: its labels are HTML, and formulas where there are dollar signs"
+    return escape(printable(str(text)), quote=False).replace('$', '&#36;')
 
 def _is_number(values): return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
@@ -49,9 +54,9 @@ def plot_parallel(
 
 def _parallel_plotly(sweep, axes, values):
     import plotly.graph_objects as go
-    dimensions = [dict(label=n, values=v, tickvals=list(t), ticktext=list(t.values())) for n, (v, t) in axes.items()]
+    dimensions = [dict(label=_markup(n), values=v, tickvals=list(t), ticktext=list(t.values())) for n, (v, t) in axes.items()]
     line = dict(color=values, colorscale='Viridis', reversescale=sweep.metric.lower, showscale=True)
-    return go.Figure(go.Parcoords(line=line, dimensions=dimensions)).update_layout(title=f'{sweep.name}: n = {len(values)} trials', height=400)
+    return go.Figure(go.Parcoords(line=line, dimensions=dimensions)).update_layout(title=_markup(f'{sweep.name}: n = {len(values)} trials'), height=400)
 
 def _parallel_static(sweep, axes, values):
     import matplotlib.pyplot as plt
@@ -64,8 +69,8 @@ def _parallel_static(sweep, axes, values):
     for k in np.argsort(values)[::-1 if sweep.metric.lower else 1]: ax.plot(heights[:, k], color=colors[k], lw=1, alpha=0.8)
     for x, (v, t) in enumerate(axes.values()):
         ax.axvline(x, color='0.5', lw=0.8)
-        for at, text in zip(unit(list(t), v), t.values()): ax.text(x + 0.03, at, text, fontsize=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
-    ax.set_xticks(range(len(axes)), axes, fontsize=8); ax.set_yticks([]); ax.set_title(f'{sweep.name}: n = {len(values)} trials', fontsize=9)
+        for at, text in zip(unit(list(t), v), t.values()): ax.text(x + 0.03, at, plot_text(text), fontsize=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
+    ax.set_xticks(range(len(axes)), map(plot_text, axes), fontsize=8); ax.set_yticks([]); ax.set_title(plot_text(f'{sweep.name}: n = {len(values)} trials'), fontsize=9)
     for s in ax.spines.values(): s.set_visible(False)
     plt.close(fig)
     return fig
@@ -101,12 +106,12 @@ def plot_importance(
     colors, title = ['#009E73' if g else '#D55E00' for g in good], f'{sweep.name}: n = {len(_ended(sweep)[0])} trials; green: more is better'
     if not static:
         import plotly.graph_objects as go
-        return go.Figure(go.Bar(x=table.importance, y=list(table.index), orientation='h', marker_color=colors, customdata=table.correlation,
-                                hovertemplate='%{y}: %{x:.2f}, correlation %{customdata:.2f}<extra></extra>')).update_layout(title=title, height=120 + 25*len(table))
+        return go.Figure(go.Bar(x=table.importance, y=list(map(_markup, table.index)), orientation='h', marker_color=colors, customdata=table.correlation,
+                                hovertemplate='%{y}: %{x:.2f}, correlation %{customdata:.2f}<extra></extra>')).update_layout(title=_markup(title), height=120 + 25*len(table))
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 0.8 + 0.25*len(table)))
-    ax.barh(table.index, table.importance, color=colors)
-    ax.set_xlabel('importance'); ax.set_title(title, fontsize=9); ax.spines[['top', 'right']].set_visible(False)
+    ax.barh(list(map(plot_text, table.index)), table.importance, color=colors)
+    ax.set_xlabel('importance'); ax.set_title(plot_text(title), fontsize=9); ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
 
@@ -123,15 +128,15 @@ def plot_trials(
     title = f'{sweep.name}: n = {len(rows)} trials, {sum(r["state"] != "done" for r in rows)} ended early (gray)'
     if not static:
         import plotly.graph_objects as go
-        text = ['<br>'.join(f'{k} = {v}' for k, v in r['values'].items()) for r in rows]
+        text = ['<br>'.join(_markup(f'{k} = {v}') for k, v in r['values'].items()) for r in rows]
         return go.Figure([go.Scatter(x=numbers, y=values, mode='markers', marker_color=colors, text=text, name='trials'),
                           go.Scatter(x=numbers, y=best, mode='lines', line_shape='hv', line_color='#D55E00', name='best so far')]
-                         ).update_layout(title=title, xaxis_title='trial', yaxis_title=sweep.metric.name, height=400)
+                         ).update_layout(title=_markup(title), xaxis_title='trial', yaxis_title=_markup(sweep.metric.name), height=400)
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 2.6))
     ax.scatter(numbers, values, c=colors, s=12)
     ax.step(numbers, best, where='post', color='#D55E00', label='best so far')
-    ax.set_xlabel('trial'); ax.set_ylabel(sweep.metric.name); ax.set_title(title, fontsize=9); ax.legend(fontsize=8, frameon=False)
+    ax.set_xlabel('trial'); ax.set_ylabel(plot_text(sweep.metric.name)); ax.set_title(plot_text(title), fontsize=9); ax.legend(fontsize=8, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
@@ -147,19 +152,19 @@ def plot_slices(
     axes = {n: _scale(sweep, rows, n) for n in names}
     if not static:
         from plotly.subplots import make_subplots
-        fig = make_subplots(1, len(axes), shared_yaxes=True, subplot_titles=list(axes))
+        fig = make_subplots(1, len(axes), shared_yaxes=True, subplot_titles=list(map(_markup, axes)))
         for k, (n, (v, t)) in enumerate(axes.items(), 1):
             fig.add_scatter(x=v, y=values, mode='markers', row=1, col=k, showlegend=False, marker_color='#0072B2')
-            fig.update_xaxes(tickvals=list(t), ticktext=list(t.values()), row=1, col=k)
-        return fig.update_layout(yaxis_title=sweep.metric.name, height=350)
+            fig.update_xaxes(tickvals=list(t), ticktext=list(map(_markup, t.values())), row=1, col=k)
+        return fig.update_layout(yaxis_title=_markup(sweep.metric.name), height=350)
     import matplotlib.pyplot as plt
     columns = min(4, len(axes))
     fig, grid = plt.subplots(-(-len(axes)//columns), columns, figsize=(2.2*columns, 2.2*-(-len(axes)//columns)), sharey=True, squeeze=False)
     for ax in grid.flat[len(axes):]: ax.axis('off')
     for ax, (n, (v, t)) in zip(grid.flat, axes.items()):
         ax.scatter(v, values, s=10, alpha=0.7, color='#0072B2')
-        ax.set_xticks(list(t), t.values(), fontsize=7); ax.set_title(n, fontsize=8); ax.spines[['top', 'right']].set_visible(False)
-    for row in grid: row[0].set_ylabel(sweep.metric.name, fontsize=8)
+        ax.set_xticks(list(t), map(plot_text, t.values()), fontsize=7); ax.set_title(plot_text(n), fontsize=8); ax.spines[['top', 'right']].set_visible(False)
+    for row in grid: row[0].set_ylabel(plot_text(sweep.metric.name), fontsize=8)
     fig.tight_layout(); plt.close(fig)
     return fig
 

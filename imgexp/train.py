@@ -28,7 +28,7 @@ from .packs import load_images, packed, preparation
 from .parallel import most, of_first, rank, say, together, total, world
 from .parts import HIGHER, Averages, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .recipes import RECIPES, recipe as _recipe
-from .runs import (NOT_IN_ID, InputError, Params, Run, RunFailed, TRACK, Stopped, asked_to_stop, check_call, diff_params, find_run, runs_dir, seeds,
+from .runs import (NOT_IN_ID, InputError, Params, Run, RunFailed, TRACK, Stopped, asked_to_stop, check_call, diff_params, find_run, printable, runs_dir, seeds,
                          set_seed, start_run)
 from .schedules import SCHEDULES, image_sizes as _image_sizes, schedule as _schedule
 from fastai.callback.schedule import steep, valley  # after the learner, which silences its warnings
@@ -268,7 +268,7 @@ def conclude(
         if upload: run.tracker.artifact(run.dir/'checkpoints'/best['name'])
         run.finish({'checkpoint': 'best', 'epoch': best['epoch'], 'weights': weights_kind(best['by'])} | metrics |
                    {'seconds': history.seconds.iloc[-1], 'img_per_s': history.img_per_s.median(),
-                    'skipped': learn.dls.train.skipped | learn.dls.valid.skipped})
+                    'skipped': {printable(k): v for k, v in (learn.dls.train.skipped | learn.dls.valid.skipped).items()}})
     return figures
 
 # %% ../nbs/03_train.ipynb #3eb47cf4

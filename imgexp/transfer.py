@@ -24,7 +24,7 @@ from .loader import IMAGENET, Loader, _Batches, normalization
 from .models import HEADS, build_model, keep_statistics, own_size, set_retrain, weights_id
 from .packs import load_images, packed, preparation
 from .parallel import launched, say
-from .runs import InputError, Params, Run, TRACK, check_call, seeds, start_run
+from .runs import InputError, Params, Run, TRACK, check_call, printable, seeds, start_run
 from .train import conclude, fit
 
 # %% ../nbs/20_transfer.ipynb #20aa0005
@@ -192,7 +192,7 @@ def _in_precision(learn, x):
     if x.device.type == 'mps': x = x.contiguous()  # as `to_input`
     return x.float() if learn.precision == 'fp32' else x
 
-def _left_out(skipped, n): return f'{len(skipped):,} of {n:,} images cannot be decoded and are left out: {next(iter(skipped))}' + ', …'*(len(skipped) > 1)
+def _left_out(skipped, n): return f'{len(skipped):,} of {n:,} images cannot be decoded and are left out: {printable(next(iter(skipped)))}' + ', …'*(len(skipped) > 1)
 
 class ToFloat(Part):
     "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
