@@ -41,26 +41,29 @@ def project_root(
     start = Path(start or '.').resolve()
     return next((d for d in (start, *start.parents) if (d/'settings.ini').is_file()), start)
 
-# %% ../nbs/00_runs.ipynb #6d95aee4
-def _shown(path):
-    "`path` relative to where the user stands, or else to the project, so that outputs carry no machine's paths"
-    path = Path(path).resolve()
-    for base in (Path.cwd(), project_root()):
-        if path.is_relative_to(base): return str(path.relative_to(base))
-    return path.name
-
 # %% ../nbs/00_runs.ipynb #e0f565b2
+_CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]')  # with what reverses the direction of the text
+
 def printable(
     text,  # a name or path
 ) -> str:
-    "`text` with what is no UTF-8 written as escapes (`caf\\xe9.jpg`), so that it can be printed, stored and sent."
-    return os.fspath(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    "`text` in one line, control characters and what is no UTF-8 written as escapes (`caf\\xe9.jpg`), so that it can be printed, stored and sent."
+    text = str(text).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    return _CONTROL.sub(lambda m: ascii(m[0])[1:-1], text)
 
 def plot_text(
     text,  # a name or path
 ) -> str:
     "`text` as matplotlib shall draw it: printable, dollar signs as they are."
     return printable(text).replace('$', r'\$')
+
+# %% ../nbs/00_runs.ipynb #6d95aee4
+def _shown(path):
+    "`path` relative to where the user stands, or else to the project, so that outputs carry no machine's paths"
+    path = Path(path).resolve()
+    for base in (Path.cwd(), project_root()):
+        if path.is_relative_to(base): return printable(path.relative_to(base))
+    return printable(path.name)
 
 # %% ../nbs/00_runs.ipynb #d3e44070
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
@@ -157,6 +160,8 @@ def check_params(
             more = f': {_wanted(allowed[name])}' if isinstance(allowed.get(name), (str, tuple)) else ''
             if kind is str and isinstance(values[name], bool): more = ': YAML reads on, off, yes and no so: write the word in quotes'
             raise InputError(f'{name}={values[name]!r} is not {_KINDS[kind]}{more}') from None
+        if kind is str and printable(out[name]) != out[name]:
+            raise InputError(f'{name}={printable(out[name])} cannot be printed as it is: rename it, or give a link to it by another name')
         _check(name, out[name], allowed.get(name))
     return out
 
@@ -740,6 +745,7 @@ def runs_dir(
 ) -> Path:
     "The folder of the runs, made where it is missing; raises `InputError` where it can't be written."
     folder = Path(root or project_root())/'runs'
+    if printable(folder) != str(folder): raise InputError(f'{printable(folder)} cannot be printed as it is, and runs cannot be kept there: set IMGEXP_ROOT to another folder')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe: probe.write(bytes(1_000_000))
@@ -928,7 +934,7 @@ def _repr_html_(self: Run):
     rows += [('directory', _shown(run.dir))]
     body = ''.join(f"<tr><td style='text-align:left'>{escape(k)}</td><td style='text-align:left'>{escape(str(v))}</td></tr>"
                    for k, v in rows)
-    return (f"<div><b>{escape(run.name)}</b> <span style='color:{color}'>● {run.state}</span>"
+    return (f"<div><b>{escape(run.name)}</b> <span style='color:{color}'>● {escape(run.state)}</span>"
             f"<table>{body}</table></div>")
 
 # %% ../nbs/00_runs.ipynb #bc82c4fb
