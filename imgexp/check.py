@@ -7,7 +7,7 @@ __all__ = ['BITS', 'NEAR', 'PLAIN', 'KINDS', 'phash', 'far', 'near_groups', 'sur
            'show_sizes', 'channel_means']
 
 # %% ../nbs/01f_check.ipynb #163c74f8
-import hashlib, io, os, sys
+import hashlib, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .data import SPLITS, BadImage, Images, decode, order, read, resize, with_valid, without_warnings
+from .data import SPLITS, BadImage, Images, decode, open_image, order, read, resize, with_valid, without_warnings
 from .packs import Pack, load_images
 from .runs import InputError, RunFailed, plot_text, printable
 
@@ -86,10 +86,9 @@ def near_groups(
 # %% ../nbs/01f_check.ipynb #dc6114f2
 def _header(raw):
     "Format, mode and EXIF orientation in a file's content"
-    from PIL import Image
     try:
-        with Image.open(io.BytesIO(raw)) as f:
-            format = 'JPEG' if f.format == 'MPO' else f.format  # a JPEG with a preview behind it
+        with open_image(raw) as f:
+            format = {'MPO': 'JPEG', 'DIB': 'BMP'}.get(f.format, f.format)  # MPO: a JPEG with a preview behind it
             deep = f.mode.startswith('I;16') or format == 'PNG' and raw[24] == 16
             turned = f.getexif().get(0x112, 1) if format == 'JPEG' and 'exif' in f.info else 1
             return format, '16 bit' if deep else f.mode, turned if turned in range(2, 9) else 1
@@ -235,8 +234,8 @@ KINDS = {
     'one color':         ('warning', 'nothing to see: channels deviate by less than 2 of 255')}
 
 # %% ../nbs/01f_check.ipynb #3f23deb3
-_NAMED = dict(JPEG='.jpg .jpeg .jpe', PNG='.png', GIF='.gif', BMP='.bmp', WEBP='.webp', TIFF='.tif .tiff',
-              PPM='.ppm .pgm')
+_NAMED = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', GIF='.gif', BMP='.bmp .dib', WEBP='.webp', TIFF='.tif .tiff',
+              PPM='.ppm .pgm .pbm .pnm', AVIF='.avif', HEIF='.heic .heif .hif')
 _SUFFIX = {suffix: format for format, named in _NAMED.items() for suffix in named.split()}
 
 def _strange_images(looked):

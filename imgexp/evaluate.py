@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .checkpoints import read_index, read_weights, weights_kind
-from .data import Images, _images_below, table_id
+from .data import Images, image_files, table_id
 from .learner import best_device, choose_precision
 from .loader import Loader, Pictures
 from .metrics import score
@@ -145,7 +145,7 @@ def predict(
     import pandas as pd
     folder = Path(folder).expanduser()
     if not folder.exists(): raise InputError(f'{str(folder)!r}: no such folder or image')
-    files = _images_below(folder) if folder.is_dir() else [folder.name]
+    files = image_files(folder) if folder.is_dir() else [folder.name]
     if not files: raise InputError(f'no images in {str(folder)!r}')
     root = folder if folder.is_dir() else folder.parent
     names = np.array(files, object)

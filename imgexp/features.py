@@ -107,7 +107,7 @@ def module_id(
         h.update(v.view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-MADE = 1  # raised when images reach a network otherwise than before: decoded, cut, resized or augmented in another way
+MADE = 2  # raised when images reach a network otherwise than before: decoded, cut, resized or augmented in another way
 
 @dataclass
 class View:

@@ -327,8 +327,8 @@ def _is_harmless(m):
     target = posixpath.normpath(posixpath.join(posixpath.dirname(m.name) if m.issym() else '', m.linkname))
     return not target.startswith('/') and target.split('/')[0] != '..'
 
-def _tar_files(f):
-    "(name, size, opener) of the regular files in a tar; raises `BadArchive` where it ends without its end mark"
+def _tar_files(f, links):
+    "(name, size, opener) of the regular files in a tar, links added to the list `links`; raises `BadArchive` where it ends without its end mark"
     packed = f.read(2) == b'\x1f\x8b'
     f.seek(0)
     with tarfile.open(fileobj=f, mode='r:gz' if packed else 'r:') as tar:
@@ -336,12 +336,13 @@ def _tar_files(f):
             name = _name_in(m.name) if m.name.strip('./') else '.'
             if not _is_harmless(m): raise BadArchive(f'asks for something unsafe ({m.name!r}: a device, or a link that leads out)')
             if m.isreg(): yield name, m.size, lambda: tar.extractfile(m)
+            elif not m.isdir(): links.append(f'{m.name} → {m.linkname}')
         if packed: return
         f.seek(tar.offset)
         if f.read(512) != bytes(512): raise BadArchive('is cut short: its end mark is missing')
 
-def _zip_files(f):
-    "(name, size, opener) of the regular files in a zip"
+def _zip_files(f, links):
+    "(name, size, opener) of the regular files in a zip; one with links is refused"
     with zipfile.ZipFile(f) as z:
         for m in z.infolist():
             name, mode = _name_in(m.filename), m.external_attr >> 16
@@ -374,8 +375,8 @@ def unpack(
     max_bytes: int = 0,        # 0: ten times the archive and 100 MB
     name: str = '',            # what to call the archive in messages
 ) -> int:  # files that are there now
-    "Unpack regular files into `folder`, finishing an earlier unpacking; raises `BadArchive` with the file's name."
-    folder, name, n, room_left, member = Path(folder), name or Path(archive).name, 0, max_bytes, ''
+    "Unpack regular files into `folder`, finishing an earlier unpacking; says how many links it left out; raises `BadArchive` with the file's name."
+    folder, name, n, member, links = Path(folder), name or Path(archive).name, 0, '', []
     folder.mkdir(parents=True, exist_ok=True)
     spare = folder/f'.unpacking-{threading.get_ident()}'
     with (open(archive, 'rb') if isinstance(archive, (str, Path)) else contextlib.nullcontext(archive)) as f:
@@ -384,7 +385,7 @@ def unpack(
         listing = _zip_files if f.read(2) == b'PK' else _tar_files
         f.seek(0)
         try:
-            for member, size, read in listing(f):
+            for member, size, read in listing(f, links):
                 wanted = to(member) if to else member
                 if not wanted: continue
                 n, target = n + 1, folder/_name_in(wanted)
@@ -397,4 +398,5 @@ def unpack(
             why = f'cannot be written ({e.strerror or e}); the same command continues'
             raise FetchError(f'{name}: {member!r} {why}') from None
         finally: spare.unlink(missing_ok=True)
+    if links: _say(f'{name}: links left out: {len(links):,} (the first is {links[0]})')
     return n

@@ -91,8 +91,8 @@ def test_no_name_is_a_formula(project, launcher):
     run.finish({})
     before = '''
 import imgexp.evaluate, pandas
-from imgexp.data import _images_below
-def predict(self, folder): return pandas.DataFrame({'file': sorted(_images_below(folder)), 'predicted': '=cmd', 'probability': -0.5, 'error': None})
+from imgexp.data import image_files
+def predict(self, folder): return pandas.DataFrame({'file': sorted(image_files(folder)), 'predicted': '=cmd', 'probability': -0.5, 'error': None})
 imgexp.evaluate.load_run = lambda *args: type('Run', (), {'predict': predict})()
 '''
     table, raw = (launcher.imgexp('predict', 'x', photos, *more, root=project, before=before) for more in ([], ['--json']))
