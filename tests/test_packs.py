@@ -189,7 +189,7 @@ def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
     negatives(photos)
     new, real = pack(photos, 96, 'raw', other, tell=quiet), pa.memory_map
     def slow(place, *args):
-        if place == str(path/name) and new.exists():
+        if os.fsdecode(place) == str(path/name) and new.exists():
             os.rename(path, photos.parent/'old')
             os.rename(new, path)
         return real(place, *args)
