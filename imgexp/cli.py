@@ -263,11 +263,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help='train, valid or test.')] = 'test',
     data: Annotated[str, typer.Option(help="Other data than the run's own: a name or a folder.")] = '',
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
+    bad: Annotated[str, typer.Option(help='An image that cannot be decoded: stop, or skip it. By default as the run did.')] = '',
     as_json: Json = False,
 ):
-    "Evaluate a run on a split."
+    "Evaluate a run of any experiment on a split."
     from imgexp.evaluate import load_run
-    found = load_run(name, checkpoint).evaluate(split, data)
+    found = load_run(name, checkpoint).evaluate(split, data, bad=bad)
     if as_json: return print(json.dumps(found, indent=1))
     for k in ('top1', 'top5'): print(f"{split} {k:<6}{found[k]['value']:.1%} ({found[k]['low']:.1%} to {found[k]['high']:.1%}, n = {found[k]['n']})")
     for k in ('loss', 'ece'): print(f'{split} {k:<6}{found[k]:.4f}')

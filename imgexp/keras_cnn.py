@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'STRATEGIES', 'PRECISION', 'ALLOWED', 'SHIFT', 'TURN', 'ZOOM', 'SPACE', 'block_filters', 'n_blocks',
-           'layer_type', 'mish', 'build_cnn', 'to_arrays', 'Arrays', 'load_arrays', 'warps', 'epoch_of', 'save', 'load',
-           'make_model', 'predict', 'fit', 'conclude', 'begin', 'run_experiment', 'train', 'load_model',
-           'evaluate_test', 'plot_filters', 'plot_features', 'sweep_config']
+           'choose_precision', 'layer_type', 'mish', 'build_cnn', 'to_arrays', 'Arrays', 'load_arrays', 'warps',
+           'epoch_of', 'describe', 'build', 'save', 'read_about', 'load', 'make_model', 'predict', 'fit', 'conclude',
+           'begin', 'run_experiment', 'train', 'KerasNetwork', 'load_network', 'plot_filters', 'plot_features',
+           'sweep_config']
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c03
-import gc, os, re, resource, sys, time
+import gc, json, os, re, resource, sys, time
 from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from .data import BadImage, keep_subset, order, read, resize, table_id, uniforms
+from .evaluate import Trained, evaluate_test, pick
 from .loader import center_boxes
-from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
+from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import load_images, packed, preparation
-from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _plain, _read_json, _sha256, _write_json, asked_to_stop, check_call,
+from .runs import (InputError, Params, Run, RunFailed, Stopped, TRACK, _read_json, _sha256, _write_json, asked_to_stop, check_call,
                          duration, plot_text, printable, seeds, start_run, writing)
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c47
@@ -81,11 +84,17 @@ def _native_bf16():
     try: return bool(re.search(r'\b(avx512_bf16|amx_bf16)\b', Path('/proc/cpuinfo').read_text()))
     except OSError: return False
 
+def choose_precision(
+    precision: str, # of PRECISION
+) -> str:           # 'fp32' or 'bf16'
+    "What `auto` means on this machine."
+    return ('bf16' if _native_bf16() else 'fp32') if precision == 'auto' else precision
+
 def layer_type(
     precision: str, # of PRECISION
 ) -> str:
     "The type of the layers, as Keras calls it: weights are float32 in any case."
-    return 'mixed_bfloat16' if precision == 'bf16' or precision == 'auto' and _native_bf16() else 'float32'
+    return {'bf16': 'mixed_bfloat16', 'fp32': 'float32'}[choose_precision(precision)]
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c42
 def mish(
@@ -177,8 +186,9 @@ def to_arrays(
     table,     # `Images`
     size: int, # side in px
     bad: str = 'stop', # what an image that cannot be decoded does: stop, or skip
-) -> tuple:    # images uint8 [n, size, size, 1 or 3], rows of the table int64 [n], {name: why} of what could not be decoded
-    "All images of a table, decoded in threads; raises `BadImage` for the first that cannot be."
+    channels: int = 0, # 1 (gray) or 3 (color); 0: one if no image has color
+) -> tuple:    # images uint8 [n, size, size, channels], rows of the table int64 [n], {name: why} of what could not be decoded
+    "All images of a table, decoded in threads; raises `RunFailed` for the first that cannot be."
     def one(row):
         try: return _square(read(table, row), size)
         except BadImage as e: return e
@@ -187,11 +197,16 @@ def to_arrays(
     if skipped and bad == 'stop':
         name, why = next(iter(skipped.items()))
         raise RunFailed(f'image {printable(name)} {why}: mend or remove it, or give bad=skip')
-    rows = np.array([k for k, e in enumerate(found) if not isinstance(e, BadImage)])
-    gray = all(found[k].ndim == 2 for k in rows)
-    images = np.empty((len(rows), size, size, 1 if gray else 3), np.uint8)
-    for i, k in enumerate(rows): images[i] = found[k][..., None] if found[k].ndim == 2 else found[k]
+    rows = np.array([k for k, e in enumerate(found) if not isinstance(e, BadImage)], int)
+    channels = channels or (1 if all(found[k].ndim == 2 for k in rows) else 3)
+    images = np.empty((len(rows), size, size, channels), np.uint8)
+    for i, k in enumerate(rows): images[i] = _in_channels(found[k], channels)
     return images, rows, skipped
+
+def _in_channels(image, channels):
+    "An image [h, w] or [h, w, 3] as [h, w, channels]"
+    if channels == 1: return (image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[..., None]
+    return image if image.ndim == 3 else image[..., None]  # repeated where it is written
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c0d
 class Arrays:
@@ -275,17 +290,36 @@ def _constant(arrays):
     return arrays.tensors
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c14
+def describe(
+    p: Params, # parameters
+    arrays,    # `Arrays`
+) -> dict:     # of plain values
+    "What a network is made from."
+    own = ('filters', 'filter_size', 'strategy', 'activation', 'batch_norm', 'dense', 'dropout', 'seed', 'size')
+    return {k: p[k] for k in own} | {'arch': 'Keras CNN', 'blocks': n_blocks(p.blocks, p.size), 'precision': choose_precision(p.precision),
+                                     'channels': arrays.images['train'].shape[-1], 'classes': list(arrays.classes), 'norm': list(arrays.norm)}
+
+def build(
+    about: dict, # of `describe`
+):               # a Keras model
+    "`build_cnn` of a description."
+    return build_cnn(about, (about['size'], about['size'], about['channels']), len(about['classes']), about['norm'])
+
+def _trained(model): return getattr(model, 'optimizer', None) is not None
+
 def _variables(model):
     "All state of a training, by name"
     layers = [v for layer in model.layers for v in layer.variables]  # with the state of dropout's generator
-    names = (re.sub(r'_\d+(?=/)', '', v.path) for v in (*layers, *model.optimizer.variables))  # Keras counts models, too
-    return {f'{k:03d} {name}': v for k, (name, v) in enumerate(zip(names, (*layers, *model.optimizer.variables)))}
+    own = [*layers, *(model.optimizer.variables if _trained(model) else ())]
+    return {f"{k:03d} {re.sub(r'_[0-9]+(?=/)', '', v.path)}": v for k, v in enumerate(own)}  # Keras counts models, too
 
+# %% ../nbs/10_keras_cnn.ipynb #458255f1
 def save(
-    model,      # compiled
-    run,        # a `Run`
-    row: dict,  # of the history
-    best: dict, # the best epoch so far
+    model,       # compiled
+    run,         # a `Run`
+    about: dict, # of `describe`
+    row: dict,   # of the history
+    best: dict,  # the best epoch so far
 ):
     "Write a checkpoint, and forget those that are neither the newest nor the best."
     from safetensors.numpy import save_file
@@ -294,7 +328,7 @@ def save(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'COMMITTED.json').unlink(missing_ok=True)
-        save_file({k: np.asarray(v.numpy()) for k, v in _variables(model).items()}, folder/'state.safetensors')
+        save_file({k: np.asarray(v.numpy()) for k, v in _variables(model).items()}, folder/'state.safetensors', {'imgexp': json.dumps(about)})
         with open(folder/'state.safetensors', 'rb') as f: os.fsync(f.fileno())
     _write_json(folder/'COMMITTED.json', {'sha256': _sha256(folder/'state.safetensors'), 'row': row})
     before = (_read_json(run.dir/'checkpoints'/'index.json') or {}).get('best')
@@ -310,56 +344,82 @@ def _whole(folder):
     about = _read_json(folder/'COMMITTED.json')
     return bool(about) and (folder/'state.safetensors').is_file() and _sha256(folder/'state.safetensors') == about['sha256']
 
+# %% ../nbs/10_keras_cnn.ipynb #c3983fea
+def _check_whole(folder):
+    if not _whole(folder): raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} is damaged: choose another checkpoint, or train again with resume=never')
+
+def read_about(
+    folder, # of a checkpoint
+) -> dict:
+    "What a checkpoint's network is made from; raises `RunFailed` where it is damaged."
+    from safetensors import safe_open
+    _check_whole(folder)
+    with safe_open(folder/'state.safetensors', 'numpy') as f: about = (f.metadata() or {}).get('imgexp')
+    if about is None: raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} does not describe its network: train again with resume=never')
+    return json.loads(about)
+
 def load(
-    model,  # compiled, as it was saved
+    model,  # as it was saved; its optimizer is left out where it has none
     folder, # of a checkpoint
 ):
     "Set the model and its optimizer to a checkpoint; raises `RunFailed` where it is damaged or another model's."
     from safetensors.numpy import load_file
-    if not _whole(folder): raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} is damaged: give resume=never to begin anew')
-    model.optimizer.build(model.trainable_variables)
+    _check_whole(folder)
+    if _trained(model): model.optimizer.build(model.trainable_variables)
     held, own = load_file(folder/'state.safetensors'), _variables(model)
-    if held.keys() != own.keys(): raise RunFailed(f'checkpoint {folder.name} is of another network: give resume=never to begin anew')
+    if own.keys() - held.keys() or _trained(model) and own.keys() != held.keys():
+        raise RunFailed(f'checkpoint {folder.name} is of another network: give resume=never to begin anew')
     for k, v in own.items(): v.assign(held[k])
+
+def _last(run):
+    "The newest whole checkpoint, or None where the run has none yet"
+    index, folder = _read_json(run.dir/'checkpoints'/'index.json'), run.dir/'checkpoints'
+    if not index or _whole(folder/index['last']): return index and folder/index['last']
+    before = sorted(d for d in folder.glob('epoch-*') if d.name < index['last'] and _whole(d))
+    if not before: raise RunFailed(f'no checkpoint of run {run.name} is whole: give resume=never to begin anew')
+    return before[-1]
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c16
 def make_model(
     p: Params, # parameters
     arrays,    # `Arrays`
+    run=None,  # a `Run`; what its checkpoint says of its network holds, where it has one
 ):             # a compiled Keras model
     "The network as the parameters say, ready for training."
-    keras = _keras()
+    keras, about = _keras(), _about(p, arrays, run)
     keras.utils.set_random_seed(p.seed % 2**32)
     steps = p.epochs*-(-len(arrays.images['train'])//p.batch_size)
     lr = keras.optimizers.schedules.CosineDecay(p.lr, steps) if p.schedule == 'cosine' else p.lr
-    model = build_cnn(p, arrays.images['train'].shape[1:], len(arrays.classes), arrays.norm)
+    model = build(about)
     model.compile(keras.optimizers.Adam(lr), 'sparse_categorical_crossentropy', metrics=['accuracy'], jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
 
+def _about(p, arrays, run=None):
+    "What the network is made from: as its run has it, or as parameters, data and machine say"
+    last = run and _last(run)
+    if last: return read_about(last)
+    return describe(Params(p | {'precision': run.resolved.get('precision', p.precision)}) if run else p, arrays)
+
 def predict(
     model,  # of `build_cnn`
     images, # uint8 [n, side, side, channels]
-) -> np.ndarray: # float [n, classes]
-    "Probabilities."
-    if not len(images): return np.zeros((0, model.output_shape[-1]), np.float32)
-    return model.predict(images, batch_size=256, verbose=0)
+) -> np.ndarray: # float64 [n, classes]
+    "Probabilities; rows sum to 1 in double precision."
+    if not len(images): return np.zeros((0, model.output_shape[-1]))
+    probs = model.predict(images, batch_size=256, verbose=0).astype(np.float64)
+    return probs/probs.sum(1, keepdims=True)
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c17
 def _row(p, model, arrays, epoch, logs, spent, began):
     "The history's row of an epoch"
     n = len(arrays.images['train'])
-    valid = score(_normal(predict(model, arrays.images['valid'])), arrays.labels['valid'])
+    valid = score(predict(model, arrays.images['valid']), arrays.labels['valid'])
     return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n, seconds=round(spent + time.perf_counter() - began, 2),
                 lr=float(model.optimizer.learning_rate),
                 train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'], valid_top1=valid['top1']['value'],
                 valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1),
                 peak_mem_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)))
-
-def _normal(probs):
-    "Rows that sum to 1 in double precision"
-    probs = probs.astype(np.float64)
-    return probs/probs.sum(1, keepdims=True)
 
 def _listener(keras, asked):
     "Ends a training in the middle of an epoch when asked to"
@@ -370,14 +430,9 @@ def _listener(keras, asked):
 
 def _resume(run, model):
     "Epochs done, seconds spent, name of the best epoch's checkpoint and its accuracy"
-    index = _read_json(run.dir/'checkpoints'/'index.json')
-    if not index: return 0, 0., {'best': '', 'top1': -1.}
-    folder = run.dir/'checkpoints'/index['last']
-    if not _whole(folder):
-        before = sorted(d for d in folder.parent.glob('epoch-*') if d.name < folder.name and _whole(d))
-        if not before: raise RunFailed(f'no checkpoint of run {run.name} is whole: give resume=never to begin anew')
-        print(f'checkpoint {folder.name} is damaged: going on from {before[-1].name}')
-        folder = before[-1]
+    index, folder = _read_json(run.dir/'checkpoints'/'index.json'), _last(run)
+    if not folder: return 0, 0., {'best': '', 'top1': -1.}
+    if folder.name != index['last']: print(f"checkpoint {index['last']} is damaged: going on from {folder.name}")
     load(model, folder)
     row = _read_json(folder/'COMMITTED.json')['row']
     epoch = row['epoch']
@@ -385,7 +440,7 @@ def _resume(run, model):
     if len(run.history) < epoch: run.log(row)  # it was killed between the two
     rows = run.history
     best = {k: index[k] for k in ('best', 'top1')}
-    if best['best'] > folder.name: best = {'best': f'epoch-{int(rows.epoch[rows.valid_top1.idxmax()]):04d}', 'top1': float(rows.valid_top1.max())}
+    if best['best'] > folder.name: best = {'best': f'epoch-{int(_best(rows).epoch):04d}', 'top1': float(rows.valid_top1.max())}
     print(f'continuing {run.name} at epoch {epoch + 1}')
     return epoch, float(rows.seconds.iloc[-1]), best
 
@@ -397,7 +452,7 @@ def fit(
     model,     # of `make_model`
 ):
     "Train, or go on; the model has the best epoch's weights afterwards."
-    keras = _keras()
+    keras, about = _keras(), _about(p, arrays, run)
     done, spent, best = _resume(run, model)
     with asked_to_stop() as asked:
         for epoch in range(done, p.epochs):
@@ -409,7 +464,7 @@ def fit(
             row = _row(p, model, arrays, epoch, logs, spent, began)
             spent = row['seconds']
             if row['valid_top1'] > best['top1']: best = {'best': f'epoch-{epoch + 1:04d}', 'top1': row['valid_top1']}
-            save(model, run, row, best)
+            save(model, run, about, row, best)
             run.log(row)
             left = duration((p.epochs - epoch - 1)*row['images']/(epoch + 1)/row['img_per_s'])
             print(f"epoch {epoch + 1}/{p.epochs}: loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), top-1 {row['train_top1']:.1%} "
@@ -425,24 +480,28 @@ def conclude(
 ) -> dict:     # figures by name
     "Evaluate, draw the pictures, finish the run."
     splits = [s for s in ('valid', 'test') if len(arrays.images[s]) and not (s == 'test' and run.compared)]
-    told = {s: _normal(predict(model, arrays.images[s])) for s in splits}
+    told = {s: predict(model, arrays.images[s]) for s in splits}
+    if arrays.skipped: print(left_out(arrays.skipped, len(arrays.table)))
     history, split = run.history, splits[-1]
     labels, images, classes = arrays.labels[split], arrays.images[split], arrays.classes
     each = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(min(len(classes), 10))])
     shown = images[..., 0] if images.shape[-1] == 1 else images
     if run.compared: return _finish(run, history, told, arrays)
-    figures = {'curves': plot_curves(history, len(arrays.images['valid'])), 'predictions': plot_predictions(shown, told[split], labels, classes, each),
+    figures = {'curves': plot_curves(history, len(arrays.images['valid']), int(_best(history).epoch)), 'predictions': plot_predictions(shown, told[split], labels, classes, each),
                'confusion': plot_confusion(confusion(labels, told[split].argmax(1), len(classes)), classes),
                'mistakes': plot_mistakes(shown, told[split], labels, classes)}
     if not run.finished:
         for name, fig in figures.items(): run.figure(name, fig)
     return _finish(run, history, told, arrays) | figures
 
+def _best(history):
+    "The row of the best epoch: of equal accuracy the first"
+    return history.loc[history.valid_top1.idxmax()]
+
 def _finish(run, history, told, arrays):
     if run.finished: return {}
-    best = history.loc[history.valid_top1.idxmax()]
-    metrics = {s: score(probs, arrays.labels[s]) for s, probs in told.items()}
-    run.finish({'checkpoint': 'best', 'epoch': int(best.epoch)} | metrics | {'seconds': float(history.seconds.iloc[-1]),
+    metrics = {s: score(probs, arrays.labels[s], len(arrays.table.split(s)) - len(probs)) for s, probs in told.items()}
+    run.finish({'checkpoint': 'best', 'epoch': int(_best(history).epoch)} | metrics | {'seconds': float(history.seconds.iloc[-1]),
                 'img_per_s': float(history.img_per_s.median()), 'skipped': {printable(k): v for k, v in arrays.skipped.items()}})
     return {}
 
@@ -454,7 +513,9 @@ def begin(
     "The run that these parameters have, or a new one."
     n_blocks(p.blocks, p.size)
     if not len(arrays.images['valid']): raise InputError(f'data={p.data!r} has no validation images to choose the best epoch by')
-    return start_run('10_keras_cnn', p, {'data': table_id(load_images(p.data, p.classes)), 'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')})
+    more = {'prepared': v} if (v := preparation(arrays.table)) else {}
+    return start_run('10_keras_cnn', p, {'data': table_id(load_images(p.data, p.classes)), 'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')} | more,
+                     resolved={'precision': choose_precision(p.precision)})
 
 def _forget():
     "Free what earlier trainings hold in this process: Keras's state, and TensorFlow's registry of gradients, which keeps every graph"
@@ -473,7 +534,7 @@ def run_experiment(
     arrays = load_arrays(p)
     with begin(p, arrays) as run:
         if run.finished: return run
-        model = make_model(p, arrays)
+        model = make_model(p, arrays, run)
         fit(run, p, arrays, model)
         conclude(run, p, arrays, model)
     return run
@@ -507,25 +568,28 @@ def train(
     return run_experiment(check_call(train, dict(locals()), ALLOWED))
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c1b
-def load_model(
-    run, # a finished `Run`
-):       # (a Keras model with the best epoch's weights, `Arrays`)
-    "A run's network and its data."
-    arrays = load_arrays(run.params)
-    model = make_model(run.params, arrays)
-    load(model, run.dir/'checkpoints'/_read_json(run.dir/'checkpoints'/'index.json')['best'])
-    return model, arrays
+class KerasNetwork(Trained):
+    "A run's network in Keras."
+    def look(self, table, split, bad):
+        "As `Trained.look`"
+        rows = table.split(split)
+        images, kept, skipped = to_arrays(table.take(rows), self.size, bad, self.about['channels'])
+        return predict(self.model, images), rows[kept], skipped
 
-def evaluate_test(
-    run, # a finished `Run`
-) -> dict: # top1, top5, loss, ece; None where there are no test images
-    "Evaluate a run of a sweep on the test images, which its training left alone; kept in its metrics, so that they are looked at once."
-    if run.metrics.get('test'): return run.metrics['test']
-    model, arrays = load_model(run)
-    if not len(arrays.images['test']): return None
-    test = score(_normal(predict(model, arrays.images['test'])), arrays.labels['test'])
-    _write_json(run.dir/'metrics.json', run.metrics | {'test': test})
-    return test
+def load_network(
+    run, # a `Run` with a finished epoch
+    checkpoint: str = 'best', # or 'last', or the name of a checkpoint (epoch-0007)
+    device: str = '', # '': TensorFlow chooses
+) -> KerasNetwork:
+    "As `imgexp.evaluate.load_run`: the network as it was trained, whatever data and machine are like today."
+    if device: raise InputError(f'device={device!r} is for networks in torch; TensorFlow chooses its own: leave device out')
+    if 'keras' not in sys.modules: os.environ['KERAS_BACKEND'] = run.depends.get('backend', 'tensorflow')
+    index, folder = _read_json(run.dir/'checkpoints'/'index.json') or {}, run.dir/'checkpoints'
+    path = pick(run, {k: index.get(k) for k in ('last', 'best')}, checkpoint, sorted(d.name for d in folder.glob('epoch-*')))
+    about = read_about(path)
+    model = build(about)
+    load(model, path)
+    return KerasNetwork(run, model, about, checkpoint, about['precision'])
 
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c22
 def plot_filters(

@@ -19,6 +19,7 @@ from torch import nn
 from .augment import cutmix as _cutmix, erase as _erase, mixup as _mixup
 from .data import uniforms
 from .learner import CancelFitException, Part, autocast
+from .metrics import ranks, true_probs
 from .parallel import gather, most, rank, say, total
 from .runs import RunFailed, duration
 
@@ -214,10 +215,11 @@ class EarlyStop(Part):
 # %% ../nbs/02f_parts.ipynb #817b1a95
 def _counts(pred, y):
     "Sums over a batch, on its device: loss, top-1, top-5 (NaN where targets are mixtures), images"
-    hits = pred.topk(min(5, pred.shape[1]), 1).indices == y[:, None] if y.ndim == 1 else torch.full((1, 1), torch.nan, device=y.device)
-    n = torch.full((), len(y), device=y.device)
-    sums = torch.stack([F.cross_entropy(pred, y, reduction='sum'), hits[:, 0].sum(), hits.sum(), n])
-    return sums.to(torch.float32 if y.device.type == 'mps' else torch.float64)
+    kind, n = torch.float32 if y.device.type == 'mps' else torch.float64, torch.full((), len(y), device=y.device)
+    if y.ndim == 2: return torch.stack([F.cross_entropy(pred, y, reduction='sum'), *torch.full((2,), torch.nan, device=y.device), n]).to(kind)
+    probs = pred.softmax(1)
+    before, loss = ranks(probs, y), -true_probs(probs, y).to(kind).log().sum()
+    return torch.stack([loss, *((before < k).sum().to(kind) for k in (1, 5)), n.to(kind)])
 
 def peak_memory(
     device: str, # 'cuda', 'mps' or 'cpu'

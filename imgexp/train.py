@@ -22,7 +22,7 @@ from .data import keep_subset, table_id
 from .learner import (OPTIMIZERS, PRECISION, CancelFitException, CancelValidException, Part, autocast, choose_precision, make_learner,
                             make_optimizer, to_input)
 from .loader import IMAGENET, Loader, Pictures, normalization
-from .metrics import confusion, plot_confusion, plot_curves, plot_mistakes, score
+from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, score
 from .models import _check_size, build_model, weights_id
 from .packs import load_images, packed, preparation
 from .parallel import most, of_first, rank, say, together, total, world
@@ -242,11 +242,11 @@ def predict_split(
     return predict(learn.model, loader, learn.norm, learn.precision)
 
 # %% ../nbs/03_train.ipynb #09ebe41a
-def _figures(learn, history, told):
+def _figures(learn, history, told, best):
     "Curves, confusion and worst mistakes of the last split that was looked at"
     split = max(told, key=('valid', 'test').index)
     (probs, labels, rows), classes = told[split], learn.table.classes
-    return {'curves': plot_curves(history, len(learn.table.split('valid'))),
+    return {'curves': plot_curves(history, len(told['valid'][1]), best['epoch'], best['by']),
             'confusion': plot_confusion(confusion(labels, probs.argmax(1), len(classes)), classes),
             'mistakes': plot_mistakes(Pictures(learn.table, rows, learn.size), probs, labels, classes)}
 
@@ -259,17 +259,25 @@ def conclude(
 ) -> dict:      # figures by name
     "Evaluate validation and test, draw the pictures, and finish the run; raises what goes wrong after marking it failed."
     if rank(): return {}
-    told = {s: look(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
-    metrics = {s: score(probs, labels) for s, (probs, labels, _) in told.items() if len(labels)}
+    seen = {s: look(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
+    told, skipped = {s: v for s, v in seen.items() if len(v[1])}, _skipped(learn, seen)
+    if skipped and look is predict_split: say(left_out(skipped, len(learn.table)))
+    metrics = {s: score(probs, labels, len(learn.table.split(s)) - len(labels)) for s, (probs, labels, _) in told.items()}
     history = run.history
-    figures = _figures(learn, history, told)
+    figures = _figures(learn, history, told, best)
     if not run.finished:
         for name, fig in figures.items(): run.figure(name, fig)
         if upload: run.tracker.artifact(run.dir/'checkpoints'/best['name'])
         run.finish({'checkpoint': 'best', 'epoch': best['epoch'], 'weights': weights_kind(best['by'])} | metrics |
                    {'seconds': history.seconds.iloc[-1], 'img_per_s': history.img_per_s.median(),
-                    'skipped': {printable(k): v for k, v in (learn.dls.train.skipped | learn.dls.valid.skipped).items()}})
+                    'skipped': skipped})
     return figures
+
+def _skipped(learn, seen):
+    "Images that could not be decoded, and why; the reason of those that were seen by no loader of the learner is told by `imgexp data check`"
+    known = learn.dls.train.skipped | learn.dls.valid.skipped
+    missing = {str(learn.table.items[r]) for s, (_, _, rows) in seen.items() for r in np.setdiff1d(learn.table.split(s), rows)}
+    return {printable(k): v for k, v in (known | {name: 'cannot be decoded' for name in sorted(missing - known.keys())}).items()}
 
 # %% ../nbs/03_train.ipynb #3eb47cf4
 _SEED = 2**32 - 1

@@ -5,27 +5,31 @@
 # %% auto #0
 __all__ = ['AT_ONCE_MB', 'KEPT_MB', 'DECAYS', 'NORMALIZE', 'HEAD', 'ALLOWED', 'FIRST_LR', 'FeatureLoader', 'WholeLoader', 'solve',
            'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_learner', 'predict_split',
-           'resolve', 'fit_head', 'finetune', 'run_experiment', 'train', 'compare']
+           'look_as', 'load_network', 'resolve', 'fit_head', 'finetune', 'run_experiment', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id, policy
-from .checkpoints import stands_at
+from .checkpoints import read_index, stands_at
 from .data import keep_subset, table_id
+from .evaluate import Network, read_network
 from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, Part, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, Loader, _Batches, normalization
+from .metrics import left_out
 from .models import HEADS, build_model, keep_statistics, own_size, set_retrain, weights_id
 from .packs import load_images, packed, preparation
 from .parallel import launched, say
-from .runs import InputError, Params, Run, TRACK, check_call, printable, seeds, start_run
-from .train import conclude, fit
+from .runs import InputError, Params, Run, TRACK, check_call, seeds, start_run
+from .train import conclude, fit, predict, predict_split as predict_images
 
 # %% ../nbs/20_transfer.ipynb #20aa0005
 AT_ONCE_MB, KEPT_MB = 16, 256  # features that are read at once; that stay in memory where every epoch takes them in the same order
@@ -192,8 +196,6 @@ def _in_precision(learn, x):
     if x.device.type == 'mps': x = x.contiguous()  # as `to_input`
     return x.float() if learn.precision == 'fp32' else x
 
-def _left_out(skipped, n): return f'{len(skipped):,} of {n:,} images cannot be decoded and are left out: {printable(next(iter(skipped)))}' + ', …'*(len(skipped) > 1)
-
 class ToFloat(Part):
     "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
@@ -213,7 +215,7 @@ def make_learner(
     train = WholeLoader(table, 'train', sets, device) if logistic else FeatureLoader(table, 'train', sets, p.batch_size, seeds(p)['order'], device)
     kind, cbs = (LogisticLearner, [Decays()]) if logistic else (ImageLearner, [])
     learn = kind(_Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model, loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
-    if train.skipped or plain.skipped: tell(_left_out(train.skipped | plain.skipped, len(table)))
+    if train.skipped or plain.skipped: tell(left_out(train.skipped | plain.skipped, len(table)))
     learn.table, learn.norm, learn.size, learn.training, learn.plain = table, norm, p.size, False, plain
     learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix  # a head alone costs nothing
     learn.scaler = torch.amp.GradScaler(device) if learn.precision == 'fp16' else None
@@ -233,6 +235,43 @@ def predict_split(
         probs.append(learn.forward(learn.suffix, _in_precision(learn, x)).softmax(1).cpu().numpy()); rows.append(loader.rows)
     rows = np.concatenate(rows) if rows else np.zeros(0, int)
     return np.concatenate(probs) if probs else np.zeros((0, len(learn.table.classes)), np.float32), learn.table.labels[rows], rows
+
+# %% ../nbs/20_transfer.ipynb #db2b00d8
+class _Parted(torch.nn.Module):
+    "`suffix(prefix(x))`, each in the precision in which the run had it"
+    def __init__(self, parts, precision, head):
+        super().__init__()
+        self.prefix, self.suffix, self.head = parts.prefix if precision == 'fp32' else fuse(parts.prefix.eval()), parts.suffix, head
+        self.kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
+    def forward(self, x):
+        x = self.prefix(x).to(self.kind)
+        with torch.autocast(x.device.type, enabled=False) if self.head == 'fp32' else nullcontext(): return self.suffix(x.float() if self.head == 'fp32' else x)
+
+def _parted(p, model, precision): return _Parted(cut(model, p.retrain), precision, precision if p.retrain else 'fp32')
+
+def look_as(
+    p: Params,  # parameters
+    best: dict, # the best checkpoint
+):              # (learn, split) -> probabilities, labels, rows
+    "How a learner of images looks at a split with the weights of a checkpoint."
+    if best['epoch'] > p.epochs: return predict_images
+    def look(learn, split):
+        valid = learn.dls.valid
+        loader = Loader(learn.table, split, learn.size, 64, workers=valid.workers, device=valid.device, bad=valid.bad, train=False)
+        return predict(_parted(p, learn.model, learn.precision), loader, learn.norm, learn.precision)
+    return look
+
+# %% ../nbs/20_transfer.ipynb #6f9dbfe7
+def load_network(
+    run,             # a `Run`
+    checkpoint: str = 'best', # or 'last', or a name
+    device: str = '', # 'cuda', 'mps', 'cpu'; '' chooses
+) -> Network:
+    "As `imgexp.evaluate.load_run`."
+    out, p = Network(run, *read_network(run, checkpoint), checkpoint, device), run.params
+    on_features = any(b['epoch'] <= p.epochs for b in read_index(run)['best'] if checkpoint in ('best', b['name']))
+    if on_features or not p.finetune_epochs: out.net, out.batch_size = _parted(p, out.model, out.precision), 64
+    return out
 
 # %% ../nbs/20_transfer.ipynb #20aa000e
 _SEED = 2**32 - 1
@@ -295,7 +334,9 @@ def run_experiment(
         if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
             learn = make_learner(p, kept, model, norm)
             best = fit_head(run, p, learn)
-        if p.finetune_epochs and not run.enough: conclude(run, *finetune(run, p, kept, model, norm))
+        if p.finetune_epochs and not run.enough:
+            learn, best = finetune(run, p, kept, model, norm)
+            conclude(run, learn, best, look=look_as(p, best))
         else: conclude(run, learn, best, look=predict_split)
     return run
 

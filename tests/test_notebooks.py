@@ -9,7 +9,7 @@ ORDER = '''runs fetch catalog data augment packs loader check models metrics sch
            zoo phases explain deploy report cli'''.split()  # the table of the design: imports go upwards only
 EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01b']                            # others that may have a parameters cell
-LIGHT = 'runs catalog data augment packs loader check metrics schedules recipes batch sweep cli'.split()
+LIGHT = 'runs catalog data augment packs loader check metrics schedules recipes evaluate batch sweep keras_cnn cli'.split()
 HEAVY = 'torch tensorflow keras wandb optuna ray gradio'.split()
 
 NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
