@@ -179,6 +179,18 @@ def reference(task):
 
 # ---- Other frameworks, as they come
 
+def autocast_on_cpu(learn):
+    "bf16 for fastai's Learner on a processor: its own callback, `to_bf16`, asks for autocast on cuda whatever the device is"
+    import torch
+    from fastai.vision.all import MixedPrecision
+    class OnCPU(MixedPrecision):
+        name = 'mixed_precision'
+        def before_fit(self):
+            super().before_fit()
+            self.autocast = torch.autocast('cpu', torch.bfloat16)
+    learn.add_cb(OnCPU('bf16'))
+    learn.model.to(memory_format=torch.channels_last)  # as for any bf16 on a processor: without it the convolutions are reordered each time
+
 def fastai(task, bf16=False):
     "Learner with its default callbacks, its own loaders and batch transforms, its own SGD."
     import torch
@@ -197,7 +209,7 @@ def fastai(task, bf16=False):
     loaders = DataLoaders.from_dsets(*sets, bs=task.batch, device=torch.device(task.device), after_batch=change,
                                      num_workers=task.workers, pin_memory=task.device == 'cuda')
     learn = Learner(loaders, new_network(task), torch.nn.functional.cross_entropy, partial(SGD, mom=MOMENTUM))
-    if bf16: learn.to_bf16()
+    if bf16: autocast_on_cpu(learn) if task.device == 'cpu' else learn.to_bf16()
     with silent(): learn.fit(1, LR, cbs=Ticks())
     return clock.seconds
 
