@@ -81,7 +81,7 @@ def keras(images, precision, once=False):
     base.trainable = False
     x = inputs = Input((224, 224, 3))
     x = layers.GlobalAveragePooling2D()(base(layers.Rescaling(1/127.5, -1)(x), training=False))
-    def head(x): return layers.Dense(len(train.class_names if hasattr(train, 'class_names') else os.listdir(f'{images}/train')), dtype='float32')(layers.Dropout(0.2)(x))
+    def head(x): return layers.Dense(len(os.listdir(f'{images}/train')), dtype='float32')(layers.Dropout(0.2)(x))
     def fit(model, *data, **more):
         model.compile(optimizers.Adam(), 'sparse_categorical_crossentropy')
         model.fit(*data, epochs=EPOCHS, verbose=0, **more)
