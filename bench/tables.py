@@ -10,12 +10,12 @@ PARTIAL = HERE/'results'/'.partial'  # values of tables that are not finished ye
 
 # ---- Measuring
 
-def in_turn(table, contenders, rounds, warm=0, settings=None, keep=True):
+def in_turn(table, contenders, rounds, warm=0, settings=None, keep=True, numbered=False):
     """{contender: its values}: the contenders take turns (A B A B …). Every value is kept on the disk as soon as it is there, so that the same
     command goes on after an interruption, on the same machine and with the same settings only.
 
     `contenders`: {name: function, or (function, most rounds of this one)}; a function gives a number, or anything JSON holds.
-    `warm`: rounds in this process before the first that counts."""
+    `warm`: rounds in this process before the first that counts. `numbered`: functions are told the number of the round."""
     contenders = {k: v if isinstance(v, tuple) else (v, rounds) for k, v in contenders.items()}
     most = {k: min(rounds, n) for k, (_, n) in contenders.items()}
     file, began = Progress(table, {'rounds': most} | (settings or {}), keep), time.monotonic()
@@ -24,7 +24,7 @@ def in_turn(table, contenders, rounds, warm=0, settings=None, keep=True):
         for name, (run, _) in contenders.items():
             if not (len(values[name]) < most[name] if k < 0 else len(values[name]) == k < most[name]): continue
             start = time.monotonic()
-            value = run()
+            value = run(k) if numbered else run()
             if k >= 0: file.add(name, value, time.monotonic() - start)
             print(f'{table}: {name}{", warming up"*(k < 0)}: {short(value)} ({time.monotonic() - start:.0f} s)', file=sys.stderr, flush=True)
             values[name] = file.values.get(name, [])
