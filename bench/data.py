@@ -6,6 +6,7 @@ Each contender lives in a process of its own, which waits while the others have 
 Prints the tables and writes their rows, with the machine, into bench/results/data.csv. See bench/README.md.
 """
 import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
+from ctypes.util import find_library
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def fastai(folder):
                       batch_tfms=Flip(0.5), item_tfms=RandomResizedCrop(SIZE, min_scale=SCALE[0]))
     return block.dataloaders([path for path, _ in listed(folder)], bs=BATCH, num_workers=WORKERS, device='cpu', persistent_workers=True).train
 
-def spdl(folder, lowres=False):
+def spdl(folder):
     import spdl.io
     from spdl.pipeline import PipelineBuilder
     from spdl.io import get_video_filter_desc
@@ -122,11 +123,7 @@ def spdl(folder, lowres=False):
         crop = (f"crop=w='min(iw,sqrt(iw*ih*{part*ratio}))':h='min(ih,sqrt(iw*ih*{part/ratio}))'"
                 f":x='(iw-ow)*{random.random()}':y='(ih-oh)*{random.random()}'")
         change = f"{crop},scale={SIZE}:{SIZE}:flags=bilinear,format=pix_fmts=rgb24{',hflip' if random.random() < .5 else ''}"
-        packets, config = spdl.io.demux_image(item[0]), None
-        if lowres:  # FFmpeg's decoder halves an image while decoding; a crop has at least the square root of 3/4 of its area on each side
-            side = int((part*packets.width*packets.height*3/4)**0.5)
-            config = spdl.io.decode_config(decoder_options={'lowres': '2' if side >= 4*SIZE else '1' if side >= 2*SIZE else '0'})
-        return spdl.io.decode_packets(packets, filter_desc=change, decode_config=config), item[1]
+        return spdl.io.decode_packets(spdl.io.demux_image(item[0]), filter_desc=change), item[1]
     def batch(items):
         images, labels = zip(*items)
         return spdl.io.to_torch(spdl.io.convert_frames(list(images))), labels
@@ -272,8 +269,7 @@ def tensors_each(folder, workers=0):
 USUAL, OURS, FULL = 'ImageFolder, Pillow, float32 (the usual loader)', 'imgexp, class folders', 'imgexp, class folders, decoded at full scale'
 SHRINKING = {
     'ImageFolder, Pillow with draft, uint8': usual_draft, 'ImageFolder, libjpeg-turbo and OpenCV, uint8': usual_turbo,
-    'timm with draft, uint8': partial(timm, draft=True), 'spdl with lowres, uint8': partial(spdl, lowres=True),
-    'webdataset, libjpeg-turbo and OpenCV, uint8': partial(webdataset, turbo=True)}
+    'timm with draft, uint8': partial(timm, draft=True), 'webdataset, libjpeg-turbo and OpenCV, uint8': partial(webdataset, turbo=True)}
 LOADERS = {
     USUAL: usual, 'ImageFolder, Pillow, uint8': usual_uint8,
     'torchvision.io, transforms v2, uint8': torchvision_io, 'timm, uint8': timm, 'fastai': fastai, 'spdl, uint8': spdl,
@@ -329,6 +325,9 @@ class Contender:
 def speeds(table, folder, args):
     "Images a second of every contender, in turn"
     names = [n for n in CONTENDERS[table] if not args.contenders or any(o in n for o in args.contenders.split(','))]
+    if not find_library('avutil') and any(n.startswith('spdl') for n in names):
+        print('spdl is left out: it needs FFmpeg', file=sys.stderr)
+        names = [n for n in names if not n.startswith('spdl')]
     contenders = {n: Contender(table, n, folder) for n in names}
     try: return in_turn(table, contenders, args.repeats, 1, {'folder': str(folder), 'images': IMAGES}, not (args.dry or args.contenders))
     finally:
