@@ -238,7 +238,6 @@ def chosen(only, bf16):
     return [t for tables in found.values() for t in tables] or names
 
 def main():
-    from imgexp.learner import choose_precision
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('images', help='class folders in train, validation and test')
     parser.add_argument('--weights', default='', help='of MobileNetV2, for the tables frozen, second and peers')
@@ -246,6 +245,7 @@ def main():
     parser.add_argument('--rounds', type=int, default=5, help='of what takes less than a minute (%(default)s)')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     args = parser.parse_args()
+    from imgexp.learner import choose_precision
     bf16 = choose_precision('auto', 'cpu') == 'bf16'
     args.images, args.weights = (str(Path(p).resolve()) if p else '' for p in (args.images, args.weights))
     names = chosen(args.only, bf16)
