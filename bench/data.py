@@ -140,7 +140,7 @@ def webdataset(folder, turbo=False):
     import webdataset as wds
     from torchvision import transforms as T
     place = Path(tempfile.mkdtemp())
-    with wds.ShardWriter(str(place/'%05d.tar'), maxcount=1000, verbose=0) as out:
+    with wds.ShardWriter(str(place/'%05d.tar'), maxcount=min(1000, IMAGES//4), verbose=0) as out:
         for i, (path, c) in enumerate(listed(folder)): out.write({'__key__': f'{i:06d}', 'jpg': Path(path).read_bytes(), 'cls': c})
     change = T.Compose([T.RandomResizedCrop(SIZE, SCALE), T.RandomHorizontalFlip(), T.PILToTensor()])
     shards = sorted(map(str, place.glob('*.tar')))
