@@ -97,16 +97,17 @@ def memory(trials=50):
 
 class Serving:
     "`usual_trial.py` in as many processes as the sweep has workers, a thread each as the sweep's trials; they start with the first trials and stay"
-    def __init__(self, images, jobs, policy): self.command, self.jobs, self.held = [sys.executable, str(HERE/'usual_trial.py'), images, '--serve', '--policy', policy], jobs, []
+    def __init__(self, images, jobs, policy): self.command, self.jobs, self.held, self.err = [sys.executable, str(HERE/'usual_trial.py'), images, '--serve', '--policy', policy], jobs, [], tempfile.TemporaryFile('w+')
     def __call__(self, points):
         env = os.environ | dict.fromkeys(('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'), '1')
-        while len(self.held) < self.jobs: self.held.append(subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env))
+        while len(self.held) < self.jobs: self.held.append(subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.err, text=True, env=env))
         for process, point in zip(self.held, points): print(json.dumps(point), file=process.stdin, flush=True)
         return [self._answer(process) for process in self.held]
     def _answer(self, process):
         while line := process.stdout.readline():
             if line.startswith('{'): return json.loads(line)['valid_top1']
-        sys.exit('bench: a process of usual_trial.py ended')
+        self.err.seek(0)
+        sys.exit(f'bench: a process of usual_trial.py ended:\n{self.err.read()[-2000:]}')
     def close(self):
         for process in self.held: process.stdin.close(); process.wait()
 
