@@ -38,10 +38,10 @@ FEATURES = {
     'patience': dict(patience=1), 'keep_every, keep_weights': dict(keep_every=1, keep_weights='1,2', keep_best=1), 'retrain': dict(retrain=1),
     'workers': dict(workers=2), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0), 'compile': dict(compile=True),
     'two processes': dict(), 'everything': EVERYTHING, 'everything, two processes': EVERYTHING}
-TRANSFER = dict(epochs=3, batch_size=22, size=32, track='off', workers=0)
+TRANSFER = dict(arch='compact_resnet', epochs=3, batch_size=22, size=32, precision='fp32', track='off', workers=0)
 KERAS = dict(size=32, epochs=4, batch_size=22, filters=8, dense=32, track='off')
 EXPERIMENTS = {  # other experiments: which, and what it is given
-    'transfer': ('transfer', TRANSFER), 'transfer, views': ('transfer', TRANSFER | dict(views=2, workers=2)),
+    'transfer': ('transfer', TRANSFER), 'transfer, bf16': ('transfer', TRANSFER | dict(precision='bf16', retrain=1)), 'transfer, views': ('transfer', TRANSFER | dict(views=2, workers=2)),
     'transfer, retrain, fine-tuned': ('transfer', TRANSFER | dict(retrain=1, finetune_epochs=2, augment='trivial')),
     'transfer, logistic': ('transfer', TRANSFER | dict(head='logistic')),
     'Keras CNN': ('keras', KERAS | dict(batch_norm=True, augment=True, schedule='cosine')), 'Keras CNN, bf16': ('keras', KERAS | dict(precision='bf16', activation='mish'))}
