@@ -2,19 +2,23 @@
 
     python bench/data.py path/to/class/folders --only loaders --repeats 5
 
-Each contender lives in a process of its own, which waits while the others have their turn. Prints the tables and writes
-their rows, with the machine, into bench/results/data.csv. See bench/README.md.
+Each contender lives in a process of its own, which waits while the others have their turn. A table that was interrupted goes on where it was.
+Prints the tables and writes their rows, with the machine, into bench/results/data.csv. See bench/README.md.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
+from ctypes.util import find_library
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tables import compare, machine, met, save, show
+from tables import compare, forget, in_turn, machine, met, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'bench'/'results'/'data.csv'
-IMAGES, BATCH, WORKERS, SIZE, SCALE = 12_000, 64, 2, 224, (0.35, 1.)
+IMAGES = int(os.environ.get('IMGEXP_BENCH_IMAGES', 12_000))  # a pass
+BATCH, WORKERS, SCALE = 64, 2, (0.35, 1.)
+SIZE = int(os.environ.get('IMGEXP_BENCH_SIZE', 224))  # px of the crops
+RESIDENT = 64  # px, of images in memory
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def listed(folder):
@@ -45,17 +49,62 @@ def usual_uint8(folder):
     return _torch_loader(_image_folder(folder, T.Compose([
         T.RandomResizedCrop(SIZE, SCALE), T.RandomHorizontalFlip(), T.PILToTensor()])))
 
+def _crop(height, width):
+    "A crop as all have it: top, left, height, width; and by what the image can be shrunk while it is decoded and the crop still have SIZE px"
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+    top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), SCALE, (3/4, 4/3))
+    return (top, left, h, w), next((k for k in (8, 4, 2) if min(h, w) >= k*SIZE), 1)
+
+class _Drafted:
+    "Crop and resize an image that Pillow has opened and not decoded: `draft` shrinks it while decoding where the crop allows"
+    def __call__(self, image):
+        from PIL import Image
+        width, height = image.size
+        (top, left, h, w), k = _crop(height, width)
+        if k > 1: image.draft('RGB', (width//k, height//k))
+        x, y = image.width/width, image.height/height
+        return image.convert('RGB').resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left*x, top*y, (left + w)*x, (top + h)*y), reducing_gap=None)
+
+def _opened(path):
+    from PIL import Image
+    return Image.open(path)
+
+def usual_draft(folder):
+    from torchvision import transforms as T
+    return _torch_loader(_image_folder(folder, T.Compose([_Drafted(), T.RandomHorizontalFlip(), T.PILToTensor()]), loader=_opened))
+
+class _Turbo:
+    "The same from a JPEG's bytes, by libjpeg-turbo and OpenCV"
+    def __call__(self, raw):
+        import cv2, simplejpeg, torch
+        height, width = simplejpeg.decode_jpeg_header(raw)[:2]
+        (top, left, h, w), k = _crop(height, width)
+        image = simplejpeg.decode_jpeg(raw, 'RGB', min_height=-(-height//k), min_width=-(-width//k))
+        y, x = image.shape[0]/height, image.shape[1]/width
+        part = image[round(top*y):round((top + h)*y), round(left*x):round((left + w)*x)]
+        part = cv2.resize(part, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(part.shape[:2]) >= SIZE else cv2.INTER_LINEAR)
+        if random.random() < 0.5: part = cv2.flip(part, 1)
+        return torch.from_numpy(part)
+
+def usual_turbo(folder):
+    import cv2
+    cv2.setNumThreads(1)
+    return _torch_loader(_image_folder(folder, _Turbo(), loader=lambda path: Path(path).read_bytes()))
+
 def torchvision_io(folder):
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
     from torchvision.transforms import v2
     change = v2.Compose([v2.RandomResizedCrop(SIZE, SCALE, antialias=True), v2.RandomHorizontalFlip()])
     return _torch_loader(_image_folder(folder, change, loader=lambda path: decode_jpeg(read_file(path), ImageReadMode.RGB)))
 
-def timm(folder):
+def timm(folder, draft=False):
     from timm.data import create_loader
-    whole = create_loader(_image_folder(folder, None), (3, SIZE, SIZE), BATCH, is_training=True, use_prefetcher=True, scale=SCALE,
+    dataset = _image_folder(folder, None, **({'loader': _opened} if draft else {}))
+    whole = create_loader(dataset, (3, SIZE, SIZE), BATCH, is_training=True, use_prefetcher=True, scale=SCALE,
                           color_jitter=None, interpolation='bilinear', num_workers=WORKERS, persistent_workers=True,
                           device=__import__('torch').device('cpu'))
+    if draft: dataset.transform.transforms[0] = _Drafted()  # in place of its RandomResizedCropAndInterpolation
     return whole.loader  # uint8; its prefetcher would normalize, as the network's side does here
 
 def fastai(folder):
@@ -65,7 +114,7 @@ def fastai(folder):
     return block.dataloaders([path for path, _ in listed(folder)], bs=BATCH, num_workers=WORKERS, device='cpu', persistent_workers=True).train
 
 def spdl(folder):
-    import random, spdl.io
+    import spdl.io
     from spdl.pipeline import PipelineBuilder
     from spdl.io import get_video_filter_desc
     files = listed(folder)
@@ -86,16 +135,18 @@ def spdl(folder):
             with made.auto_stop(): yield from made
     return Loader()
 
-def webdataset(folder):
+def webdataset(folder, turbo=False):
     import tarfile
     import webdataset as wds
     from torchvision import transforms as T
     place = Path(tempfile.mkdtemp())
-    with wds.ShardWriter(str(place/'%05d.tar'), maxcount=1000, verbose=0) as out:
+    with wds.ShardWriter(str(place/'%05d.tar'), maxcount=min(1000, IMAGES//4), verbose=0) as out:
         for i, (path, c) in enumerate(listed(folder)): out.write({'__key__': f'{i:06d}', 'jpg': Path(path).read_bytes(), 'cls': c})
     change = T.Compose([T.RandomResizedCrop(SIZE, SCALE), T.RandomHorizontalFlip(), T.PILToTensor()])
     shards = sorted(map(str, place.glob('*.tar')))
-    dataset = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000).decode('pil').to_tuple('jpg', 'cls').map_tuple(change, int).batched(BATCH)
+    dataset = wds.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000)
+    if not turbo: dataset = dataset.decode('pil')
+    dataset = dataset.to_tuple('jpg', 'cls').map_tuple(_Turbo() if turbo else change, int).batched(BATCH)
     return wds.WebLoader(dataset, batch_size=None, num_workers=WORKERS, persistent_workers=True)
 
 def hugging_face(folder):
@@ -108,14 +159,19 @@ def hugging_face(folder):
     collate = lambda rows: (torch.stack([r['image'] for r in rows]), torch.tensor([r['label'] for r in rows]))
     return _torch_loader(data, collate_fn=collate)
 
-def _tf_augmented(images, decode):
+def _tf_augmented(images, decode, shrink=False):
     "Crop, flip and batches in tf.data, from a data set of (image or file content, label)"
     import tensorflow as tf
     def change(image, label):
         shape = tf.image.extract_jpeg_shape(image) if decode else tf.shape(image)
         begin, size, _ = tf.image.sample_distorted_bounding_box(
             shape, tf.zeros([1, 0, 4]), area_range=SCALE, aspect_ratio_range=(3/4, 4/3), use_image_if_no_bounding_boxes=True)
-        if decode: part = tf.image.decode_and_crop_jpeg(image, tf.concat([begin[:2], size[:2]], 0), channels=3)
+        if shrink:  # decode_jpeg shrinks by a ratio, decode_and_crop_jpeg doesn't crop what is shrunk
+            side = tf.reduce_min(size[:2])
+            ratio = tf.where(side >= 4*SIZE, 4, tf.where(side >= 2*SIZE, 2, 1))
+            whole = tf.switch_case(ratio//2, [lambda r=r: tf.image.decode_jpeg(image, channels=3, ratio=r) for r in (1, 2, 4)])
+            part = tf.slice(whole, tf.concat([begin[:2]//ratio, [0]], 0), tf.concat([size[:2]//ratio, [3]], 0))
+        elif decode: part = tf.image.decode_and_crop_jpeg(image, tf.concat([begin[:2], size[:2]], 0), channels=3)
         else: part = tf.slice(image, begin, size)
         part = tf.image.resize(part, (SIZE, SIZE), antialias=True)
         return tf.image.random_flip_left_right(part), label
@@ -129,17 +185,17 @@ def keras_directory(folder):
     files = keras.utils.image_dataset_from_directory(folder, image_size=(533, 400), batch_size=None, shuffle=True, verbose=False)
     return _tf_augmented(files.repeat().take(IMAGES), decode=False)
 
-def tf_data(folder):
+def tf_data(folder, shrink=False):
     import tensorflow as tf
     paths, labels = zip(*listed(folder))
     files = tf.data.Dataset.from_tensor_slices((list(paths), list(labels))).shuffle(IMAGES)
-    return _tf_augmented(files.map(lambda p, c: (tf.io.read_file(p), c), num_parallel_calls=WORKERS), decode=True)
+    return _tf_augmented(files.map(lambda p, c: (tf.io.read_file(p), c), num_parallel_calls=WORKERS), True, shrink)
 
-def _imgexp(table, size=SIZE, workers=WORKERS):
+def _imgexp(table, size=SIZE, workers=WORKERS, augment='crop-flip'):
     from imgexp.loader import Loader
     rows = np.arange(IMAGES) % len(table)
     class Epochs:
-        loader, epoch = Loader(table.take(rows), 'train', size, BATCH, 'crop-flip', workers=workers), 0
+        loader, epoch = Loader(table.take(rows), 'train', size, BATCH, augment, workers=workers), 0
         def __iter__(self):
             self.epoch += 1
             return iter(self.loader.at(self.epoch))
@@ -150,32 +206,93 @@ def _packed(folder, kind, size):
     place = Path(tempfile.gettempdir())/'imgexp-bench'
     return from_pack(pack(folder, size, kind, place, tell=lambda line: None))
 
-def imgexp_folders(folder):
-    from imgexp.data import from_folders
+def imgexp_folders(folder, full=False):
+    import imgexp.loader
+    from imgexp.data import decode, from_folders
+    if full: imgexp.loader.decode = lambda raw, height=0, width=0, *more, **kw: decode(raw, 0, 0, *more, **kw)
     return _imgexp(from_folders(folder))
 
 def imgexp_jpeg(folder): return _imgexp(_packed(folder, 'jpeg', 256))
 def imgexp_raw(folder): return _imgexp(_packed(folder, 'raw', 256))
 
-def imgexp_resident(folder, pack='memory-64', workers=0):
+# ---- Contenders whose images are in memory, RESIDENT px
+
+def imgexp_resident(folder, pack='memory-64', workers=0, augment='crop-flip'):
     from imgexp.data import from_folders
     from imgexp.packs import packed
-    return _imgexp(packed(from_folders(folder), 64, pack, tell=lambda line: None), 64, workers)
+    return _imgexp(packed(from_folders(folder), RESIDENT, pack, tell=lambda line: None), RESIDENT, workers, augment)
 
+def _tensors(folder, side=RESIDENT):
+    "All images, uint8 [IMAGES, 3, side, side], and their labels"
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.transforms import v2
+    change, done = v2.Resize((side, side), antialias=True), {}
+    for path, _ in listed(folder):
+        if path not in done: done[path] = change(decode_jpeg(read_file(path), ImageReadMode.RGB))
+    paths, labels = zip(*listed(folder))
+    return torch.stack([done[p] for p in paths]), torch.tensor(labels)
+
+class _Batched:
+    "Batches of tensors in memory, `change`d as a whole"
+    def __init__(self, x, y, change): self.x, self.y, self.change = x, y, change
+    def __iter__(self):
+        import torch
+        for rows in torch.randperm(len(self.x)).split(BATCH): yield self.change(self.x[rows]), self.y[rows]
+
+def tensors_plain(folder): return _Batched(*_tensors(folder), lambda x: x)
+
+def tensors_grid(folder, side=RESIDENT):
+    "Each image its own crop and flip, all of a batch in one operation, as it is done on a GPU"
+    import torch
+    import torch.nn.functional as F
+    def change(x):
+        n, (low, high) = len(x), np.log2([3/4, 4/3])
+        area, shape = torch.empty(n).uniform_(*SCALE), 2**torch.empty(n).uniform_(low, high)
+        w, h = (area*shape).sqrt().clamp(max=1), (area/shape).sqrt().clamp(max=1)
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = w*(1 - 2*(torch.rand(n) < 0.5).float()), h
+        theta[:, 0, 2], theta[:, 1, 2] = (2*torch.rand(n) - 1)*(1 - w), (2*torch.rand(n) - 1)*(1 - h)
+        return F.grid_sample(x.float(), F.affine_grid(theta, (n, 3, RESIDENT, RESIDENT), align_corners=False), align_corners=False)
+    return _Batched(*_tensors(folder, side), change)
+
+def tensors_each(folder, workers=0):
+    "TensorDataset's way: image by image through torchvision's transforms"
+    import torch
+    from torchvision.transforms import v2
+    x, y = _tensors(folder)
+    change = v2.Compose([v2.RandomResizedCrop(RESIDENT, SCALE, antialias=True), v2.RandomHorizontalFlip()])
+    class Changed(torch.utils.data.TensorDataset):
+        def __getitem__(self, i): return change(self.tensors[0][i]), self.tensors[1][i]
+    return torch.utils.data.DataLoader(Changed(x, y), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+OURS, FULL = 'imgexp, class folders', 'imgexp, class folders, decoded at full scale'
+SHRINKING = {
+    'ImageFolder, Pillow with draft, uint8': usual_draft, 'ImageFolder, libjpeg-turbo and OpenCV, uint8': usual_turbo,
+    'timm with draft, uint8': partial(timm, draft=True), 'webdataset, libjpeg-turbo and OpenCV, uint8': partial(webdataset, turbo=True)}
 LOADERS = {
-    'ImageFolder, Pillow, float32 (the usual loader)': usual, 'ImageFolder, Pillow, uint8': usual_uint8,
+    'ImageFolder, Pillow, uint8 (the usual loader)': usual_uint8, 'ImageFolder, Pillow, float32': usual,
     'torchvision.io, transforms v2, uint8': torchvision_io, 'timm, uint8': timm, 'fastai': fastai, 'spdl, uint8': spdl,
     'webdataset, uint8': webdataset, 'Hugging Face datasets, uint8': hugging_face,
-    'Keras image_dataset_from_directory': keras_directory, 'tf.data, decode_and_crop_jpeg': tf_data,
-    'imgexp, class folders': imgexp_folders, 'imgexp, pack of 256 px JPEG': imgexp_jpeg,
-    'imgexp, pack of 256 px raw': imgexp_raw, 'imgexp, resident, 64 px': imgexp_resident,
-    'imgexp, resident at 128 px, seen at 64': partial(imgexp_resident, pack='memory-128')}
+    'Keras image_dataset_from_directory': keras_directory, 'tf.data, decode_and_crop_jpeg': tf_data, **SHRINKING,
+    FULL: partial(imgexp_folders, full=True), OURS: imgexp_folders, 'imgexp, pack of 256 px JPEG': imgexp_jpeg,
+    'imgexp, pack of 256 px raw': imgexp_raw}
+SMALL = {'ImageFolder, Pillow, uint8 (the usual loader)': usual_uint8, 'torchvision.io, transforms v2, uint8': torchvision_io, 'spdl, uint8': spdl,
+         'tf.data, decode_and_crop_jpeg': tf_data, **SHRINKING, 'tf.data, decode_jpeg with a ratio': partial(tf_data, shrink=True),
+         FULL: partial(imgexp_folders, full=True), OURS: imgexp_folders}  # where crops are small enough for decoders that shrink
+MEMORY_64 = {
+    'TensorDataset, transforms v2 image by image': tensors_each, 'TensorDataset, transforms v2 image by image, 2 workers': partial(tensors_each, workers=2),
+    'uint8 tensors, cropped and mirrored by grid_sample, batch by batch': tensors_grid, 'imgexp, resident, 64 px': imgexp_resident,
+    'uint8 tensors of 128 px, seen at 64 by grid_sample': partial(tensors_grid, side=128),
+    'imgexp, resident at 128 px, seen at 64': partial(imgexp_resident, pack='memory-128'),
+    'uint8 tensors, not augmented': tensors_plain, 'imgexp, resident, not augmented': partial(imgexp_resident, augment='none')}
+CONTENDERS = {'loaders': LOADERS, 'loaders-112': SMALL, 'resident': MEMORY_64}
 
 # ---- A contender's process: a pass for every line that comes in
 
-def serve(name, folder):
+def serve(table, name, folder):
     "Print the images a second of a pass over all images, for each line on stdin."
-    loader = LOADERS[name](folder)
+    loader = CONTENDERS[table][name](folder)
     for _ in sys.stdin:
         began, n = time.perf_counter(), 0
         for batch in loader: n += len(batch[1])
@@ -183,14 +300,16 @@ def serve(name, folder):
         assert n > IMAGES - BATCH, f'{name} gave {n} images'
 
 class Contender:
-    "A contender in a process of its own; calling it makes a pass"
-    def __init__(self, name, folder):
-        import torch  # noqa: in the page cache before the children need it
-        self.name, env = name, os.environ | {'PYTHONWARNINGS': 'ignore', 'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'}
+    "A contender in a process of its own, which begins with the first pass; calling it makes a pass"
+    def __init__(self, table, name, folder): self.table, self.name, self.folder, self.process = table, name, folder, None
+    def _begin(self):
+        env = os.environ | {'PYTHONWARNINGS': 'ignore', 'TF_CPP_MIN_LOG_LEVEL': '3', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1',
+                            'IMGEXP_BENCH_SIZE': '112' if self.table == 'loaders-112' else '224', 'IMGEXP_BENCH_IMAGES': str(IMAGES)}
         self.err = tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen([sys.executable, __file__, str(folder), '--serve', name], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, __file__, str(self.folder), '--only', self.table, '--serve', self.name], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.err, text=True, env=env, cwd=ROOT)
     def __call__(self):
+        if self.process is None: self._begin()
         self.process.stdin.write('\n')
         self.process.stdin.flush()
         while line := self.process.stdout.readline():
@@ -199,23 +318,20 @@ class Contender:
         self.err.seek(0)
         sys.exit(f'bench: {self.name!r} failed:\n{self.err.read()[-2000:]}')
     def close(self):
+        if self.process is None: return
         self.process.stdin.close()
         self.process.terminate()
 
-def loaders(folder, repeats, only=()):
+def speeds(table, folder, args):
     "Images a second of every contender, in turn"
-    names = [n for n in LOADERS if not only or any(o in n for o in only)]
-    contenders = {n: Contender(n, folder) for n in names}
-    values = {n: [] for n in names}
-    try:
-        for k in range(repeats + 1):
-            for name, run in contenders.items():
-                speed = run()
-                if k: values[name].append(speed)
-                print(f'{name}: {speed:,.0f} images/s', file=sys.stderr, flush=True)
+    names = [n for n in CONTENDERS[table] if not args.contenders or any(o in n for o in args.contenders.split(','))]
+    if not find_library('avutil') and any(n.startswith('spdl') for n in names):
+        print('spdl is left out: it needs FFmpeg', file=sys.stderr)
+        names = [n for n in names if not n.startswith('spdl')]
+    contenders = {n: Contender(table, n, folder) for n in names}
+    try: return in_turn(table, contenders, args.repeats, 1, {'folder': str(folder), 'images': IMAGES}, not (args.dry or args.contenders))
     finally:
         for c in contenders.values(): c.close()
-    return values
 
 # ---- Training from memory: images a second of a loop on random tensors, and on a resident data set
 
@@ -304,35 +420,29 @@ def own_rows(table, values):
 
 # ---- Tables: folder, repeats -> rows
 
-def table_loaders(folder, repeats, only):
-    values = loaders(folder, repeats, only)
-    rows = list(compare('loaders', values, TARGETS))
-    ours = 'imgexp, class folders'
-    if not only:  # the best of the others, round by round
-        others = {k: v for k, v in values.items() if not k.startswith('imgexp')}
-        uint8 = values['ImageFolder, Pillow, uint8']
-        best = max(others, key=lambda k: statistics.median(others[k]))
-        rows += list(compare('loaders against uint8', {'ImageFolder, Pillow, uint8': uint8, ours: values[ours]}, {ours: 'ratio >= 1.4'}))
-        rows += list(compare('loaders against the best peer', {best: others[best], ours: values[ours]}, {ours: 'ratio >= 1'}))
-    return rows
+def table_loaders(folder, args, table='loaders'):
+    values = speeds(table, folder, args)
+    rows = list(compare(table, values, TARGETS if table == 'loaders' else {}))
+    if args.contenders: return rows
+    best = max((k for k in values if not k.startswith('imgexp')), key=lambda k: statistics.median(values[k]))
+    return rows + list(compare(f'{table} against the best peer', {k: values[k] for k in (best, FULL, OURS)}, {FULL: 'ratio >= 1', OURS: 'ratio >= 1'}))
 
-def table_training(folder, repeats, only):
-    contenders, values = training(folder), {}
-    for k in range(repeats + 1):
-        for name, run in contenders.items():
-            if speed := run(): values.setdefault(name, []).extend([speed]*(k > 0))
+def table_resident(folder, args): return list(compare('resident', speeds('resident', folder, args), {}))
+
+def table_training(folder, args):
+    values = in_turn('training', training(folder), args.repeats, 1, {'folder': str(folder)}, not args.dry)
     return list(compare('training', values, {'imgexp, resident, 64 px': 'ratio >= 0.95'}))
 
-def table_memory(folder, repeats, only):
+def table_memory(folder, args):
     cases = [('imgexp, class folders', 2), ('imgexp, class folders', 8), ('imgexp, pack of 256 px JPEG', 2), ('imgexp, pack of 256 px raw', 2)]
     return list(own_rows('memory after each epoch, MB', [(f'{name}, {w} workers', fresh(MEMORY, folder, name, w), 'ratio <= 1.05') for name, w in cases]))
 
-def table_start(folder, repeats, only):
+def table_start(folder, args):
     place = {k: str(_packed(folder, k, 256).pack.path) for k in ('jpeg', 'raw')}
-    rows = [(f'first batch from a pack, {k}', [fresh(FIRST, p) for _ in range(repeats)], 'median <= 1.5') for k, p in place.items()]
+    rows = [(f'first batch from a pack, {k}', [fresh(FIRST, p) for _ in range(args.repeats)], 'median <= 1.5') for k, p in place.items()]
     with tempfile.TemporaryDirectory() as d:
         large = large_index(Path(d)/'large')
-        opened = [fresh(INDEX, large) for _ in range(repeats)]
+        opened = [fresh(INDEX, large) for _ in range(args.repeats)]
     rows.append(('index of 1,281,167 images: seconds', [s for s, _ in opened], 'median <= 2'))
     rows.append(('index of 1,281,167 images: MB', [m for _, m in opened], 'median <= 300'))
     return list(own_rows('start', rows))
@@ -348,26 +458,26 @@ def accuracy(folder, pack, seed, weights):
         subprocess.run([sys.executable, '-m', 'imgexp.cli', 'train', *map(str, args)], env=env, check=True, stdout=subprocess.DEVNULL)
         return json.loads(next(Path(root).glob('runs/*/metrics.json')).read_text())['test']['top1']['value']
 
-def table_accuracy(folder, repeats, only):
+def table_accuracy(folder, args):
     forms = {'class folders': 'off', 'pack of 256 px JPEG': 'jpeg-256', 'pack of 256 px raw': 'raw-256'}
     values = {name: [] for name in forms}
-    for seed in range(repeats):
+    for seed in range(args.repeats):
         for name, pack in forms.items():
-            values[name].append(accuracy(folder.parent if folder.name == 'train' else folder, pack, seed, WEIGHTS))
+            values[name].append(accuracy(folder.parent if folder.name == 'train' else folder, pack, seed, args.weights))
             print(f'{name}, seed {seed}: {values[name][-1]:.1%}', file=sys.stderr, flush=True)
     return list(compare('test top-1', values, {}))
 
-WEIGHTS = 'imagenet'
-TARGETS = {'imgexp, class folders': 'ratio >= 2', 'imgexp, pack of 256 px JPEG': 'ratio >= 5', 'imgexp, pack of 256 px raw': 'ratio >= 10',
-           'imgexp, resident, 64 px': 'ratio >= 30'}
-TABLES = {'loaders': table_loaders, 'loaders against uint8': None, 'loaders against the best peer': None, 'training': table_training,
-          'memory after each epoch, MB': table_memory, 'start': table_start, 'test top-1': None}
+TARGETS = {FULL: 'ratio >= 1.4', OURS: 'ratio >= 1.4', 'imgexp, pack of 256 px JPEG': 'ratio >= 3', 'imgexp, pack of 256 px raw': 'ratio >= 7'}
+TABLES = {'loaders': table_loaders, 'loaders-112': partial(table_loaders, table='loaders-112'), 'resident': table_resident, 'training': table_training, 'memory': table_memory,
+          'start': table_start, 'accuracy': table_accuracy}
+ORDER = ['loaders', 'loaders against the best peer', 'loaders-112', 'loaders-112 against the best peer', 'resident', 'training',
+         'memory after each epoch, MB', 'start', 'test top-1']
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', help='class folders of JPEG files')
-    parser.add_argument('--only', default='loaders,training,memory,start', help='tables, separated by commas (%(default)s; also accuracy)')
-    parser.add_argument('--contenders', default='', help='parts of names, separated by commas: only these loaders, the first is compared with')
+    parser.add_argument('--only', default='loaders,loaders-112,resident,training,memory,start', help='tables, separated by commas (%(default)s; also accuracy)')
+    parser.add_argument('--contenders', default='', help='parts of names, separated by commas: only these loaders, the first is compared with; nothing is written')
     parser.add_argument('--repeats', type=int, default=5, help='rounds that count (%(default)s)')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     parser.add_argument('--weights', default='imagenet', help="of MobileNetV2, for the table accuracy: a file, or imagenet (%(default)s)")
@@ -375,14 +485,18 @@ def main():
     args = parser.parse_args()
     folder = Path(args.folder).resolve()
     if not folder.is_dir(): parser.error(f'{args.folder}: no such folder')
-    if args.serve: return serve(args.serve, folder)
-    globals()['WEIGHTS'] = args.weights if args.weights == 'imagenet' else str(Path(args.weights).resolve())
-    rows, tables = [], {'loaders': table_loaders, 'training': table_training, 'memory': table_memory, 'start': table_start, 'accuracy': table_accuracy}
-    for name in args.only.split(','):
-        if name not in tables: parser.error(f"--only: no table {name}; there are {', '.join(tables)}")
-    for name in args.only.split(','):
-        new = [r | machine('cpu') for r in tables[name](folder, args.repeats, tuple(c for c in args.contenders.split(',') if c))]
-        if not args.dry and not args.contenders: save(new, RESULTS, TABLES)
+    names = args.only.split(',')
+    if unknown := [n for n in names if n not in TABLES]: parser.error(f"--only: no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if args.serve: return serve(names[0], args.serve, folder)
+    if args.weights != 'imagenet': args.weights = str(Path(args.weights).resolve())
+    rows = []
+    for name in names:
+        began = time.monotonic()
+        new = [r | machine('cpu') for r in TABLES[name](folder, args)]
+        print(f'{name}: {(time.monotonic() - began)/60:.1f} minutes', file=sys.stderr)
+        if not args.dry and not args.contenders:
+            save(new, RESULTS, ORDER)
+            forget(name)
         rows += new
     show(rows)
 

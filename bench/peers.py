@@ -1,8 +1,9 @@
 """The contenders of bench/train.py: each trains one epoch on the images of a `Task` and returns its seconds a step.
 
-All of them import what they need when they are called: importing this module takes no framework along.
+All of them import what they need when they are called: importing this module takes no framework along. Keras trains on torch here, beside
+the others, and on TensorFlow in a process of its own: `python bench/peers.py '{"arch": "resnet18", …}' fp32`.
 """
-import contextlib, io, logging, os, statistics, sys, tempfile, time, warnings
+import contextlib, io, json, logging, os, statistics, subprocess, sys, tempfile, time, warnings
 from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,8 +11,10 @@ from unittest import mock
 
 import numpy as np
 
-os.environ.setdefault('KERAS_BACKEND', 'torch')
-sys.modules.setdefault('tensorflow', None)  # Keras would load it where it is installed, although torch does the work
+if __name__ == '__main__': os.environ['KERAS_BACKEND'] = 'tensorflow'
+else:
+    os.environ.setdefault('KERAS_BACKEND', 'torch')
+    sys.modules.setdefault('tensorflow', None)  # Keras would load it where it is installed, although torch does the work
 
 CLASSES, LR, MOMENTUM = 10, 0.01, 0.9
 WARM, GROUP = 3, 5  # steps before the clock starts; steps between two looks at it
@@ -27,10 +30,13 @@ class Task:
     steps: int  # timed
     device: str = 'cpu'      # or 'cuda'
     optimizer: str = 'sgd'   # with momentum; or 'adamw'
+    precision: str = ''      # of all that are not called fp32; '' is what imgexp would choose
     pixels: np.ndarray = field(init=False, repr=False)  # uint8 [n + batch, size, size, 3]
     def __post_init__(self):
-        from imgexp.train import choose_precision
-        self.precision, self.n = choose_precision('auto', self.device), self.batch*(WARM + self.steps)
+        if not self.precision:
+            from imgexp.learner import choose_precision
+            self.precision = choose_precision('auto', self.device)
+        self.n = self.batch*(WARM + self.steps)
         rng = np.random.default_rng(0)
         self.pixels = rng.integers(0, 256, (self.n + self.batch, self.size, self.size, 3), np.uint8)
         self.targets = np.arange(self.n + self.batch) % CLASSES
@@ -133,22 +139,6 @@ def handwritten(task, compile=False):
         clock.tick()
     return clock.seconds
 
-def plain_fp32(task):
-    "A usual script: float32 [n, 3, h, w], normalized beforehand; no autocast, no channels last, AdamW's defaults."
-    import torch
-    import torch.nn.functional as F
-    clock, model = Clock(task), new_network(task)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images = (torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().float()/255 - 0.45)/0.225
-    labels = torch.from_numpy(task.labels)
-    for rows in torch.randperm(len(images)).split(task.batch):
-        x, y = images[rows].to(task.device), labels[rows].to(task.device)
-        opt.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        opt.step()
-        clock.tick()
-    return clock.seconds
-
 def normalized_loader(task):
     "torch's DataLoader over the same images in torch's layout: float32 and normalized one by one, as in the reference"
     import torch
@@ -179,6 +169,18 @@ def reference(task):
 
 # ---- Other frameworks, as they come
 
+def autocast_on_cpu(learn):
+    "bf16 for fastai's Learner on a processor: its own callback, `to_bf16`, asks for autocast on cuda whatever the device is"
+    import torch
+    from fastai.vision.all import MixedPrecision
+    class OnCPU(MixedPrecision):
+        name = 'mixed_precision'
+        def before_fit(self):
+            super().before_fit()
+            self.autocast = torch.autocast('cpu', torch.bfloat16)
+    learn.add_cb(OnCPU('bf16'))
+    learn.model.to(memory_format=torch.channels_last)  # as for any bf16 on a processor: without it the convolutions are reordered each time
+
 def fastai(task, bf16=False):
     "Learner with its default callbacks, its own loaders and batch transforms, its own SGD."
     import torch
@@ -197,7 +199,7 @@ def fastai(task, bf16=False):
     loaders = DataLoaders.from_dsets(*sets, bs=task.batch, device=torch.device(task.device), after_batch=change,
                                      num_workers=task.workers, pin_memory=task.device == 'cuda')
     learn = Learner(loaders, new_network(task), torch.nn.functional.cross_entropy, partial(SGD, mom=MOMENTUM))
-    if bf16: learn.to_bf16()
+    if bf16: autocast_on_cpu(learn) if task.device == 'cpu' else learn.to_bf16()
     with silent(): learn.fit(1, LR, cbs=Ticks())
     return clock.seconds
 
@@ -244,17 +246,14 @@ def keras_resnet(arch, size):
     x = L.MaxPooling2D(3, 2)(L.ZeroPadding2D(1)(conv(x, 64, 7, 2)))
     for k, n in enumerate({'resnet18': (2, 2, 2, 2), 'resnet50': (3, 4, 6, 3)}[arch]):
         for i in range(n): x = block(x, 64*2**k, 2 if k > 0 and i == 0 else 1)
-    return Model(inputs, L.Dense(CLASSES)(L.GlobalAveragePooling2D()(x)))
+    return Model(inputs, L.Dense(CLASSES, dtype='float32')(L.GlobalAveragePooling2D()(x)))
 
-def keras_fit(task):
-    "compile and fit on the arrays, at their defaults."
+def keras_fit(task, bf16=False):
+    "compile and fit on the arrays, at their defaults; bf16 by Keras' own policy, the logits in fp32 as its guide says."
     import keras
-    assert keras.backend.backend() == 'torch', 'unset KERAS_BACKEND, or set it to torch'
     keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy('mixed_bfloat16' if bf16 else 'float32')
     clock, model = Clock(task), keras_resnet(task.arch, task.size)
-    own, theirs = (sum(int(np.prod(p.shape)) for p in net)
-                   for net in (model.trainable_weights, new_network(task).parameters()))
-    assert own == theirs, f'{own:,} parameters instead of {theirs:,}'
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(LR, momentum=MOMENTUM), loss)
     model.make_train_function()
@@ -265,11 +264,28 @@ def keras_fit(task):
         return logs
     model.train_function = ticking  # a callback would stop Keras from running its own beside the training
     with silent(): model.fit(task.images, task.labels, batch_size=task.batch)
+    keras.config.set_dtype_policy('float32')
     return clock.seconds
+
+def keras_on_torch(task, bf16=False):
+    import keras
+    assert keras.backend.backend() == 'torch', 'unset KERAS_BACKEND, or set it to torch'
+    own, theirs = (sum(int(np.prod(p.shape)) for p in net)
+                   for net in (keras_resnet(task.arch, task.size).trainable_weights, new_network(task).parameters()))
+    assert own == theirs, f'{own:,} parameters instead of {theirs:,}'
+    return keras_fit(task, bf16)
+
+def keras_on_tensorflow(task, bf16=False):
+    "In a process of its own: TensorFlow and torch would share the cores badly"
+    given = {k: getattr(task, k) for k in ('arch', 'size', 'batch', 'steps', 'device')} | {'precision': 'fp32'}
+    env = {k: v for k, v in os.environ.items() if k != 'KERAS_BACKEND'} | {'TF_CPP_MIN_LOG_LEVEL': '3'}
+    done = subprocess.run([sys.executable, __file__, json.dumps(given), 'bf16' if bf16 else 'fp32'], env=env, capture_output=True, text=True)
+    if done.returncode: sys.exit(f'bench: Keras on TensorFlow failed:\n{done.stderr[-2000:]}')
+    return json.loads(done.stdout.splitlines()[-1])
 
 # ---- Who takes part
 
-Peer = namedtuple('Peer', 'run imports')  # Task -> seconds a step; the modules that it needs, separated by spaces
+Peer = namedtuple('Peer', 'run imports')  # Task -> seconds a step; the modules that it needs, separated by spaces (none: it runs in another process)
 
 def peers(task, pack=''):
     "{name: Peer}; the others are compared with the first"
@@ -279,15 +295,20 @@ def peers(task, pack=''):
              'hand-written loop, same precision': Peer(handwritten, plain),
              'fastai Learner': Peer(fastai, 'fastai.vision.all torchvision'),
              'Lightning Trainer': Peer(lightning, trainer),
-             'Keras 3 on torch': Peer(keras_fit, 'keras torchvision')}
+             'Keras 3 on torch': Peer(keras_on_torch, 'keras torchvision')}
+    if task.device == 'cpu': found['Keras 3 on TensorFlow'] = Peer(keras_on_tensorflow, '')
     if task.precision == 'bf16':
         found['Lightning Trainer, bf16-mixed'] = Peer(partial(lightning, precision='bf16-mixed'), trainer)
+        found['fastai Learner, bf16'] = Peer(partial(fastai, bf16=True), 'fastai.vision.all torchvision')
+        found['Keras 3 on torch, mixed_bfloat16'] = Peer(partial(keras_on_torch, bf16=True), 'keras torchvision')
+        if task.device == 'cpu': found['Keras 3 on TensorFlow, mixed_bfloat16'] = Peer(partial(keras_on_tensorflow, bf16=True), '')
     if task.device == 'cuda':
         found = {'imgexp.train.fit, compile': Peer(partial(imgexp_fit, compile=True), own),
                  'hand-written loop, same precision, compile': Peer(partial(handwritten, compile=True), plain)} | found
-        found['fastai Learner, to_bf16'] = Peer(partial(fastai, bf16=True), 'fastai.vision.all torchvision')
     if pack:
         faster = {'compile': True} if task.device == 'cuda' else {}
         name = ', '.join(['imgexp.train.fit', *faster, 'from a pack'])
         found[name] = Peer(partial(imgexp_fit, pack=pack, augment='crop-flip', **faster), own)
     return found
+
+if __name__ == '__main__': print(keras_fit(Task(**json.loads(sys.argv[1])), sys.argv[2] == 'bf16'))

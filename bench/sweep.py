@@ -4,12 +4,13 @@ test), also how many trials of a Keras CNN an hour holds, in a sweep and as they
     python bench/sweep.py --trials 1000 --jobs 2
     python bench/sweep.py --only "trials an hour" --images path/to/clothing
 
-Prints the table and writes its rows, with the machine, into bench/results/sweep.csv. See bench/README.md.
+`trials an hour` goes on where it was interrupted. Prints the table and writes its rows, with the machine, into bench/results/sweep.csv. See bench/README.md.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
+from functools import partial
 from pathlib import Path
 
-from tables import alone, compare, machine, save, show
+from tables import alone, compare, forget, in_turn, machine, save, show
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE/'results'/'sweep.csv'
@@ -43,16 +44,21 @@ def main():
     parser.add_argument('--only', default='', help='tables whose names begin so')
     parser.add_argument('--images', help='a folder with train, validation and test, of class folders')
     parser.add_argument('--rounds', type=int, default=5, help='of `trials an hour`, each with a trial a worker (%(default)s)')
+    parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     args = parser.parse_args()
     os.environ['PYTHONPATH'] = os.pathsep.join([str(HERE), os.environ.get('PYTHONPATH', '')])
     sys.path.insert(0, str(HERE))
-    rows = []
-    for name, (given, storage) in SWEEPS.items():
-        if name.startswith(args.only): rows += measure(name, given, storage, args)
-    if MEMORY.startswith(args.only): rows += memory()
-    if args.images and HOUR.startswith(args.only): rows += trials_an_hour(args)
-    show(rows)
-    save([r | machine('cpu') for r in rows], RESULTS, [*SWEEPS, MEMORY, HOUR])
+    tables = {name: partial(measure, name, given, storage, args) for name, (given, storage) in SWEEPS.items()} | {MEMORY: memory}
+    if args.images: tables[HOUR] = partial(trials_an_hour, args)
+    for name, table in tables.items():
+        if not name.startswith(args.only): continue
+        began = time.monotonic()
+        rows = table()
+        show(rows)
+        print(f'{name}: {(time.monotonic() - began)/60:.1f} minutes', file=sys.stderr)
+        if args.dry: continue
+        save([r | machine('cpu') for r in rows], RESULTS, [*SWEEPS, MEMORY, HOUR])
+        forget(name)
 
 def measure(name, given, storage, args):
     from imgexp.sweep import init, run
@@ -89,35 +95,59 @@ def memory(trials=50):
         held = [float(line) for line in (runs_dir()/'memory').read_text().split()]
     return [*compare(MEMORY, {'trials 11 to 20': held[10:20], f'trials {trials - 9} to {trials}': held[-10:]}, {f'trials {trials - 9} to {trials}': 'ratio <= 1.05'})]
 
+class Serving:
+    "`usual_trial.py` in as many processes as the sweep has workers, a thread each as the sweep's trials; they start with the first trials and stay"
+    def __init__(self, images, jobs, policy): self.command, self.jobs, self.held, self.err = [sys.executable, str(HERE/'usual_trial.py'), images, '--serve', '--policy', policy], jobs, [], tempfile.TemporaryFile('w+')
+    def __call__(self, points):
+        env = os.environ | dict.fromkeys(('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'), '1')
+        while len(self.held) < self.jobs: self.held.append(subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.err, text=True, env=env))
+        for process, point in zip(self.held, points): print(json.dumps(point), file=process.stdin, flush=True)
+        return [self._answer(process) for process in self.held]
+    def _answer(self, process):
+        while line := process.stdout.readline():
+            if line.startswith('{'): return json.loads(line)['valid_top1']
+        self.err.seek(0)
+        sys.exit(f'bench: a process of usual_trial.py ended:\n{self.err.read()[-2000:]}')
+    def close(self):
+        for process in self.held: process.stdin.close(); process.wait()
+
 def trials_an_hour(args):
-    "The same trials in turn, as many as there are workers: in one sweep whose workers stay, and each in a process that has all cores"
+    "The same trials in turn, as many as there are workers: in a sweep whose workers stay, in scripts that stay with the images in memory, and in a script a trial"
     from imgexp.batch import Local
-    from imgexp.keras_cnn import SPACE
-    from imgexp.sweep import extend, init, run
+    from imgexp.keras_cnn import SPACE, layer_type
+    from imgexp.sweep import init, run
     class Staying(Local):
         def __exit__(self, *_): pass
-    images, ours, usual = str(Path(args.images).resolve()), [], []
-    accuracy = {'imgexp sweep': [], 'a script a trial': []}
+    images = str(Path(args.images).resolve())
+    parameters = SPACE | SMALL | {'data': {'value': images}, 'track': {'value': 'off'}}
+    config = {'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': '10_keras_cnn', 'parameters': parameters}
     with tempfile.TemporaryDirectory() as root:
         os.environ['IMGEXP_ROOT'] = root
-        parameters = SPACE | SMALL | {'data': {'value': images}, 'track': {'value': 'off'}}
-        sweep = init({'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': '10_keras_cnn', 'parameters': parameters}, 'hour', trials=args.jobs)
-        workers = Staying(args.jobs, sweep.threads)
-        for number in range(args.rounds):
-            if number: extend(sweep, args.jobs)
-            began = time.perf_counter()
-            for k in range(number*args.jobs, (number + 1)*args.jobs): accuracy['a script a trial'].append(usual_trial(images, sweep.point(k)))
-            usual.append(3600*args.jobs/(time.perf_counter() - began))
-            began = time.perf_counter()
-            run('hour', args.jobs, executor=workers, tell=lambda text: None)
-            ours.append(3600*args.jobs/(time.perf_counter() - began))
-            print(f'{usual[-1]:.1f} and {ours[-1]:.1f} trials an hour', flush=True)
-        workers.close()
-        accuracy['imgexp sweep'] = [r['value'] for r in sweep.rows()]
-    def whole(rates): return [len(rates)/sum(1/r for r in rates)]
-    return [*compare(HOUR, {'a script a trial': usual, 'imgexp sweep': ours}, {'imgexp sweep': 'ratio >= 2.5'}),
-            *compare(HOUR, {'a script a trial, all rounds': whole(usual), 'imgexp sweep, all rounds': whole(ours)}, {'imgexp sweep, all rounds': 'ratio >= 2.5'}),
-            *alone(HOUR, {f'validation top-1, {k}': v for k, v in accuracy.items()}, {})]
+        def sweep_of(number): return init(config, f'hour-{number}', trials=args.jobs, seed=number)
+        workers = Staying(args.jobs, sweep_of(0).threads)
+        policies = ['mixed_bfloat16', 'float32'] if layer_type('auto') == 'mixed_bfloat16' else ['float32']
+        served = {f'{args.jobs} scripts that stay, images cached, {policy}': Serving(images, args.jobs, policy) for policy in policies}
+        def points(number): return [sweep_of(number).point(k) for k in range(args.jobs)]
+        def ours(number):
+            run(sweep_of(number).name, args.jobs, executor=workers, tell=lambda text: None)
+            return [r['value'] for r in sweep_of(number).rows()]
+        ways = {'imgexp sweep': ours} | {k: lambda number, run=run: run(points(number)) for k, run in served.items()} | {
+            'a script a trial': lambda number: [usual_trial(images, p) for p in points(number)]}
+        def timed(way):
+            def run(number):
+                began = time.perf_counter()
+                top1 = way(number)
+                return {'an hour': 3600*args.jobs/(time.perf_counter() - began), 'top1': top1}
+            return run
+        settings = {'images': images, 'jobs': args.jobs}
+        try: found = in_turn(HOUR, {k: timed(w) for k, w in ways.items()}, args.rounds, settings=settings, keep=not args.dry, numbered=True)
+        finally:
+            workers.close()
+            for run_ in served.values(): run_.close()
+    rates = {k: [v['an hour'] for v in values] for k, values in found.items()}
+    whole = {f'{k}, all rounds': [len(v)/sum(1/r for r in v)] for k, v in rates.items()}
+    return [*compare(HOUR, rates, {}, over=True), *compare(HOUR, whole, {}, over=True),
+            *alone(HOUR, {f'validation top-1, {k}': [t for v in values for t in v['top1']] for k, values in found.items()}, {})]
 
 def usual_trial(images, values):
     done = subprocess.run([sys.executable, HERE/'usual_trial.py', images, json.dumps(values)], capture_output=True, text=True)

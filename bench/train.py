@@ -1,6 +1,6 @@
 """Speed of training and of imports, side by side: the contenders of a table take turns (A B A B …) in one process.
 
-    python bench/train.py --only step,plain,imports --repeats 5
+    python bench/train.py --only step,imports --repeats 5
 
 Prints the table and writes its rows, with the machine, into bench/results/train.csv. See bench/README.md.
 """
@@ -9,8 +9,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from peers import GROUP, Task, handwritten, imgexp_fit, parts_seconds, peers, plain_fp32
-from tables import alone, compare, machine, save, show
+from peers import GROUP, Task, handwritten, imgexp_fit, parts_seconds, peers
+from tables import alone, compare, forget, in_turn, machine, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'bench'/'results'/'train.csv'
@@ -19,15 +19,9 @@ RESULTS = ROOT/'bench'/'results'/'train.csv'
 
 def table_step(args):
     task = Task('resnet18', 64, 64, args.steps, args.device, 'adamw')
-    seconds = measure({'hand-written loop, same precision': partial(handwritten, task),
-                       'imgexp.train.fit': partial(imgexp_fit, task)}, args)
+    seconds = measure('step', {'hand-written loop, same precision': partial(handwritten, task),
+                               'imgexp.train.fit': partial(imgexp_fit, task)}, args)
     return compare('step', seconds, {'imgexp.train.fit': 'ratio <= 1.05'})
-
-def table_plain(args):
-    task = Task('resnet18', 64, 64, args.steps, args.device, 'adamw')
-    seconds = measure({'imgexp.train.fit': partial(imgexp_fit, task),
-                       'plain fp32 loop': partial(plain_fp32, task)}, args)
-    return compare('plain', seconds, {'plain fp32 loop': 'ratio >= 1.6'})
 
 ALONE = 'import torch, torchvision, pandas, matplotlib.pyplot, cv2; from fastai.learner import Learner'
 
@@ -39,7 +33,7 @@ def fresh_import(statement):
     return float(done.stdout.split()[-1])
 
 def table_imports(args):
-    seconds = measure({'torch, torchvision, Learner, pandas, matplotlib, cv2': partial(fresh_import, ALONE),
+    seconds = measure('imports', {'torch, torchvision, Learner, pandas, matplotlib, cv2': partial(fresh_import, ALONE),
                        'import imgexp.train': partial(fresh_import, 'import imgexp.train'),
                        'import imgexp': partial(fresh_import, 'import imgexp')}, args)
     return compare('imports', seconds, {'import imgexp.train': 'ratio <= 1.25', 'import imgexp': 'median <= 0.3'})
@@ -51,21 +45,21 @@ def table_peers(setting, args):
     "Images a second; ratio: the first contender's over this one's"
     task = Task(*SETTINGS[setting], args.steps, args.device)
     found, same = peers(task, args.data), 'hand-written loop, same precision' + ', compile'*(args.device == 'cuda')
-    seconds = measure({name: partial(peer.run, task) for name, peer in found.items()}, args)
-    targets = {same: 'ratio >= 0.971', 'fastai Learner': 'ratio > 1', 'Lightning Trainer': 'ratio > 1'}
-    if args.device == 'cpu': targets['plain fp32 loop'] = 'ratio >= 1.6' if setting == 'rn18-64' else 'ratio >= 2'
+    seconds = measure(f'peers-{setting}', {name: partial(peer.run, task) for name, peer in found.items()}, args)
+    frameworks = ('fastai Learner, bf16', 'Lightning Trainer, bf16-mixed') if task.precision == 'bf16' else ('fastai Learner', 'Lightning Trainer')
+    targets = {same: 'ratio >= 0.971'} | dict.fromkeys(frameworks, 'ratio > 1')  # at our precision
     return compare(f'peers-{setting}', {k: [task.batch/s for s in v] for k, v in seconds.items()}, targets, over=True)
 
 def table_memory(setting, args):
     "Peak of each contender in a fresh process, MB"
-    values = {}
-    for name in peers(Task(*SETTINGS[setting], GROUP, args.device), args.data):
+    def peak_of(name):
         command = [sys.executable, __file__, '--only', f'memory-{setting}', '--child', name]
         command += ['--device', args.device, '--data', args.data]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode: sys.exit(f'bench: {name!r} failed:\n{done.stderr[-2000:]}')
-        values[name] = [json.loads(done.stdout.splitlines()[-1])]
-        print('.', end='', file=sys.stderr, flush=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    found = peers(Task(*SETTINGS[setting], GROUP, args.device), args.data)
+    values = measure(f'memory-{setting}', {name: (partial(peak_of, name), 1) for name, peer in found.items() if peer.imports}, args, warm=0)
     return compare(f'memory-{setting}', values, {})
 
 def child(setting, args):
@@ -92,33 +86,32 @@ EPOCHS = 10
 
 def table_overhead(args):
     "Share of a run's time that its checkpoints and its history take, %"
-    setting, values = SETTINGS['rn18-64'], {}
-    step = imgexp_fit(Task(*setting, 2*GROUP, args.device))
-    task = Task(*setting, round(args.minutes*60/EPOCHS/step), args.device)
-    for _ in range(min(args.repeats, 3)):
-        total, spent = parts_seconds(task, EPOCHS)
+    setting = SETTINGS['rn18-64']
+    def run():
+        step = imgexp_fit(Task(*setting, 2*GROUP, args.device))
+        total, spent = parts_seconds(Task(*setting, round(args.minutes*60/EPOCHS/step), args.device), EPOCHS)
         share = {k: 100*spent[k]/total for k in ('checkpoints', 'history')}
-        for name, percent in {'checkpoints and history': sum(share.values()), **share}.items():
-            values.setdefault(f'{name}, % of the time', []).append(percent)
-        print('.', end='', file=sys.stderr, flush=True)
+        return {'checkpoints and history': sum(share.values())} | share
+    found = measure('overhead', {'run': (run, 3)}, args, warm=0)['run']
+    values = {f'{k}, % of the time': [v[k] for v in found] for k in found[0]}
     return alone('overhead', values, {'checkpoints and history, % of the time': 'median < 2'})
 
-TABLES = {'step': table_step, 'plain': table_plain, 'imports': table_imports,
+TABLES = {'step': table_step, 'imports': table_imports,
           **{f'peers-{s}': partial(table_peers, s) for s in SETTINGS},
           **{f'memory-{s}': partial(table_memory, s) for s in SETTINGS}, 'overhead': table_overhead}
 
 # ---- Measuring and telling
 
-def measure(contenders, args):
+def measure(table, contenders, args, warm=1):
     "{contender: seconds of each round}; the contenders take turns, after one round that is not counted."
-    seconds = {name: [] for name in contenders}
-    for k in range(args.repeats + 1):
-        for name, run in contenders.items():
+    def tidied(run):
+        def measured():
             tidy(args.device)
-            s = run()
-            if k: seconds[name].append(s)
-            print('.', end='', file=sys.stderr, flush=True)
-    return seconds
+            return run()
+        return measured
+    found = {k: v if isinstance(v, tuple) else (v, args.repeats) for k, v in contenders.items()}
+    settings = {'device': args.device, 'steps': args.steps, 'minutes': args.minutes, 'data': args.data}
+    return in_turn(table, {k: (tidied(run), n) for k, (run, n) in found.items()}, args.repeats, warm, settings, not args.dry)
 
 def tidy(device):
     "Nothing of the contender before is left to the next one"
@@ -159,7 +152,9 @@ def main():
         if any('-' in n for n in names): parser.error(more)
     for name in names:
         new = [row | machine(args.device) for row in TABLES[name](args)]
-        if not args.dry: save(new, RESULTS, TABLES)
+        if not args.dry:
+            save(new, RESULTS, TABLES)
+            forget(name)
         rows += new
     print(file=sys.stderr)
     show(rows)

@@ -72,8 +72,8 @@ def bf16(args):
         yield row | {'changed': (told[0] != told[1]).float().mean().item()}
 
 def usual(args):
-    "The usual script, its trunk in evaluation mode; training mode would ruin weights whose batch norm is folded into the convolutions"
-    done = subprocess.run([sys.executable, HERE/'usual_transfer.py', args.images, '--arch', args.arch, '--weights', args.archs[args.arch], '--still', '--seeds', str(args.seeds)],
+    "The usual script with features extracted once, so its trunk in evaluation mode; training mode would ruin weights whose batch norm is folded into the convolutions"
+    done = subprocess.run([sys.executable, HERE/'usual_transfer.py', args.images, '--arch', args.arch, '--weights', args.archs[args.arch], '--once', '--seeds', str(args.seeds)],
                           capture_output=True, text=True)
     if done.returncode: sys.exit(done.stderr)
     for told in map(json.loads, done.stdout.splitlines()):

@@ -1,115 +1,143 @@
-"""Transfer learning as it is usually written (PyTorch's own tutorial): the trunk's weights are frozen and the head is new; in every epoch
-every image is decoded and sent through the whole network in float32, with `model.train()`, so that batch norm's statistics drift.
+"""Transfer learning as it is usually written, and as a good engineer writes it. `bench/transfer.py` measures both.
 
-    python bench/usual_transfer.py path/to/images --arch mobilenet_v2 --weights file.pth
+    python bench/usual_transfer.py path/to/images --arch mobilenet_v2 --weights file.pth            # PyTorch's own tutorial
+    python bench/usual_transfer.py path/to/images --arch mobilenet_v2 --weights file.pth --once     # features extracted once
+    python bench/usual_transfer.py path/to/images --arch mobilenet_v2 --weights file.pth --once --keep features.pt   # and kept for the next time
 
-`path/to/images` has train, validation and test. Prints a line of JSON for each seed: seconds of each epoch, and the test accuracy of the
-epoch that was best on validation. `bench/transfer.py` runs it. For accuracy alone, the same up to rounding and sooner:
+The tutorial's way: the trunk's weights are frozen and the head is new; in every epoch every image is decoded and sent through the whole
+network with `model.train()`, so that batch norm's statistics drift. With `--once` the trunk, in evaluation mode and channels last, sees every
+image once, and what is trained sees its features, which are in memory. `--precision bf16` is autocast and channels last in both.
 
-- `--once` decodes the images once and keeps channels last,
-- `--still` leaves the trunk in evaluation mode, as careful scripts do, and sends each image through it once, for all seeds.
+`path/to/images` has train, validation and test. Prints a line of JSON for each seed: the seconds of all of it (imports excluded; what the
+seeds share counts for the first), and the test accuracy of the epoch that was best on validation.
 """
 import argparse, copy, json, time
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
-def head_of(model):
-    "The network's last linear layer: (module that holds it, its name there)"
-    if hasattr(model, 'fc'): return model, 'fc'
-    return model.classifier, str(len(model.classifier) - 1)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLITS = ('train', 'validation', 'test')
 
 def network(arch, weights, n_classes, train=''):
     model = models.get_model(arch)
     if weights: model.load_state_dict(torch.load(weights, weights_only=True))
     for name, p in model.named_parameters(): p.requires_grad = bool(train) and name.startswith(train)
-    holder, name = head_of(model)
-    setattr(holder, name, nn.Linear(getattr(holder, name).in_features, n_classes))
+    if hasattr(model, 'fc'): model.fc = nn.Linear(model.fc.in_features, n_classes)
+    else: model.classifier[-1] = nn.Linear(model.classifier[-1].in_features, n_classes)
     return model
 
-def decoded(images):
-    x, y = zip(*images)
-    return TensorDataset(torch.stack(x), torch.tensor(y))
+# ---- The tutorial's way
 
-def loaders(folder, size, once):
-    change = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    images = {s: datasets.ImageFolder(Path(folder)/s, change) for s in ('train', 'validation', 'test')}
-    classes = images['train'].classes
-    if once: images = {s: decoded(d) for s, d in images.items()}
-    return {s: DataLoader(d, batch_size=64, shuffle=s == 'train', num_workers=0 if once else 2) for s, d in images.items()}, classes
+def usual(args):
+    change = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    images = {s: datasets.ImageFolder(Path(args.folder)/s, change) for s in SPLITS}
+    batches = {s: DataLoader(d, batch_size=64, shuffle=s == 'train', num_workers=2) for s, d in images.items()}
+    model = network(args.arch, args.weights, len(images['train'].classes), args.train)
+    return (model.to(memory_format=torch.channels_last) if args.precision == 'bf16' else model), batches
 
-def top(model):
-    "What follows the trunk: name and module"
-    name = 'fc' if hasattr(model, 'fc') else 'classifier'
-    return name, getattr(model, name)
+# ---- Features extracted once
 
-@torch.no_grad()
-def sent(model, batches):
-    "What the trunk, in evaluation mode, makes of the images of each split: loaders of the same order"
-    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    setattr(model, top(model)[0], nn.Identity())
-    def through(loader):
-        x, y = zip(*((model(x), y) for x, y in DataLoader(loader.dataset, batch_size=64, num_workers=loader.num_workers)))
-        return TensorDataset(torch.cat(x), torch.cat(y))
-    return {s: DataLoader(through(d), batch_size=64, shuffle=s == 'train') for s, d in batches.items()}
+def parts(model, train):
+    "The frozen trunk, and what is trained behind it: the head, or the block that `train` names and the head"
+    if not hasattr(model, 'fc'): return nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten()), model.classifier
+    layers = dict(model.named_children())
+    layers['fc'] = nn.Sequential(nn.Flatten(), model.fc)
+    at = list(layers).index(train or 'fc')
+    return nn.Sequential(*list(layers.values())[:at]), nn.Sequential(*list(layers.values())[at:])
 
-def phase(model, batches, optimizer=None, limit=0):
+@torch.inference_mode()
+def extract(trunk, folder, size, precision):
+    "(features, labels) of the images in class folders, and the classes; workers give uint8, which is normalized batch by batch"
+    images = datasets.ImageFolder(folder, v2.Resize((size, size), antialias=True), loader=lambda path: decode_image(path, ImageReadMode.RGB))
+    mean, std = (torch.tensor(v).view(3, 1, 1)*255 for v in (MEAN, STD))
+    found = []
+    for x, y in DataLoader(images, batch_size=64, num_workers=2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+            found.append((trunk(((x - mean)/std).contiguous(memory_format=torch.channels_last)), y))
+    x, y = map(torch.cat, zip(*found))
+    return x, y, images.classes
+
+class InMemory:
+    "Batches of tensors"
+    def __init__(self, x, y, shuffle): self.x, self.y, self.shuffle = x, y, shuffle
+    def __iter__(self):
+        order = torch.randperm(len(self.x)) if self.shuffle else torch.arange(len(self.x))
+        for rows in order.split(64): yield self.x[rows], self.y[rows]
+
+def once(args, features=None):
+    "What is trained, its batches, and the features of all splits, which may be there"
+    kept = Path(args.keep) if args.keep else None
+    if features is None and kept and kept.exists(): features = torch.load(kept, weights_only=True)
+    n_classes = len(features['classes'] if features else datasets.folder.find_classes(Path(args.folder)/'train')[0])
+    trunk, head = parts(network(args.arch, args.weights if args.train or not features else '', n_classes, args.train), args.train)
+    if features is None:
+        trunk = trunk.eval().to(memory_format=torch.channels_last)
+        features = {s: extract(trunk, Path(args.folder)/s, args.size, args.precision) for s in SPLITS}
+        features = {s: (x, y) for s, (x, y, _) in features.items()} | {'classes': features['train'][2]}
+        if kept: torch.save(features, kept)
+    if not args.train: features |= {s: (features[s][0].float(), features[s][1]) for s in SPLITS}  # a linear layer needs no bf16
+    return head.to(memory_format=torch.channels_last), {s: InMemory(*features[s], s == 'train') for s in SPLITS}, features
+
+# ---- Training, the same for both
+
+def phase(model, batches, autocast, optimizer=None):
     "Mean accuracy; trains where there is an optimizer"
     right = seen = 0
     model.train(optimizer is not None)
-    for k, (x, y) in enumerate(batches):
-        if limit and k == limit: break
-        if optimizer: optimizer.zero_grad()
+    for x, y in batches:
         with torch.set_grad_enabled(optimizer is not None):
-            out = model(x)
-            loss = nn.functional.cross_entropy(out, y)
+            with autocast: out = model(x)
+            loss = nn.functional.cross_entropy(out.float(), y)
             if optimizer:
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         right += (out.argmax(1) == y).sum().item()
         seen += len(y)
     return right/max(1, seen)
 
-def train(model, batches, epochs, warm_up):
+def train(model, batches, epochs, autocast):
     "The seconds of each epoch and of the evaluation, validation and test accuracy"
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    if warm_up: phase(model, batches['train'], optimizer, warm_up)
     seconds, best, kept = [], -1., None
     for epoch in range(epochs):
         began = time.perf_counter()
-        phase(model, batches['train'], optimizer)
-        valid = phase(model, batches['validation'])
+        phase(model, batches['train'], autocast, optimizer)
+        valid = phase(model, batches['validation'], autocast)
         if valid > best: best, kept = valid, copy.deepcopy(model.state_dict())
         seconds.append(time.perf_counter() - began)
-    began = time.perf_counter()
     model.load_state_dict(kept)
-    test = phase(model, batches['test'])
-    return {'epochs': seconds, 'evaluation': time.perf_counter() - began, 'valid': best, 'test': test}
+    return {'epochs': seconds, 'valid': best, 'test': phase(model, batches['test'], autocast)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder')
-    parser.add_argument('--arch', default='mobilenet_v2', help='(%(default)s)')
+    parser.add_argument('--arch', default='mobilenet_v2', help='a ResNet or a MobileNet of torchvision (%(default)s)')
     parser.add_argument('--weights', default='', help='a state dict; without it, random')
     parser.add_argument('--size', type=int, default=224, help='(%(default)s)')
     parser.add_argument('--epochs', type=int, default=10, help='(%(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='the first (%(default)s)')
     parser.add_argument('--seeds', type=int, default=1, help='(%(default)s)')
+    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='(%(default)s)')
     parser.add_argument('--train', default='', help='how the names of the parameters begin that are trained beside the head (layer4)')
-    parser.add_argument('--warm-up', type=int, default=0, help='batches before the clock starts')
-    parser.add_argument('--once', action='store_true', help='decode the images once')
-    parser.add_argument('--still', action='store_true', help='the trunk in evaluation mode, each image through it once')
+    parser.add_argument('--once', action='store_true', help='the trunk in evaluation mode, each image through it once')
+    parser.add_argument('--keep', default='', help='with --once: a file that keeps the features, and is used where it is there')
     args = parser.parse_args()
-    batches, classes = loaders(args.folder, args.size, args.once)
-    for seed in range(args.seeds):
+    if args.keep and not args.once: parser.error('--keep needs --once')
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=args.precision == 'bf16' and (bool(args.train) or not args.once))
+    features = None
+    for seed in range(args.seed, args.seed + args.seeds):
+        began = time.perf_counter()
         torch.manual_seed(seed)
-        model = network(args.arch, args.weights, len(classes), args.train)
-        if args.still:
-            if not seed: batches = sent(model, batches)
-            model = top(model)[1]
-        if args.once: model = model.to(memory_format=torch.channels_last)
-        print(json.dumps({'seed': seed} | train(model, batches, args.epochs, args.warm_up)), flush=True)
+        if args.once: model, batches, features = once(args, features)
+        else: model, batches = usual(args)
+        told = train(model, batches, args.epochs, autocast)
+        print(json.dumps({'seed': seed, 'seconds': time.perf_counter() - began} | told), flush=True)
 
 if __name__ == '__main__': main()
