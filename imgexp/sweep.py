@@ -77,14 +77,14 @@ def _check_program(program, values):
         if program.endswith('.py'): raise InputError(f'program={program!r}: give an experiment like 10_keras_cnn, a notebook, or module:function')
         _checked(find_notebook(program), [values])
 
-def _check_experiment(program, space, metric):
+def _check_experiment(program, space, metric, grid):
     "Raises InputError for a metric that the experiment does not measure, and for values that it refuses, before anything is trained"
     if not (module := _module(program)): return
     if metric.column not in METRICS: raise InputError(f"metric: {_unknown(metric.name, [*METRICS, *_COLUMNS], 'column')}")
     notebook, known = find_notebook(program), inspect.signature(_function(f'{module}:train')).parameters
     for p in space:
         if p.name not in known: raise _unknown(p.name, list(known))
-        values = [*_all_values(p)] if p.distribution in ('constant', 'categorical') else [p.value(0.001), p.value(0.999)]
+        values = p.settings.get('values') or ([*_all_values(p)] if grid or p.distribution == 'constant' else [p.value(0.001), p.value(0.999)])
         _checked(notebook, [{p.name: v} for v in values])
 
 def _call(program, values, **more):
@@ -591,7 +591,7 @@ def init(
     if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'): raise InputError(f'name={name!r}: letters, digits, dots, dashes and underscores make a name')
     space = read_space(config['parameters'])
     _check_program(program, space.point(0) if config['method'] == 'grid' else space.draw(seed, 0))
-    _check_experiment(program, space, read_metric(config.get('metric')))
+    _check_experiment(program, space, read_metric(config.get('metric')), config['method'] == 'grid')
     size = space.size if config['method'] == 'grid' else math.inf
     cap = trials or config.get('run_cap') or (USUAL if size == math.inf else size)
     about = {'config': _plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)), 'storage': storage, 'threads': threads}

@@ -374,3 +374,8 @@ def test_a_trial_at_its_last_epoch_is_done(place):
     sweep = make(with_values(epochs=3) | {'early_terminate': {'type': 'hyperband', 'min_iter': 3, 'eta': 3}}, trials=8)
     quietly()
     assert {r['state'] for r in sweep.rows()} == {'done'}
+
+def test_every_value_of_a_list_is_checked_before_anything_runs(place):
+    "Also the middle one of a list with probabilities."
+    bad = {'method': 'random', 'program': '10_keras_cnn', 'parameters': {'filters': {'values': [16, 0, 32], 'probabilities': [0.4, 0.2, 0.4]}}}
+    with pytest.raises(Exception, match='filters=0'): make(bad)
