@@ -16,7 +16,8 @@ from statistics import mean, median
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
-from .batch import Job, Local, _checked, _experiment, _function, _runs_of, cores, estimate, find_notebook, gpus, notebook_parameters, run as run_jobs, shares
+from .batch import (Job, Local, _checked, _experiment, _runs_of, cores, environment_variables, estimate, find_function, find_notebook, gpus, notebook_parameters,
+                          run as run_jobs, shares)
 from .runs import (InputError, Run, RunFailed, _not_known, _plain, _read_json, _refused, _shown, take_lock, _track_mode, _unknown, _write_json,
                          asked_to_stop, duration, runs_dir)
 from .sweep_config import METRICS, _COLUMNS, Halving, _all_values, _share, check_config, read_metric, read_space, read_stopper
@@ -68,7 +69,7 @@ def _arguments(values):
 def _check_program(program, values):
     "Raises InputError for a program that is unknown, or that has no such parameters"
     if ':' in program:
-        try: f = _function(program)
+        try: f = find_function(program)
         except (ImportError, AttributeError) as e: raise InputError(f'program={program!r}: {e}: give module:function, or an experiment like 10_keras_cnn') from None
         known = inspect.signature(f).parameters
         if any(p.kind is p.VAR_KEYWORD for p in known.values()): return
@@ -81,7 +82,7 @@ def _check_experiment(program, space, metric, grid):
     "Raises InputError for a metric that the experiment does not measure, and for values that it refuses, before anything is trained"
     if not (module := _module(program)): return
     if metric.column not in METRICS: raise InputError(f"metric: {_unknown(metric.name, [*METRICS, *_COLUMNS], 'column')}")
-    notebook, known = find_notebook(program), inspect.signature(_function(f'{module}:train')).parameters
+    notebook, known = find_notebook(program), inspect.signature(find_function(f'{module}:train')).parameters
     for p in space:
         if p.name not in known: raise _unknown(p.name, list(known))
         values = p.settings.get('values') or ([*_all_values(p)] if grid or p.distribution == 'constant' else [p.value(0.001), p.value(0.999)])
@@ -89,12 +90,12 @@ def _check_experiment(program, space, metric, grid):
 
 def _call(program, values, **more):
     "How a trial's values are run: (function, arguments); `more` is set where there is such a parameter"
-    if ':' in program: return _function(program), _arguments(values)
+    if ':' in program: return find_function(program), _arguments(values)
     notebook = find_notebook(program)
     more = {'resume': 'reuse'} | more
     values = _checked(notebook, [{k: v for k, v in more.items() if k in notebook_parameters(notebook)} | values])[0]
-    if module := _experiment(notebook): return _function(f'{module}:train'), values
-    return _function('imgexp.batch:execute'), {'notebook': str(notebook), 'values': values}
+    if module := _experiment(notebook): return find_function(f'{module}:train'), values
+    return find_function('imgexp.batch:execute'), {'notebook': str(notebook), 'values': values}
 
 # %% ../nbs/06b_sweep.ipynb #2f9be0d4
 def _mend(path):
@@ -454,15 +455,6 @@ def _watch(run, row):
     else: run.enough = sweep.ends(number) if len(rows) not in known else why
     if run.enough != why: sweep.tell(number, why=run.enough)
 
-@contextmanager
-def _watched(watcher, **told):
-    told |= {'IMGEXP_WATCH': watcher}
-    before = {k: os.environ.get(k) for k in told}
-    os.environ.update(told)
-    try: yield
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-
 # %% ../nbs/06b_sweep.ipynb #13d9f5ea
 def trial(
     folder: str, # of a sweep
@@ -476,7 +468,7 @@ def trial(
     number, values, lock = mine
     try:
         told = {'IMGEXP_TRIAL': f'{sweep.dir.resolve()}:{number}', 'WANDB_RUN_GROUP': sweep.name}
-        with _watched('imgexp.sweep:watch', **told): _measure(sweep, number, values)
+        with environment_variables(IMGEXP_WATCH='imgexp.sweep:watch', **told): _measure(sweep, number, values)
         with _undisturbed(): value = sweep.conclude(number, max(time.monotonic() - began, sweep.told(number, 'trained_for', 0.)))
         return {'trial': number, 'values': values, 'value': value, 'why': sweep.told(number, 'why', '')}
     except KeyboardInterrupt as e:
@@ -714,7 +706,7 @@ def finish(
     out = {k: best[k] for k in ('trial', 'value', 'values', 'run')} | {'metric': sweep.metric.name}
     if known.get('trial') == best['trial']: return known
     module = _module(sweep.program)
-    if best['run'] and module: out['test'] = _function(f'{_EVALUATE[module]}:evaluate_test')(Run(runs_dir()/best['run']))
+    if best['run'] and module: out['test'] = find_function(f'{_EVALUATE[module]}:evaluate_test')(Run(runs_dir()/best['run']))
     _write_json(sweep.dir/'best.json', out)
     top1 = (out.get('test') or {}).get('top1')
     tell(f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}" + (f"; test top-1 {top1['value']:.1%} ({top1['low']:.1%} to {top1['high']:.1%}, n = {top1['n']:,})" if top1 else '')
@@ -774,7 +766,7 @@ def on_wandb(
     def one():
         with wandb.init() as own:
             f, arguments = _call(sweep.program, dict(own.config), track='off')
-            with _watched('imgexp.sweep:to_wandb'): f(**arguments)
+            with environment_variables(IMGEXP_WATCH='imgexp.sweep:to_wandb'): f(**arguments)
     wandb.agent(known['id'], function=one, count=sweep.cap, **there)
 
 def send_to_wandb(
