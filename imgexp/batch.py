@@ -421,7 +421,7 @@ def estimate(
 # %% ../nbs/05_batch.ipynb #b869e536
 @dataclass(repr=False)
 class Plan:
-    "What a batch will do with each point: run, continue, reuse, or skip (it failed, and nobody asked for it again)."
+    "What a batch will do with each point: run, continue, reuse, look (whether its data are the same), evaluate (a search left its test images alone), or skip (it failed, and nobody asked for it again)."
     notebook: Path
     points: list  # of dicts
     does: list    # of text
@@ -446,7 +446,8 @@ class Plan:
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
-_DOES = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'look': 'finished, if their data are the same', 'skip': 'failed (--retry runs them again)'}
+_DOES = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'look': 'finished, if their data are the same',
+         'evaluate': 'finished by a search, to evaluate on test images', 'skip': 'failed (--retry runs them again)'}
 
 def plan(
     notebook: Path,      # an experiment
@@ -461,7 +462,7 @@ def plan(
     found = [_known(p, runs) for p in full]
     def does(p, run):
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
-        if run.finished: return 'look' if any(map(_outside, p.values())) else 'reuse'
+        if run.finished: return 'evaluate' if run.metrics.get('test', 0) is None else 'look' if any(map(_outside, p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
     return Plan(notebook, points, [does(p, r) for p, r in zip(full, found)], found, [estimate(p, runs, threads) for p in full], n)
 

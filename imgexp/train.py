@@ -261,6 +261,7 @@ def conclude(
     if rank(): return {}
     told = {s: look(learn, s) for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.compared)}
     metrics = {s: score(probs, labels) for s, (probs, labels, _) in told.items() if len(labels)}
+    if run.compared and len(learn.table.split('test')): metrics['test'] = None  # left alone
     history = run.history
     figures = _figures(learn, history, told)
     if not run.finished:
@@ -269,6 +270,7 @@ def conclude(
         run.finish({'checkpoint': 'best', 'epoch': best['epoch'], 'weights': weights_kind(best['by'])} | metrics |
                    {'seconds': history.seconds.iloc[-1], 'img_per_s': history.img_per_s.median(),
                     'skipped': {printable(k): v for k, v in (learn.dls.train.skipped | learn.dls.valid.skipped).items()}})
+    elif metrics.get('test') and not run.metrics.get('test'): run.finish(run.metrics | {'test': metrics['test']})  # a search had left the test images alone
     return figures
 
 # %% ../nbs/03_train.ipynb #3eb47cf4
@@ -474,16 +476,22 @@ def train_seeds(
             out.append(run_experiment(values | own, {*given, 'seed'}))
     return out
 
+def _images_of(runs, split):
+    "How many images of a split the runs were measured on, and how many of the runs, where it is not all of them"
+    counts = [v['top1']['n'] for r in runs if (v := r.metrics.get(split))]
+    if not counts: return ''
+    n = f'{min(counts):,}' + f' to {max(counts):,}'*(min(counts) < max(counts))
+    return f'{n} {split}' + f' (of {len(counts)} seeds only)'*(len(counts) < len(runs))
+
 def over_seeds(
     runs: list, # of `Run`, finished
 ):              # a pandas table: a row for each run, then mean, standard deviation, and the numbers of images
     "Results of several seeds with mean and standard deviation."
     import pandas as pd
     def top1(run, split): return ((run.metrics.get(split) or {}).get('top1') or {}).get('value')
-    counts = {s: v['top1']['n'] for s, v in runs[0].metrics.items() if s in ('valid', 'test') and v}
     rows = [{'seed': r.params.get('seed'), 'run': r.name} | {f'{s}_top1': top1(r, s) for s in ('valid', 'test')} for r in runs]
     table = pd.DataFrame(rows).dropna(axis=1, how='all').set_index('seed')
     numbers = table.select_dtypes('number')
     foot = pd.DataFrame({'mean': numbers.mean(), 'sd': numbers.std()}).T
-    foot.insert(0, 'run', f'{len(runs)} seeds, ' + ', '.join(f'{n:,} {s}' for s, n in counts.items()))
+    foot.insert(0, 'run', ', '.join([f'{len(runs)} seeds', *filter(None, (_images_of(runs, s) for s in ('valid', 'test')))]))
     return pd.concat([table, foot]).rename_axis('seed').round(4)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .augment import augment_id, policy
 from .checkpoints import stands_at
 from .data import keep_subset, table_id
+from .evaluate import evaluate_test
 from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, Part, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, Loader, _Batches, normalization
@@ -289,7 +290,9 @@ def run_experiment(
     set_retrain(model, p.retrain)
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
     with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}, resolved=resolved) as run:
-        if run.finished: return run
+        if run.finished:
+            if len(kept.split('test')) and not run.compared: evaluate_test(run)
+            return run
         p = Params(p | {'precision': run.resolved.get('precision', p.precision)})  # what `auto` meant when the run began
         norm = norm_of(p, kept)
         if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
