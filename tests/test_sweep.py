@@ -105,7 +105,7 @@ def test_a_storm(launcher, place, seed):
         job.wait()
     assert job.wait() == 0 and kills >= 2, job.err
     points = [sweep.point(k) for k in range(8)]
-    assert [r['values'] for r in sweep.rows()] == points and {r['state'] for r in sweep.rows()} == {'done'}
+    assert [r['values'] for r in sweep.rows()] == points and {r['state'] for r in sweep.rows()} == {'done'}, [r['error'] for r in sweep.rows()]
     assert [r['value'] for r in sweep.rows()] == pytest.approx([(p['x'] - 0.3)**2 + (p['kind'] == 'a') + 1/8 for p in points])
     runs = [Run(p) for p in (place/'runs').glob('2*')]
     assert {r.name for r in runs} == {r['run'] for r in sweep.rows()} and len(runs) == 8
