@@ -92,9 +92,11 @@ def test_killed_altogether(launcher, place, storage):
 def test_a_storm(launcher, place, seed):
     "Workers, the parent, or all of them are killed at random moments; nothing is lost, nothing is run twice."
     sweep, rng, kills = make(with_values(wait=0.15, epochs=8), trials=8), random.Random(seed), 0
+    def progress(): return sum(len(t.intermediate_values) for t in sweep.trials())
     while True:
-        job = in_process(launcher, place, 'run', 's', '--jobs', '2')
-        end = time.monotonic() + rng.uniform(1, 3)
+        before, job = progress(), in_process(launcher, place, 'run', 's', '--jobs', '2')
+        until(lambda: progress() > before or job.ended(), 'an epoch, however slow the machine is')
+        end = time.monotonic() + rng.uniform(0, 1)
         while time.monotonic() < end and not job.ended(): time.sleep(0.02)
         if job.ended() or kills == 6: break
         workers = psutil.Process(job.pid).children(recursive=True)

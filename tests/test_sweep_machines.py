@@ -52,7 +52,7 @@ def test_a_restarted_container(launcher, place):
 
 def test_another_machine_goes_on(launcher, place):
     "What a machine that is gone left is waited for until it cannot live any more, and then gone on with: best.json, and the best trial evaluated on the test images."
-    values = dict(size=12, batch_size=32, subset=0.3, epochs=4, workers=0, track='off')
+    values = dict(size=12, batch_size=16, subset=0.2, epochs=4, workers=0, track='off')
     sweep = make({'method': 'random', 'program': '03_train', 'metric': {'name': 'val_loss'}, 'parameters': {k: {'value': v} for k, v in values.items()} | {'seed': {'min': 0, 'max': 99}}}, trials=1)
     job = on('gone', launcher, place, 'run', 's', '--jobs', '1', stale=3.)
     under_way(sweep, 1)
@@ -64,17 +64,17 @@ def test_another_machine_goes_on(launcher, place):
     best = json.loads((sweep.dir/'best.json').read_text())
     assert best['run'] == row['run'] and best['test']['top1']['n'] == 359
 
-def test_a_living_machine_is_left_alone(launcher, place):
+def test_a_living_machine_is_left_alone(launcher, place, monkeypatch):
     "Its beat tells, longer than a machine without one would be waited for."
-    sweep = make(with_values(wait=0.4, epochs=12), trials=1)
-    sweep.study
-    first = on('one', launcher, place, 'run', 's', '--jobs', '1', stale=1.)
+    from imgexp.sweep import Sweep
+    monkeypatch.setattr('imgexp.sweep.STALE', 2.)
+    sweep = make(with_values(wait=0.4, epochs=14), trials=1)
+    first = on('one', launcher, place, 'run', 's', '--jobs', '1', stale=2.)
     under_way(sweep)
     assert sweep.told(0, 'owner')['machine'] == 'one'
     (sweep.dir/'locks'/'0').rename(sweep.dir/'locks'/'seen')  # a lock that cannot be seen from the other machine
     (sweep.dir/'locks'/'0').touch()
-    from imgexp.sweep import Sweep
-    for _ in range(10):
+    while len(sweep.of(0).intermediate_values) < 12:
         assert Sweep(sweep.dir).dead() == []
         time.sleep(0.1)
     assert first.wait() == 0 and [r['state'] for r in sweep.rows()] == ['done']
