@@ -69,14 +69,16 @@ help: ## this list
 train: ## train on half of the embedded digits; ARGS="-p epochs 2" changes parameters of nbs/03_train.ipynb
 	@$(call environment,)
 	folder=$${IMGEXP_ROOT:-.}/runs; mkdir -p "$$folder"
-	notebook=$${folder#./}/$$(date +%Y%m%d-%H%M%S)-03_train.ipynb
+	notebook=$${folder#./}/$$(date +%Y%m%d-%H%M%S)-03_train-$$(od -An -N4 -tx1 /dev/urandom | tr -d ' \n').ipynb
+	IMGEXP_TELL=$$(mktemp); export IMGEXP_TELL; trap 'rm -f "$$IMGEXP_TELL"' EXIT
 	bar=--no-progress-bar; if [ -t 2 ]; then bar=--progress-bar; fi
 	say "training: papermill nbs/03_train.ipynb $$notebook -p subset 0.5 $(ARGS)"
-	"$$bin/python" -m papermill nbs/03_train.ipynb "$$notebook" -p subset 0.5 $(ARGS) $$bar --log-level ERROR
-	"$$bin/imgexp" runs show --last | tee "$$notebook.shown"
-	run=$$folder/$$(basename "$$(sed -n 's/^run *//p' "$$notebook.shown")"); rm "$$notebook.shown"
+	"$$bin/papermill" nbs/03_train.ipynb "$$notebook" -p subset 0.5 $(ARGS) $$bar --log-level ERROR
+	run=$$(cut -f1 "$$IMGEXP_TELL" | grep -- '-03_train-' | tail -n 1)
+	"$$bin/imgexp" runs show "$$run" | sed '/^parameters/,$$d'
+	run=$${folder#./}/$$(basename "$$run")
 	mv "$$notebook" "$$run/notebook.ipynb"
-	echo "notebook   $${run#./}/notebook.ipynb"
+	echo "notebook   $$run/notebook.ipynb"
 
 test: ## everything that is checked: notebooks clean and exported, nbdev_test, pytest
 	@$(call environment,all)

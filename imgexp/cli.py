@@ -8,8 +8,12 @@ __all__ = ['app', 'runs_app', 'Json', 'Name', 'data_app', 'DataName', 'cache_app
            'predict', 'cache_ls', 'cache_verify', 'cache_clear', 'sweep_init', 'sweep_run', 'sweep_status',
            'sweep_best', 'sweep_stop', 'sweep_extend', 'sweep_retry', 'sweep_export', 'main']
 
+# %% ../nbs/90_cli.ipynb #7c22a04e
+import sys
+if __name__ == '__main__' and '__file__' in globals() and not (getattr(sys.flags, 'safe_path', False) or sys.flags.isolated): sys.path.append(sys.path.pop(0))
+
 # %% ../nbs/90_cli.ipynb #775b639b
-import atexit, csv, inspect, io, json, os, re, signal, sys, traceback
+import atexit, csv, inspect, io, json, os, re, signal, traceback
 from collections import deque
 from contextlib import redirect_stdout
 from pathlib import Path

@@ -32,7 +32,7 @@ from .learner import autocast, best_device, choose_precision, no_memory, to_inpu
 from .loader import Loader
 from .models import blocks
 from .packs import Bar, _path, preparation
-from .runs import InputError, RunFailed, _plain, _read_json, _sha256, _shown, _write_json, writing
+from .runs import STALE, InputError, RunFailed, _plain, _read_json, _sha256, _shown, _write_json, silence, writing
 
 # %% ../nbs/15_features.ipynb #15fe0006
 class _Steps(fx.Tracer):
@@ -397,7 +397,8 @@ def _alone(cache, tell):
             lock.acquire()
         cache.dir.mkdir(parents=True, exist_ok=True)  # another may have cleared it meanwhile
     try:
-        for part in cache.dir.glob('.*.part'): part.unlink(missing_ok=True)  # of a process that was killed
+        for part in cache.dir.glob('.*.part'):
+            if silence(part) > 10*STALE: part.unlink(missing_ok=True)  # of a process that was killed, here or on a machine whose lock is not seen here
         yield
     finally: lock.release()
 

@@ -6,7 +6,7 @@
 __all__ = ['FetchError', 'BadArchive', 'Remote', 'checksum', 'unlike', 'Progress', 'room', 'download', 'each', 'unpack']
 
 # %% ../nbs/00b_fetch.ipynb #585eb874
-import contextlib, gzip, hashlib, itertools, lzma, os, posixpath, random, re, shutil, stat, sys, tarfile, threading, time
+import contextlib, gzip, hashlib, itertools, lzma, os, posixpath, random, re, secrets, shutil, stat, sys, tarfile, threading, time
 import zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -378,7 +378,7 @@ def unpack(
     "Unpack regular files into `folder`, finishing an earlier unpacking; says how many links it left out; raises `BadArchive` with the file's name."
     folder, name, n, member, links = Path(folder), name or Path(archive).name, 0, '', []
     folder.mkdir(parents=True, exist_ok=True)
-    spare = folder/f'.unpacking-{threading.get_ident()}'
+    spare = folder/f'.unpacking-{secrets.token_hex(8)}'
     with (open(archive, 'rb') if isinstance(archive, (str, Path)) else contextlib.nullcontext(archive)) as f:
         room_left = max_bytes or 10*f.seek(0, os.SEEK_END) + 100_000_000
         f.seek(0)

@@ -499,8 +499,11 @@ def _best(history):
     return history.loc[history.valid_top1.idxmax()]
 
 def _finish(run, history, told, arrays):
-    if run.finished: return {}
+    if run.finished:
+        if 'test' in told: evaluate_test(run)  # a search may have left the test images alone
+        return {}
     metrics = {s: score(probs, arrays.labels[s], len(arrays.table.split(s)) - len(probs)) for s, probs in told.items()}
+    if run.compared and len(arrays.images['test']): metrics['test'] = None  # left alone
     run.finish({'checkpoint': 'best', 'epoch': int(_best(history).epoch)} | metrics | {'seconds': float(history.seconds.iloc[-1]),
                 'img_per_s': float(history.img_per_s.median()), 'skipped': {printable(k): v for k, v in arrays.skipped.items()}})
     return {}
@@ -533,7 +536,9 @@ def run_experiment(
     _forget()
     arrays = load_arrays(p)
     with begin(p, arrays) as run:
-        if run.finished: return run
+        if run.finished:
+            if len(arrays.images['test']) and not run.compared: evaluate_test(run)
+            return run
         model = make_model(p, arrays, run)
         fit(run, p, arrays, model)
         conclude(run, p, arrays, model)

@@ -7,11 +7,13 @@ __all__ = ['METRICS', 'Parameter', 'read_parameter', 'Space', 'read_space', 'Hyp
            'read_metric', 'check_config', 'read_yaml', 'Halving', 'read_stopper']
 
 # %% ../nbs/06_sweep_config.ipynb #a80d203d
-import hashlib, itertools, json, math, re
+import hashlib, itertools, json, math, operator, re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
+
+import numpy as np
 
 from .runs import InputError, _not_known, _unknown
 
@@ -56,8 +58,17 @@ class Parameter:
         value = _DISTRIBUTIONS[self.distribution][0](p, *own.values())
         return self._rounded(value) if 'q' in self.settings else value
     def _rounded(self, value):
-        q = self.settings['q']
-        return round(value/q)*q
+        "The nearest multiple of q, clipped to the range"
+        q, (low, high) = self.settings['q'], _range(self)
+        return type(q)(min(max(round(value/q)*q, low), high))
+
+_ENDS = {'q_beta': (0, 1), 'q_normal': (-math.inf, math.inf), 'q_log_normal': (-math.inf, math.inf)}
+def _range(p):
+    "Ends of a rounded parameter's values; whole numbers where q is one"
+    low, high = _ENDS.get(p.distribution) or (p.settings['min'], p.settings['max'])
+    if p.distribution == 'q_log_uniform': low, high = math.exp(low), math.exp(high)
+    if math.isinf(low): return low, high
+    return (math.ceil(low), math.floor(high)) if isinstance(p.settings['q'], int) else (low, high)
 
 # %% ../nbs/06_sweep_config.ipynb #757cd233
 def _guess(name, given):
@@ -81,7 +92,9 @@ def read_parameter(
     if missing: raise InputError(f"parameter {name}: {kind} needs {' and '.join(missing)}")
     settings = {k: _number(name, k, own.get(k, v)) for k, v in known.items()}
     _check_settings(name, kind, settings)
-    return Parameter(name, kind, settings)
+    out = Parameter(name, kind, settings)
+    if 'q' in settings and not operator.le(*_range(out)): raise InputError(f"parameter {name}: there is no whole number from min={settings['min']} to max={settings['max']}: give a q below 1")
+    return out
 
 def _number(name, key, value):
     "`value`, which YAML reads as text where it stands as 1e-3"
@@ -110,7 +123,7 @@ class Space:
     def __iter__(self): return iter(self.parameters)
     def lists(self):
         "All values of each parameter, each once; raises `InputError` where there is no end of them."
-        return {p.name: list({json.dumps(v): v for v in _all_values(p)}.values()) for p in self}
+        return {p.name: list({_key(v): v for v in _all_values(p)}.values()) for p in self}
     @property
     def size(self): # points; math.inf where a parameter is continuous
         try: return math.prod(map(len, self.lists().values()))
@@ -127,10 +140,15 @@ class Space:
 def _all_values(p):
     s = p.settings
     if p.distribution == 'constant': return [s['value']]
+    if 'probabilities' in s: raise InputError(f'parameter {p.name}: a grid takes each value once: leave probabilities out')
     if 'values' in s: return s['values']
     if p.distribution == 'int_uniform': return range(int(s['min']), int(s['max']) + 1)
-    if p.distribution == 'q_uniform': return [p._rounded(s['q']*k) for k in range(round(s['min']/s['q']), round(s['max']/s['q']) + 1)]
+    if p.distribution == 'q_uniform': return np.arange(s['min'], s['max'], s['q']).tolist()
     raise InputError(f'parameter {p.name}: a grid needs values, or whole numbers from min to max; {p.distribution} has no end of them')
+
+def _key(value):
+    "1 and 1.0 are one value"
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 def _share(seed, k, name):
     digest = hashlib.sha256(f'{seed} {k} {name}'.encode()).digest()

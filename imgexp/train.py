@@ -23,7 +23,7 @@ from .learner import (OPTIMIZERS, PRECISION, CancelFitException, CancelValidExce
                             make_optimizer, to_input)
 from .loader import IMAGENET, Loader, Pictures, normalization
 from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, score
-from .models import _check_size, build_model, weights_id
+from .models import _check_size, build_model
 from .packs import load_images, packed, preparation
 from .parallel import most, of_first, rank, say, together, total, world
 from .parts import HIGHER, Averages, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
@@ -263,6 +263,7 @@ def conclude(
     told, skipped = {s: v for s, v in seen.items() if len(v[1])}, _skipped(learn, seen)
     if skipped and look is predict_split: say(left_out(skipped, len(learn.table)))
     metrics = {s: score(probs, labels, len(learn.table.split(s)) - len(labels)) for s, (probs, labels, _) in told.items()}
+    if run.compared and len(learn.table.split('test')): metrics['test'] = None  # left alone
     history = run.history
     figures = _figures(learn, history, told, best)
     if not run.finished:
@@ -271,6 +272,7 @@ def conclude(
         run.finish({'checkpoint': 'best', 'epoch': best['epoch'], 'weights': weights_kind(best['by'])} | metrics |
                    {'seconds': history.seconds.iloc[-1], 'img_per_s': history.img_per_s.median(),
                     'skipped': skipped})
+    elif metrics.get('test') and not run.metrics.get('test'): run.finish(run.metrics | {'test': metrics['test']})  # a search had left the test images alone
     return figures
 
 def _skipped(learn, seen):
@@ -344,11 +346,12 @@ def images(
 def identity(
     p: Params, # parameters
     table,     # of `images`
+    model,     # with the weights that the parameters name
 ) -> dict:
     "What the parameters that name files stand for: part of the run's id."
     parent = _parent(p)
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment), 'extend': end_id(parent) if parent else ''}
-    depends = {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}
+    depends = {'data': table_id(table), 'weights': model.report.weights_id} | {k: v for k, v in more.items() if v}
     for run in _unfinished_on_other_images(p, depends):
         print(f"run {run.name} is unfinished, but saw other images ({run.depends.get('prepared', 'as they are')}, here "
               f"{depends.get('prepared', 'as they are')}): pack={run.depends.get('prepared', 'off').replace('presize', 'memory')} continues it")
@@ -391,7 +394,7 @@ def _start(p, table, learn):
     "The run, made or found by the first process"
     found = []
     def first():
-        found.append(start_run('03_train', p, identity(p, table), resolved={'precision': learn.precision}))
+        found.append(start_run('03_train', p, identity(p, table, learn.model), resolved={'precision': learn.precision}))
         return str(found[0].dir)
     folder = of_first(first)
     return found[0] if found else Run(folder)
@@ -482,16 +485,22 @@ def train_seeds(
             out.append(run_experiment(values | own, {*given, 'seed'}))
     return out
 
+def _images_of(runs, split):
+    "How many images of a split the runs were measured on, and how many of the runs, where it is not all of them"
+    counts = [v['top1']['n'] for r in runs if (v := r.metrics.get(split))]
+    if not counts: return ''
+    n = f'{min(counts):,}' + f' to {max(counts):,}'*(min(counts) < max(counts))
+    return f'{n} {split}' + f' (of {len(counts)} seeds only)'*(len(counts) < len(runs))
+
 def over_seeds(
     runs: list, # of `Run`, finished
 ):              # a pandas table: a row for each run, then mean, standard deviation, and the numbers of images
     "Results of several seeds with mean and standard deviation."
     import pandas as pd
     def top1(run, split): return ((run.metrics.get(split) or {}).get('top1') or {}).get('value')
-    counts = {s: v['top1']['n'] for s, v in runs[0].metrics.items() if s in ('valid', 'test') and v}
     rows = [{'seed': r.params.get('seed'), 'run': r.name} | {f'{s}_top1': top1(r, s) for s in ('valid', 'test')} for r in runs]
     table = pd.DataFrame(rows).dropna(axis=1, how='all').set_index('seed')
     numbers = table.select_dtypes('number')
     foot = pd.DataFrame({'mean': numbers.mean(), 'sd': numbers.std()}).T
-    foot.insert(0, 'run', f'{len(runs)} seeds, ' + ', '.join(f'{n:,} {s}' for s, n in counts.items()))
+    foot.insert(0, 'run', ', '.join([f'{len(runs)} seeds', *filter(None, (_images_of(runs, s) for s in ('valid', 'test')))]))
     return pd.concat([table, foot]).rename_axis('seed').round(4)

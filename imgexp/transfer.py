@@ -20,12 +20,12 @@ from torch.fx.experimental.optimization import fuse
 from .augment import augment_id, policy
 from .checkpoints import read_index, stands_at
 from .data import keep_subset, table_id
-from .evaluate import Network, read_network
+from .evaluate import Network, evaluate_test, read_network
 from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, Part, TrainEvalCallback, _Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, Loader, _Batches, normalization
 from .metrics import left_out
-from .models import HEADS, build_model, keep_statistics, own_size, set_retrain, weights_id
+from .models import HEADS, build_model, keep_statistics, own_size, set_retrain
 from .packs import load_images, packed, preparation
 from .parallel import launched, say
 from .runs import InputError, Params, Run, TRACK, check_call, seeds, start_run
@@ -327,8 +327,10 @@ def run_experiment(
     resolved = {'precision': choose_precision(p.precision, best_device())}
     set_retrain(model, p.retrain)
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
-    with start_run('20_transfer', p, {'data': table_id(table), 'weights': weights_id(p.arch, p.weights)} | {k: v for k, v in more.items() if v}, resolved=resolved) as run:
-        if run.finished: return run
+    with start_run('20_transfer', p, {'data': table_id(table), 'weights': model.report.weights_id} | {k: v for k, v in more.items() if v}, resolved=resolved) as run:
+        if run.finished:
+            if len(kept.split('test')) and not run.compared: evaluate_test(run)
+            return run
         p = Params(p | {'precision': run.resolved.get('precision', p.precision)})  # what `auto` meant when the run began
         norm = norm_of(p, kept)
         if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:

@@ -120,6 +120,19 @@ def test_a_killed_worker_and_its_kernel(launcher, demo):
     run, = found(demo)
     assert run.state == 'done' and list(run.history.step) == list(range(1, 31)) and run.status['continued'] == 1
 
+def test_two_machines_whose_processes_have_the_same_number(launcher, demo):
+    "As in two containers: each job is credited with its own run, and has its own notebook."
+    code = """import json, os, sys
+os.getpid = lambda: 1
+from imgexp.batch import execute
+print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(int, sys.argv[1:])]))"""
+    jobs = {seeds: launcher.python('-c', code, *seeds, root=demo) for seeds in [(31, 33), (32, 34)]}
+    for seeds, job in jobs.items():
+        assert job.wait() == 0, job.err
+        runs = [Run(told['run']) for told in json.loads(job.out)]
+        assert [r.params.seed for r in runs] == list(seeds) and [r.state for r in runs] == ['done']*2
+        for r in runs: assert f'seed = {r.params.seed}' in (r.dir/'notebook.ipynb').read_text()
+
 def test_dry_run(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')
     assert job.wait() == 0 and '2 jobs: 2 to run; no finished run tells yet' in job.err and not found(demo)

@@ -40,7 +40,7 @@ def test_killed_and_continued_without_torch(launcher, project, tmp_path):
     assert hit.metrics['test'] == run_of(other).metrics['test']
 
 def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypatch):
-    "And only its best trial has seen the test images."
+    "And only its best trial has seen the test images, until somebody asks for another one by itself."
     from imgexp.sweep import init, run
     space = {k: {'value': v} for k, v in (GIVEN | {'epochs': 2}).items()} | {'lr': {'distribution': 'log_uniform_values', 'min': 1e-3, 'max': 1e-2}}
     config = {'program': '10_keras_cnn', 'method': 'random', 'metric': {'name': 'val_loss'}, 'parameters': space}
@@ -52,7 +52,12 @@ def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypa
                               env=environment(project/str(jobs)), cwd=project)
         assert done.returncode == 0, done.stderr
         found.append([(r['values'], r['value'], r['state']) for r in sweep.rows()])
-        seen = [r.name for r in map(Run, (project/str(jobs)/'runs').glob('2*')) if 'test' in r.metrics]
+        seen = [r.name for r in map(Run, (project/str(jobs)/'runs').glob('2*')) if r.metrics.get('test')]
         best = json.loads((sweep.dir/'best.json').read_text())
         assert seen == [best['run']] and best['test']['top1']['n'] == 359
     assert found[0] == found[1] and len(found[0]) == 3
+    other = next(r for r in sweep.rows() if r['run'] != best['run'])
+    done = subprocess.run([sys.executable, '-c', CODE.format(given=other['values'] | {'resume': 'reuse'})], capture_output=True, text=True, env=environment(project/'2'), cwd=project)
+    assert done.returncode == 0, done.stderr
+    run = Run(project/'2/runs'/other['run'])
+    assert run.metrics['test']['top1']['n'] == 359 and run.status['continued'] == 0, 'who asks for it outside of the search gets a test accuracy'

@@ -92,9 +92,11 @@ def test_killed_altogether(launcher, place, storage):
 def test_a_storm(launcher, place, seed):
     "Workers, the parent, or all of them are killed at random moments; nothing is lost, nothing is run twice."
     sweep, rng, kills = make(with_values(wait=0.15, epochs=8), trials=8), random.Random(seed), 0
+    def progress(): return sum(len(t.intermediate_values) for t in sweep.trials())
     while True:
-        job = in_process(launcher, place, 'run', 's', '--jobs', '2')
-        end = time.monotonic() + rng.uniform(1, 3)
+        before, job = progress(), in_process(launcher, place, 'run', 's', '--jobs', '2')
+        until(lambda: progress() > before or job.ended(), 'an epoch, however slow the machine is')
+        end = time.monotonic() + rng.uniform(0, 1)
         while time.monotonic() < end and not job.ended(): time.sleep(0.02)
         if job.ended() or kills == 6: break
         workers = psutil.Process(job.pid).children(recursive=True)
@@ -105,7 +107,7 @@ def test_a_storm(launcher, place, seed):
         job.wait()
     assert job.wait() == 0 and kills >= 2, job.err
     points = [sweep.point(k) for k in range(8)]
-    assert [r['values'] for r in sweep.rows()] == points and {r['state'] for r in sweep.rows()} == {'done'}
+    assert [r['values'] for r in sweep.rows()] == points and {r['state'] for r in sweep.rows()} == {'done'}, [r['error'] for r in sweep.rows()]
     assert [r['value'] for r in sweep.rows()] == pytest.approx([(p['x'] - 0.3)**2 + (p['kind'] == 'a') + 1/8 for p in points])
     runs = [Run(p) for p in (place/'runs').glob('2*')]
     assert {r.name for r in runs} == {r['run'] for r in sweep.rows()} and len(runs) == 8
@@ -374,3 +376,8 @@ def test_a_trial_at_its_last_epoch_is_done(place):
     sweep = make(with_values(epochs=3) | {'early_terminate': {'type': 'hyperband', 'min_iter': 3, 'eta': 3}}, trials=8)
     quietly()
     assert {r['state'] for r in sweep.rows()} == {'done'}
+
+def test_every_value_of_a_list_is_checked_before_anything_runs(place):
+    "Also the middle one of a list with probabilities."
+    bad = {'method': 'random', 'program': '10_keras_cnn', 'parameters': {'filters': {'values': [16, 0, 32], 'probabilities': [0.4, 0.2, 0.4]}}}
+    with pytest.raises(Exception, match='filters=0'): make(bad)
