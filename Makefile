@@ -92,7 +92,7 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	say "running tests/"
 	"$$bin/python" -m pytest tests -q
 
-torture: ## kill -9 twenty times for each feature of training: does every run end as if undisturbed? (an hour)
+torture: ## kill -9 twenty times for each feature of training: does every run end as if undisturbed? (2.5 hours)
 	@$(call environment,all)
 	"$$bin/python" tests/torture.py $(ARGS)
 

@@ -330,7 +330,7 @@ def environment_variables(
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-_KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import os, sys; os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
+_KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import imgexp, os, sys; os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
 
 def execute(
     notebook: str, # path

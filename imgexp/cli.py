@@ -123,7 +123,7 @@ def rm(
     if not all(names): raise InputError("'' names no run: `imgexp runs ls` lists them")
     found = {run.dir.resolve(): run for run in map(find_run, names)}
     if not yes: typer.confirm('delete ' + ', '.join(map(str, found)) + '?', abort=True, err=True)
-    for path, run in found.items(): _say(f'deleted {path}, {remove_run(run)/1e6:.1f} MB')
+    for path, run in found.items(): _say(f'deleted {_shown(path)}, {remove_run(run)/1e6:.1f} MB')
 
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):

@@ -102,7 +102,7 @@ def test_the_test_images_of_a_search(project, data, monkeypatch, experiment, giv
     "Left alone by a run that is compared with others, and looked at once afterwards."
     monkeypatch.setenv('IMGEXP_WATCH', 'operator:is_')
     run = train(experiment, data=str(data), bad='skip', **SMALL | given)
-    assert 'test' not in run.metrics
+    assert run.metrics['test'] is None
     monkeypatch.delenv('IMGEXP_WATCH')
     found = evaluate_test(run)
     assert (found['top1']['n'], found['skipped']) == (5, 1) and run.metrics['test'] == found

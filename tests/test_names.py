@@ -180,7 +180,7 @@ def _summary():
 
 def _trained():
     from imgexp.evaluate import Trained
-    return Trained(_run(data=HTML), None, {'arch': HTML, 'classes': [HTML], 'size': 8}, HTML, 'cpu', 'fp32')
+    return Trained(_run(data=HTML), None, {'arch': HTML, 'classes': [HTML], 'size': 8}, HTML, 'fp32')
 
 def _report():
     from imgexp.check import check
