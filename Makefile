@@ -88,9 +88,10 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 	workers=$$(( cores < 2 ? 1 : cores < 8 ? 2 : 4 ))
 	say "running the notebooks as tests ($$workers at a time)"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + workers - 1) / workers ))} "$$bin/nbdev_test" --n_workers $$workers --timing
-	say "running tests/"
-	"$$bin/python" -m pytest tests -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + workers - 1) / workers ))}; export OMP_NUM_THREADS
+	"$$bin/nbdev_test" --n_workers $$workers --timing
+	say "running tests/ ($$workers files at a time)"
+	"$$bin/python" -m pytest tests -q -n $$workers --dist loadfile
 
 torture: ## kill -9 twenty times for each feature of training: does every run end as if undisturbed? (2.5 hours)
 	@$(call environment,all)
