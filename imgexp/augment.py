@@ -362,7 +362,7 @@ def augment_id(
     if not separator: return ''
     _imported(augment)
     if _content(source_files(module)) != _loaded[module]:
-        print(f'augment={augment!r}: its source has changed since it was imported here, and is used as it was: restart to use it as it is', file=sys.stderr)
+        print(f'augment={augment!r}: its source has changed since it was imported; this process goes on with the imported version (restart it to use the new one)', file=sys.stderr)
     return hashlib.sha256(json.dumps([augment, _loaded[module]]).encode()).hexdigest()[:8]
 
 # %% ../nbs/01c_augment.ipynb #03a447f7
