@@ -1,7 +1,7 @@
 "A run's directory beside other processes, other machines and other projects."
 import json, os, socket, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from pathlib import Path
 import pytest
 import imgexp.runs as r
 from imgexp.runs import InputError, Run, RunBusy, find_run, prune_runs, remove_run, start_run
@@ -75,9 +75,7 @@ def test_containers_with_the_same_process_number(project, monkeypatch):
     path, texts = project/'shared.json', [f'{{"writer": "{k}"}}'.ljust(20_000) for k in range(4)]
     def write(text):
         for _ in range(25): r._write(path, text)
-    threads = [threading.Thread(target=write, args=(t,)) for t in texts]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    with ThreadPoolExecutor(4) as pool: list(pool.map(write, texts))
     assert path.read_text() in texts and [p.name for p in project.iterdir()] == ['shared.json']
 
 def test_a_start_on_another_machine_is_not_cleared_away(project):
