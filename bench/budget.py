@@ -26,7 +26,8 @@ def main():
 
 def record(args):
     from imgexp.keras_cnn import SPACE
-    from imgexp.runs import Run, runs_dir
+    from imgexp.runs import Run
+    from imgexp.start import runs_dir
     from imgexp.sweep import init, run
     parameters = SPACE | {'data': {'value': args.data}, 'subset': {'value': 0.2}, 'size': {'value': 28}, 'track': {'value': 'off'}, 'epochs': {'value': EPOCHS}}
     config = {'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': '10_keras_cnn', 'parameters': parameters}

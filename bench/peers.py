@@ -80,7 +80,7 @@ def run_fit(task, part, epochs=1, pack='', augment='none', **options):
     from imgexp.loader import IMAGENET
     from imgexp.models import build_model
     from imgexp.packs import load_images
-    from imgexp.runs import start_run
+    from imgexp.start import start_run
     from imgexp.train import fit, make_learner
     if pack:
         table = load_images(pack)

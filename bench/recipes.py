@@ -31,7 +31,7 @@ def main():
 
 def row(run, args, epochs):
     top1 = run.metrics['test']['top1']
-    return dict(recipe=args.recipe, data=Path(args.data).name, size=args.size, epochs=epochs, seed=run.params.seed, test_top1=top1['value'],
+    return dict(recipe=args.recipe, data=Path(args.data).name, size=args.size, epochs=epochs, seed=run.params['seed'], test_top1=top1['value'],
                 n=top1['n'], minutes=round(run.metrics['seconds']/60, 2), img_per_s=run.metrics['img_per_s']) | machine('cpu')
 
 def save(rows):

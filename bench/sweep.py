@@ -77,7 +77,7 @@ def keras_trial(**values):
     "A trial of a small Keras CNN; what memory the worker holds after it goes into a file"
     import psutil
     from imgexp.keras_cnn import train
-    from imgexp.runs import runs_dir
+    from imgexp.start import runs_dir
     run = train(**values)
     with open(runs_dir()/'memory', 'a') as f: print(psutil.Process().memory_full_info().uss/1e6, file=f)
     return run
@@ -85,7 +85,7 @@ def keras_trial(**values):
 def memory(trials=50):
     "One worker, networks of all kinds; the first ten trials bring in what stays"
     from imgexp.keras_cnn import SPACE
-    from imgexp.runs import runs_dir
+    from imgexp.start import runs_dir
     from imgexp.sweep import init, run
     with tempfile.TemporaryDirectory() as root:
         os.environ['IMGEXP_ROOT'] = root

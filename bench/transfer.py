@@ -193,7 +193,8 @@ def large(n, width, head, precision):
     from imgexp.data import Images
     from imgexp.features import Features, FeatureCache
     from imgexp.models import build_model
-    from imgexp.runs import check_call, start_run
+    from imgexp.params import check_call
+    from imgexp.start import start_run
     rng, kind = np.random.default_rng(0), torch.float32 if precision == 'fp32' else torch.bfloat16
     contents, labels = np.array([f'{i:032}' for i in range(n)], 'S32'), rng.integers(0, 10, n)
     cache = FeatureCache({'generated': [n, width, precision]})

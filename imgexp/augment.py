@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'RATIO', 'FLIPS', 'OPS', 'AUGMENT', 'DRAWS', 'crop_boxes', 'flips', 'magnitude', 'Policy', 'source_files',
-           'policy', 'augment_id', 'mixup', 'cutmix', 'erase']
+           'policy', 'augment_id', 'mixup', 'cutmix', 'erase', 'AugmentParams', 'MixParams']
 
 # %% ../nbs/01c_augment.ipynb #4237bcd5
 import copy, hashlib, importlib, inspect, json, math, os, random, site, sys, sysconfig, threading
@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 
 from .data import hashes
-from .runs import InputError, _not_known, _unknown
+from .errors import InputError, invalid_choice, unknown_name
+from .params import Parameters, param
 
 # %% ../nbs/01c_augment.ipynb #b53d5476
 SCALE, RATIO = (0.35, 1.), (3/4, 4/3)  # of the area; of width to height
@@ -45,7 +46,7 @@ def flips(
     rows,        # int [n], numbers of the images
 ) -> np.ndarray: # bool [n]
     "Which images are mirrored in this epoch; raises `InputError` for an unknown mode."
-    if mode not in FLIPS: raise _unknown(mode, FLIPS, 'flip')
+    if mode not in FLIPS: raise unknown_name(mode, FLIPS, 'flip')
     if mode == 'none': return np.zeros(len(rows), bool)
     coin = hashes(seed, epoch if mode == 'random' else 0, rows) & np.uint64(1) == 1
     return coin ^ (mode == 'alternating' and epoch % 2 == 1)
@@ -274,7 +275,7 @@ def _imported(text):
         raise InputError(f'augment={text!r}: importing {module} failed ({_said(e)})') from e
     for part in name.split('.'):
         known = [n for n, v in vars(thing).items() if callable(v) and n[0] != '_']
-        if not hasattr(thing, part): raise _unknown(part, known or ['(it has none)'], f'function of {module}')
+        if not hasattr(thing, part): raise unknown_name(part, known or ['(it has none)'], f'function of {module}')
         thing = getattr(thing, part)
     return thing
 
@@ -350,7 +351,7 @@ def policy(
     "What `augment` does to one image; raises `InputError` for an unknown name or a function that can't be used."
     if not isinstance(augment, str): return _own(augment, getattr(augment, '__name__', type(augment).__name__), size)
     if ':' in augment: return _own(_imported(augment), repr(augment), size)
-    if augment not in AUGMENT: raise _not_known('augment', augment, AUGMENT, ', or give module:function')
+    if augment not in AUGMENT: raise invalid_choice('augment', augment, AUGMENT, ', or give module:function')
     return _POLICIES[augment]
 
 # %% ../nbs/01c_augment.ipynb #eb5f2edf
@@ -445,3 +446,14 @@ def erase(
     low = np.floor(u[:, 3:]*(sides - size + 1))
     boxes = np.int64(np.c_[low, low + size]) * (u[:, :1] < p)
     return torch.where(_inside(boxes, x), x.new_zeros(()), x)
+
+# %% ../nbs/01c_augment.ipynb #83140d63
+class AugmentParams(Parameters, heading='augmentation'):
+    augment: str = param('crop-flip', 'none, crop-flip, color, randaugment, trivial, autoaugment, or module:function')
+    flip: str = param('random', 'mirrored images: random, alternating (every image in every second epoch), or none', FLIPS)
+    crop: float = param(SCALE[0], "smallest part of an image's area that a random crop keeps", '(0, 1]')
+
+class MixParams(Parameters, heading='augmentation'):
+    mixup: float = param(0.0, 'strength (alpha) of mixup; 0 is off', (0, 10))
+    cutmix: float = param(0.0, 'strength (alpha) of CutMix; 0 is off', (0, 10))
+    erase: float = param(0.0, 'share of the training images that lose a random box', (0, 1))

@@ -13,9 +13,11 @@ from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-from .fetch import (BadArchive, FetchError, Remote, _amount, _place, _say, _tar_files, download, each, room,
-                          unlike, unpack)
-from .runs import InputError, _read_json, _unknown, _write_json, project_root
+from .fetch import (
+    BadArchive, FetchError, Remote, _place, _say, _tar_files, download, each, room, unlike, unpack)
+from .text import file_size
+from .errors import InputError, unknown_name
+from .files import project_root, read_json, write_json
 
 # %% ../nbs/01_catalog.ipynb #99ef2a2a
 _SPLITS = ('train', 'valid', 'test')
@@ -54,7 +56,7 @@ class Entry:
             if f.get(k): yield k, f[k]
         for r in f['files']:
             what = r['url'] if r['url'].endswith(r['file']) else r['file']
-            size = _amount(r['bytes']) if r['bytes'] else 'size not published'
+            size = file_size(r['bytes']) if r['bytes'] else 'size not published'
             yield f"file {r['size']}".strip(), f"{what} ({size}; {r['checksum'] or 'no checksum published'})"
         here = ', '.join(_place(p) for s in self.sizes if (p := where(self.name, s)))
         yield 'here', here or (f'no: `{self.command()}` brings it' if self.sizes else 'embedded')
@@ -209,7 +211,7 @@ def _find(name, size=''):
     if not isinstance(name, Entry):
         first, _, suffix = name.partition('-')
         if name not in ENTRIES and first in ENTRIES: name, size = first, size or suffix
-        if name not in ENTRIES: raise _unknown(name, list(ENTRIES), 'data set')
+        if name not in ENTRIES: raise unknown_name(name, list(ENTRIES), 'data set')
     entry = name if isinstance(name, Entry) else ENTRIES[name]
     size = str(size).removesuffix('px').removesuffix('full')
     if size and size not in entry.sizes:
@@ -229,7 +231,7 @@ def where(
     "The folder of a data set that has been fetched (perhaps some classes of it), else None."
     try: entry, size = _find(name, size)
     except InputError: return None
-    state = _read_json(_root(entry, size, dest)/'.imgexp.json')
+    state = read_json(_root(entry, size, dest)/'.imgexp.json')
     return _root(entry, size, dest) if state and not state.get('unfinished') else None
 
 # %% ../nbs/01_catalog.ipynb #17e31dad
@@ -252,7 +254,7 @@ def catalog():
         n = sum(r.size for r in e.files())
         here = not e.sizes or any(where(e.name, s) for s in e.sizes)
         counts = dict(zip(_SPLITS, e.splits))
-        download = _amount(n) if n else '' if e.sizes else 'embedded'
+        download = file_size(n) if n else '' if e.sizes else 'embedded'
         return dict(data=e.name, classes=e.n_classes, **counts, download=download, license=e.license, here=here)
     table = pd.DataFrame([row(e) for e in ENTRIES.values()]).set_index('data')
     return table.astype({s: 'Int64' for s in _SPLITS})
@@ -423,7 +425,7 @@ def _class_index(base_url='', **net):
 def _no_class(name, classes):
     near = difflib.get_close_matches(name, classes, 1)
     rest = [f'… ({len(classes)} in all)'] if len(classes) > 20 else []
-    return _unknown(name, near or [*classes[:20], *rest], 'class')
+    return unknown_name(name, near or [*classes[:20], *rest], 'class')
 
 def _imagenet_ids(names, index):
     "WordNet ids for ids and names; raises `InputError` for a name that is none, or two"
@@ -604,7 +606,7 @@ def _given(entry, size, archives):
         if not path.is_file(): raise InputError(f'{_place(path)}: no such file')
         free = r'n\d{8}\.tar' if entry.by_class else r'.*\.parquet' if entry.listing else r'(?!)'
         remote = known.get(path.name) or re.fullmatch(free, path.name) and Remote('')
-        if not remote: raise _unknown(path.name, list(known) or ['*.parquet'], f'archive of {entry.name}')
+        if not remote: raise unknown_name(path.name, list(known) or ['*.parquet'], f'archive of {entry.name}')
         if path.stat().st_size > 1e9: _say(f'{path.name}: verifying')
         if why := unlike(path, remote): raise FetchError(f'{_place(path)} is not the published file: {why}')
         out[path.name] = path
@@ -617,7 +619,7 @@ def _counts(root):
 
 def _there(root, wanted, more):
     "Whether everything that is asked for is there: classes, and what `more` archives bring"
-    state = _read_json(root/'.imgexp.json')
+    state = read_json(root/'.imgexp.json')
     if not state or state.get('unfinished') or set(more) - set(state['archives']): return False
     if not wanted and not state['complete']: return False
     return all((root/s/c).is_dir() and any(os.scandir(root/s/c)) for s, cs in state['counts'].items() for c in cs) \
@@ -625,10 +627,10 @@ def _there(root, wanted, more):
 
 def _finish(job):
     "Write down what is there, and say where it differs from what was published"
-    name, counts, old = job.root.name, _counts(job.root), _read_json(job.root/'.imgexp.json') or {}
+    name, counts, old = job.root.name, _counts(job.root), read_json(job.root/'.imgexp.json') or {}
     complete = not job.wanted or bool(old.get('complete'))
     archives = sorted({*job.local, *old.get('archives', [])})
-    _write_json(job.root/'.imgexp.json', dict(name=job.entry.name, size=job.size, complete=complete, counts=counts,
+    write_json(job.root/'.imgexp.json', dict(name=job.entry.name, size=job.size, complete=complete, counts=counts,
                                               archives=archives))
     found = {s: sum(counts.get(s, {}).values()) for s in _SPLITS}
     _say(f"{name}: {', '.join(f'{n:,} {s}' for s, n in found.items() if n)} images in {_place(job.root)}")
@@ -662,7 +664,7 @@ def fetch(
         if _there(root, wanted, local if entry.by_class else ()): _say(f'{root.name} is there already: {_place(root)}')
         else:
             root.mkdir(exist_ok=True)
-            _write_json(root/'.imgexp.json', (_read_json(root/'.imgexp.json') or {}) | {'unfinished': True})
+            write_json(root/'.imgexp.json', (read_json(root/'.imgexp.json') or {}) | {'unfinished': True})
             try: (_imagenet_job if entry.by_class else _whole)(job)
             except OSError as e:
                 why = f'{e.strerror or e} in {_place(root)}'

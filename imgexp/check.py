@@ -20,7 +20,8 @@ from fastcore.basics import patch
 
 from .data import SPLITS, BadImage, Images, decode, open_image, order, read, resize, with_valid, without_warnings
 from .packs import Pack, load_images
-from .runs import InputError, RunFailed, plot_text, printable
+from .errors import InputError, RunFailed
+from .text import plot_text, printable
 
 # %% ../nbs/01f_check.ipynb #ebf12e8d
 BITS, NEAR = 256, 15  # bits of the hash; how many may differ between two savings of one picture

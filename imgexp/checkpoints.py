@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights', 'generators', 'set_generators',
-           'Checkpoints', 'read_index', 'stands_at', 'restore', 'begin_at_end', 'end_id', 'restore_best',
+           'Checkpoints', 'KeepParams', 'read_index', 'stands_at', 'restore', 'begin_at_end', 'end_id', 'restore_best',
            'weights_kind']
 
 # %% ../nbs/02g_checkpoints.ipynb #fb264629
@@ -21,17 +21,19 @@ from fastcore.basics import patch
 from .learner import CancelFitException, Part
 from .parallel import most, of_first, rank, say
 from .parts import HIGHER, better
-from .runs import InputError, RunFailed, _plain, _read_json, _sha256, _shown, _write_json, writing
+from .errors import InputError, RunFailed
+from .params import Parameters, param
+from .files import file_sha256, read_json, short_path, to_plain, write_json, writing
 
 # %% ../nbs/02g_checkpoints.ipynb #d46c1477
 def _seal(value):
     "`value` with the hash of its contents"
-    value = {k: v for k, v in _plain(value).items() if k != 'sha256'}
+    value = {k: v for k, v in to_plain(value).items() if k != 'sha256'}
     return value | {'sha256': hashlib.sha256(json.dumps(value).encode()).hexdigest()}
 
 def _sealed(path):
     "What a sealed file says, or None where it is missing or damaged"
-    value = _read_json(path)
+    value = read_json(path)
     return value if value and _seal(value) == value else None
 
 def _sync(path):
@@ -51,7 +53,7 @@ def _save(path, write, *args):
     "Write a file, and make sure that it is on the disk; what is kept of it in COMMITTED.json"
     write(path, *args)
     _sync(path)
-    return {'sha256': _sha256(path), 'bytes': path.stat().st_size}
+    return {'sha256': file_sha256(path), 'bytes': path.stat().st_size}
 
 # %% ../nbs/02g_checkpoints.ipynb #48e6c053
 def write_checkpoint(
@@ -70,7 +72,7 @@ def write_checkpoint(
         part.mkdir(parents=True)
         jobs = {f'{kind}.safetensors': (_save_weights, tensors, about) for kind, tensors in weights.items()} | {'state.pt': (_save_state, state)}
         with writing(folder/name), ThreadPoolExecutor() as pool: files = dict(zip(jobs, pool.map(lambda f: _save(part/f, *jobs[f]), jobs)))
-        _write_json(part/'COMMITTED.json', _seal(told | {'step': step, 'files': files}))
+        write_json(part/'COMMITTED.json', _seal(told | {'step': step, 'files': files}))
         _sync(part)
         shutil.rmtree(folder/name, ignore_errors=True)
         os.replace(part, folder/name)
@@ -88,7 +90,7 @@ def damage(
     if not committed: return 'COMMITTED.json is missing or damaged'
     for name, file in committed['files'].items():
         if not (checkpoint/name).is_file(): return f'{name} is missing'
-        if _sha256(checkpoint/name) != file['sha256']: return f'{name} is damaged'
+        if file_sha256(checkpoint/name) != file['sha256']: return f'{name} is damaged'
     return ''
 
 # %% ../nbs/02g_checkpoints.ipynb #bb31601d
@@ -107,7 +109,7 @@ def newest_checkpoint(
     for path in found:
         wrong = damage(path)
         if not wrong: return path
-        tell(f'{_shown(path)}: {wrong}; trying the one before')
+        tell(f'{short_path(path)}: {wrong}; trying the one before')
     if found: raise RunFailed(f'all {len(found)} checkpoints of run {run.name} are damaged: restore them from a copy, '
                                'or give resume=never to begin anew')
 
@@ -119,12 +121,12 @@ def read_weights(
     "Weights and description of a checkpoint; raises `InputError` where it is damaged."
     alone = checkpoint.is_file()
     wrong = '' if alone or whole else damage(checkpoint)
-    if wrong: raise InputError(f'{_shown(checkpoint)}: {wrong}; choose another checkpoint')
+    if wrong: raise InputError(f'{short_path(checkpoint)}: {wrong}; choose another checkpoint')
     path = checkpoint if alone else checkpoint/f'{kind}.safetensors'
     try:
         with safetensors.safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['imgexp'])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError):
-        raise InputError(f'{_shown(path)} is missing, damaged, or not of a run: choose another checkpoint') from None
+        raise InputError(f'{short_path(path)} is missing, damaged, or not of a run: choose another checkpoint') from None
 
 # %% ../nbs/02g_checkpoints.ipynb #42bc5145
 def generators() -> dict: # plain values and tensors
@@ -234,6 +236,13 @@ def _copy(source, target):
         _sync(part)
         os.replace(part, target)
 
+# %% ../nbs/02g_checkpoints.ipynb #59b2eafa
+class KeepParams(Parameters, heading='what is kept'):
+    keep_best: int = param(3, 'checkpoints of the best epochs that are kept', (1, 1000), in_id=False)
+    keep_every: int = param(0, 'keep the checkpoint of each N-th epoch too; 0 does not', (0, 10_000), in_id=False)
+    keep_weights: str = param('', 'epochs whose weights alone are kept, comma-separated', in_id=False)
+    upload: bool = param(False, 'the best checkpoint to Weights & Biases as an artifact', in_id=False)
+
 # %% ../nbs/02g_checkpoints.ipynb #cc23bc6b
 def _best(rows, by):
     "Rows of epochs, the best one first; of equals the earlier"
@@ -255,7 +264,7 @@ def _index(self: Checkpoints, name, row):
         best = _best(sorted([*best, _entry(name, row)], key=lambda b: b['epoch']), self.by)[:self.most]
         if self.every and row['epoch'] % self.every == 0: kept.append(name)
     index = {'by': self.by, 'last': name, 'before': older[0] if older else None, 'best': best, 'kept': kept}
-    _write_json(folder/'index.json', _seal(index))
+    write_json(folder/'index.json', _seal(index))
     keep = {name, *older[:1], *kept, *(b['name'] for b in best)}
     for path in checkpoints(self.to):
         if path.name not in keep: shutil.rmtree(path, ignore_errors=True)
@@ -280,7 +289,7 @@ def _state(path):
     "What a checkpoint, known to be whole, holds beside the weights"
     try: return torch.load(path/'state.pt', weights_only=True, map_location='cpu')
     except pickle.UnpicklingError:
-        raise RunFailed(f'{_shown(path)}/state.pt holds Python objects, which are never unpickled: restore it from a copy, '
+        raise RunFailed(f'{short_path(path)}/state.pt holds Python objects, which are never unpickled: restore it from a copy, '
                         'or give resume=never to begin anew') from None
 
 def _load(path, learn):

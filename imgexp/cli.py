@@ -21,8 +21,13 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .runs import (InputError, RunBusy, RunFailed, _headline, _not_known, _shown, check_call, diff_params, find_run, printable, prune_runs, remove_run,
-                         runs, writing)
+from .errors import InputError, RunBusy, RunFailed, invalid_choice
+from .files import short_path, writing
+from .experiments import commands, find_experiment
+from .seeds import over_seeds, train_seeds
+from .run_table import list_runs, prune_runs, remove_run
+from .start import diff_params, find_run
+from .text import printable
 
 # %% ../nbs/90_cli.ipynb #a86f6fc9
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')  # and what reverses the direction of the text
@@ -80,7 +85,7 @@ def ls(
     as_json: Json = False,
 ):
     "All runs: state, duration, epochs, accuracy, disk, and the parameters in which they differ."
-    table = runs()
+    table = list_runs()
     if sort != 'run' and sort not in table: raise InputError(f"sort={sort!r} is no column: choose one of run, {', '.join(table)}")
     if not len(table): _say('no runs yet: `make train` or `imgexp train` makes one')
     if len(table) or as_json: _print_table(table.dropna(axis=1, how='all').sort_values(sort), as_json)
@@ -96,10 +101,10 @@ def show(
     if as_json: return print(json.dumps({'run': run.name, 'status': run.status | {'state': run.state}, 'params': run.params,
                                          'depends': run.depends, 'metrics': run.metrics}, indent=1))
     pictures = sorted((run.dir/'figures').glob('*.png'))
-    rows = [('run', _shown(run.dir)), ('state', run.state), *_headline(run)]
+    rows = [('run', short_path(run.dir)), ('state', run.state), *run.headline()]
     if run.status.get('error'): rows.append(('error', run.status['error']))
-    rows += run.attempts_told()
-    rows += [('picture', _shown(p)) for p in pictures]
+    rows += run.attempt_rows()
+    rows += [('picture', short_path(p)) for p in pictures]
     for k, v in rows: print(f'{k:<11}{v}')
     if not last: print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
 
@@ -108,7 +113,7 @@ def show(
 def diff(a: Name, b: Name, as_json: Json = False):
     "The parameters in which two runs differ, and both results."
     one, two = find_run(a), find_run(b)
-    found = diff_params(one.params | one.depends, two.params | two.depends) | diff_params(dict(_headline(one)), dict(_headline(two)))
+    found = diff_params(one, two) | diff_params(dict(one.headline()), dict(two.headline()))
     if as_json: return print(json.dumps({k: list(v) for k, v in found.items()}, indent=1))
     width = max([len(k) for k in found], default=0)
     print(f"{'':<{width}}  {one.name}  {two.name}")
@@ -123,14 +128,14 @@ def rm(
     if not all(names): raise InputError("'' names no run: `imgexp runs ls` lists them")
     found = {run.dir.resolve(): run for run in map(find_run, names)}
     if not yes: typer.confirm('delete ' + ', '.join(map(str, found)) + '?', abort=True, err=True)
-    for path, run in found.items(): _say(f'deleted {_shown(path)}, {remove_run(run)/1e6:.1f} MB')
+    for path, run in found.items(): _say(f'deleted {short_path(path)}, {remove_run(run)/1e6:.1f} MB')
 
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):
     "Delete the runs that ended without an epoch or a checkpoint."
     names = prune_runs(dry=not yes)
     for name in names: print(name)
-    _say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
+    _say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp list_runs prune --yes deletes them'}" if names else 'nothing to prune')
 
 # %% ../nbs/90_cli.ipynb #479585a5
 data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)
@@ -217,48 +222,33 @@ def data_check(
 # %% ../nbs/90_cli.ipynb #922579d4
 _METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
 
-def _options(experiment, go):
-    "A function of parameters with these, documented, as options, and --seeds; calls go(given, seeds)"
-    from fastcore.docments import docments
-    docs, signature = docments(experiment), inspect.signature(experiment)
-    def option(p):  # as text: one place, `check_params`, converts and refuses
-        about = typer.Option('--' + p.name.replace('_', '-'), help=f'{docs[p.name]} [default: {p.default}]' if p.default != '' else docs[p.name], metavar=_METAVAR[p.annotation], show_default=False)
-        return p.replace(annotation=Annotated[Optional[str], about], default=None)
+def _option(f):
+    "A parameter as an option; its value stays text, which the experiment's table converts and checks"
+    default = f' [default: {f.default}]' if f.default != '' else ''
+    about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type], show_default=False)
+    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Optional[str], about], default=None)
+
+def _experiment_command(name, notebook):
+    "A command with the parameters of an experiment as options, and --seeds"
+    experiment = find_experiment(notebook)
     seeds = typer.Option('--seeds', min=1, help='So many runs, each with the next seed; then mean and standard deviation.')
-    options = [option(p) for p in signature.parameters.values()]
+    options = [_option(f) for f in experiment.params.table().values()]
     options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds], default=1))
     def command(seeds, **kw):
         signal.signal(signal.SIGTERM, _terminated)
-        _tell_runs(go({k: v for k, v in kw.items() if v is not None}, seeds))
-    command.__name__, command.__doc__, command.__signature__ = experiment.__name__, experiment.__doc__, signature.replace(parameters=options, return_annotation=None)
+        p = experiment.params.check({k: v for k, v in kw.items() if v is not None})
+        _report_runs(train_seeds(experiment, p, seeds) if seeds > 1 else [experiment.train(p)])
+    command.__name__, command.__doc__, command.__signature__ = name, commands()[name][1], inspect.Signature(options)
     return command
 
 # %% ../nbs/90_cli.ipynb #922579d5
-def _tell_runs(runs):
-    from imgexp.train import over_seeds
-    if int(os.environ.get('RANK') or 0): return  # the first process tells
+def _report_runs(runs):
+    if int(os.environ.get('RANK') or 0): return  # the first process reports
     if len(runs) > 1: return print(over_seeds(runs).to_string(na_rep=''))
-    for k, v in [('run', _shown(runs[0].dir)), *_headline(runs[0])]: print(f'{k:<11}{v}')
+    for k, v in [('run', short_path(runs[0].dir)), *runs[0].headline()]: print(f'{k:<11}{v}')
 
-def _train_options():
-    from imgexp.train import run_experiment, train, train_seeds
-    return _options(train, lambda given, seeds: train_seeds(seeds, given, given) if seeds > 1 else [run_experiment(given, given)])
-
-def _transfer_options():
-    from imgexp.transfer import ALLOWED, train
-    def go(given, seeds):
-        first = check_call(train, given, ALLOWED)
-        more = {'resume': 'reuse'} if seeds > 1 and first.resume == 'auto' else {}
-        return [train(**given | more | {'seed': s}) for s in range(first.seed, first.seed + seeds)]
-    return _options(train, go)
-
-@app.command('train')
-def _train(): "Train one network on one data set; `imgexp train --help` lists the parameters."
-
-@app.command('transfer')
-def _transfer(): "Train a head on a frozen pretrained network; `imgexp transfer --help` lists the parameters."
-
-_MADE = {'train': _train_options, 'transfer': _transfer_options}  # when they are called: they import torch
+for _name, (_notebook, _about) in commands().items():  # what is listed; options are added when one is called, since that imports a framework
+    app.command(_name, help=f'{_about} `imgexp {_name} --help` lists the parameters.')(lambda: None)
 
 # %% ../nbs/90_cli.ipynb #922579d6
 @app.command('eval')
@@ -330,7 +320,7 @@ def cache_ls(as_json: Json = False):
     "The caches: network, where it is cut, images, MB, when they were used last."
     from imgexp.features import cached, features_dir
     table = cached()
-    if not len(table): _say(f'no cached features in {_shown(features_dir())}: `imgexp transfer` makes some')
+    if not len(table): _say(f'no cached features in {short_path(features_dir())}: `imgexp transfer` makes some')
     if len(table) or as_json: _print_table(table, as_json)
 
 @cache_app.command('verify')
@@ -381,7 +371,7 @@ def sweep_run(
 ):
     "Run a sweep; the same command continues it."
     from imgexp.sweep import find_sweep, on_wandb, run
-    if on not in ('local', 'wandb'): raise _not_known('on', on, ['local', 'wandb'])
+    if on not in ('local', 'wandb'): raise invalid_choice('on', on, ['local', 'wandb'])
     signal.signal(signal.SIGTERM, _terminated)
     sweep = find_sweep(name)
     if on == 'wandb': return on_wandb(sweep, _say)
@@ -426,14 +416,14 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):
     "The best trial: its parameters, what it measured, its run, and its test accuracy once the sweep is over."
-    from imgexp.runs import _read_json
+    from imgexp.files import read_json
     from imgexp.sweep import find_sweep
     sweep = find_sweep(name)
     best = sweep.best()
     if not best:
         what, do = ('every trial failed', 'status') if any(r['error'] for r in sweep.rows()) else ('no trial has ended yet', 'run')
         raise RunFailed(f'sweep {sweep.name}: {what}: `imgexp sweep {do} {sweep.name}`')
-    known = _read_json(sweep.dir/'best.json') or {}
+    known = read_json(sweep.dir/'best.json') or {}
     best |= {'test': known.get('test') if known.get('trial') == best['trial'] else None}
     if as_json: return print(json.dumps(best, indent=1))
     print(f"trial {best['trial']}: {sweep.metric.name} {best['value']:.4g} after {best['trained']} epochs, run {best['run']}")
@@ -481,7 +471,7 @@ def sweep_export(
         _say(f'{csv} written')
     if figures:
         from imgexp.sweep_figures import save_figures
-        for path in save_figures(sweep): print(_shown(path))
+        for path in save_figures(sweep): print(short_path(path))
     if to_wandb: send_to_wandb(sweep)
 
 # %% ../nbs/90_cli.ipynb #030c074e
@@ -513,9 +503,9 @@ def main(
     command = typer.main.get_command(app)
     try:
         if args[:1] == ['batch']: args = _paired(args)
-        for name in set(args[:1]) & _MADE.keys():
+        for name in set(args[:1]) & commands().keys():
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-            single.command()(_MADE[name]())
+            single.command()(_experiment_command(name, commands()[name][0]))
             command.commands[name] = typer.main.get_command(single)
         with redirect_stdout(_Output(sys.stdout)), command.make_context('imgexp', args) as context: command.invoke(context)  # .main would hide interruptions
         sys.stdout.flush()

@@ -26,7 +26,9 @@ import numpy as np
 import simplejpeg
 
 from .catalog import SUFFIXES
-from .runs import InputError, RunFailed, _shown, _unknown, plot_text, printable, writing
+from .errors import InputError, RunFailed, unknown_name
+from .files import short_path, writing
+from .text import plot_text, printable
 
 # %% ../nbs/01b_data.ipynb #4c77d3df
 def _mix(x):
@@ -85,7 +87,7 @@ class Images:
     def __len__(self): return len(self.items)
     def split(self, name):
         "Rows of a split"
-        if name not in SPLITS: raise _unknown(name, SPLITS, 'split')
+        if name not in SPLITS: raise unknown_name(name, SPLITS, 'split')
         return np.flatnonzero(self.splits == SPLITS.index(name))
     def take(self, rows):
         "The table of these rows"
@@ -165,7 +167,7 @@ def keep_classes(
     "`table` with the named classes only; raises `InputError` for a name that it doesn't have."
     names = [printable(c.strip()) for c in classes.split(',') if c.strip()]
     for c in names:
-        if c not in table.classes: raise _unknown(c, table.classes[:20], 'class')
+        if c not in table.classes: raise unknown_name(c, table.classes[:20], 'class')
     if not names: return table
     kept = [c for c in table.classes if c in names]
     new = np.array([kept.index(c) if c in kept else -1 for c in table.classes])
@@ -205,11 +207,11 @@ def read_idx(
 ) -> np.ndarray:  # uint8
     "The array in an idx file of bytes; raises `InputError` where it is none, or cut short."
     try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
-    except (EOFError, gzip.BadGzipFile): raise InputError(f'{_shown(path)} is damaged (bad gzip): fetch it again') from None
-    if raw[:3] != b'\0\0\x08': raise InputError(f'{_shown(path)} is not an idx file of bytes')
+    except (EOFError, gzip.BadGzipFile): raise InputError(f'{short_path(path)} is damaged (bad gzip): fetch it again') from None
+    if raw[:3] != b'\0\0\x08': raise InputError(f'{short_path(path)} is not an idx file of bytes')
     shape = struct.unpack(f'>{raw[3]}I', raw[4:4 + 4*raw[3]])
     values = np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3])
-    if values.size != np.prod(shape): raise InputError(f'{_shown(path)} is cut short: fetch it again')
+    if values.size != np.prod(shape): raise InputError(f'{short_path(path)} is cut short: fetch it again')
     return values.reshape(shape)
 
 _IDX = {'train': 'train', 't10k': 'test', 'test': 'test', 'valid': 'valid'}
@@ -221,10 +223,10 @@ def from_idx(
     pixels, labels, splits = [], [], []
     for path in sorted(Path(folder).glob('*-images-idx3-ubyte*')):
         prefix = path.name.split('-images-')[0]
-        if prefix not in _IDX: raise InputError(f"{_shown(path)}: its split {prefix!r} is not one of {', '.join(_IDX)}")
+        if prefix not in _IDX: raise InputError(f"{short_path(path)}: its split {prefix!r} is not one of {', '.join(_IDX)}")
         pixels.append(read_idx(path))
         label_path = path.with_name(path.name.replace('images-idx3', 'labels-idx1'))
-        if not label_path.exists(): raise InputError(f'{_shown(label_path)} is missing beside {path.name}')
+        if not label_path.exists(): raise InputError(f'{short_path(label_path)} is missing beside {path.name}')
         labels.append(read_idx(label_path))
         splits.append(np.full(len(pixels[-1]), SPLITS.index(_IDX[prefix]), np.int8))
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
@@ -307,7 +309,7 @@ class _LeftOut:
         if not self.counts: return
         each = ', '.join(f'{n:,} {suffix or "without an ending"}' for suffix, n in self.counts.most_common(5))
         heic = '; `pip install pillow-heif` makes HEIC readable' if self.counts.keys() & {*_HEIC} else ''
-        tell_once(f'{_shown(where)}: images left out, because files with their ending are not read: {self.counts.total():,} '
+        tell_once(f'{short_path(where)}: images left out, because files with their ending are not read: {self.counts.total():,} '
                   f'({each}; the first is {self.first}): convert or rename them{heic}')
 
 # %% ../nbs/01b_data.ipynb #8ef902dd
@@ -317,7 +319,7 @@ def _images_below(folder, name, left):
     while stack:
         path, name, above = stack.pop()
         try: entries = os.scandir(path)
-        except OSError as e: raise InputError(f'{_shown(path)} cannot be read ({e.strerror})') from None
+        except OSError as e: raise InputError(f'{short_path(path)} cannot be read ({e.strerror})') from None
         with entries:
             for e in entries:
                 if e.name[0] == '.': continue
@@ -360,7 +362,7 @@ def _named(folders, root):
     "Folders by the names of their classes, which can be printed, stored and drawn"
     named = {printable(f): f for f in folders}
     twice = [f for f in folders if named[printable(f)] != f]
-    if twice: raise InputError(f'two classes of {_shown(root)} are both written {printable(twice[0])}: rename one of the folders')
+    if twice: raise InputError(f'two classes of {short_path(root)} are both written {printable(twice[0])}: rename one of the folders')
     return named
 
 def from_folders(
@@ -371,17 +373,17 @@ def from_folders(
     root = Path(root).resolve()
     below = _folders(root)
     parts = [(root/d, SPLIT_NAMES[d.lower()]) for d in below if d.lower() in SPLIT_NAMES] or [(root, 0)]
-    if all(s != 0 for _, s in parts): raise InputError(f'{_shown(root)} has {", ".join(below)} but no train folder')
+    if all(s != 0 for _, s in parts): raise InputError(f'{short_path(root)} has {", ".join(below)} but no train folder')
     names = _folders(next(d for d, s in parts if s == 0))
     named = _named(names, root)
     kept = [printable(c.strip()) for c in classes.split(',') if c.strip()] or [*named]
     for c in kept:
-        if c not in named: raise _unknown(c, [*named][:20], 'class')
+        if c not in named: raise unknown_name(c, [*named][:20], 'class')
     kept, items, labels, splits = [c for c in named if c in kept], [], [np.zeros(0, np.int64)], [np.zeros(0, np.int8)]
     left = _LeftOut()
     for folder, split in parts:
         extra = sorted(set(_folders(folder)) - set(names))
-        if extra: raise InputError(f'{_shown(folder/extra[0])}: class {extra[0]!r} has no folder among the training images')
+        if extra: raise InputError(f'{short_path(folder/extra[0])}: class {extra[0]!r} has no folder among the training images')
         for label, c in enumerate(kept):
             below = folder/named[c]
             found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
@@ -396,13 +398,13 @@ def _tell_loose(root, parts):
     folders = [root, *(f for f, _ in parts if f != root)]
     loose = [e.path for f in folders for e in sorted(os.scandir(f), key=lambda e: e.name) if e.name[0] != '.' and _is_file(e)
              and os.path.splitext(e.name)[1].lower() in image_suffixes() | _UNREAD]
-    if loose: tell_once(f'{_shown(root)}: images left out, because they are in no class folder: {len(loose):,} (the first is {os.path.relpath(loose[0], root)})')
+    if loose: tell_once(f'{short_path(root)}: images left out, because they are in no class folder: {len(loose):,} (the first is {os.path.relpath(loose[0], root)})')
     beside = [d for d in _folders(root) if len(folders) > 1 and d.lower() not in SPLIT_NAMES and _has_image(root/d)]
-    if beside: tell_once(f'{_shown(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
+    if beside: tell_once(f'{short_path(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
 
 def _trainable(table):
     "Raises InputError unless there are two classes and every class has a training image"
-    where = _shown(table.root) if table.root else table.name
+    where = short_path(table.root) if table.root else table.name
     if not len(table): raise InputError(f'no images in {where}: it must hold one folder of images a class '
                                         '(perhaps below train/, valid/, test/), or idx files')
     if len(table.classes) < 2: raise InputError(f'only one class ({table.classes[0]}) in {where}: classification needs two or more')
@@ -543,7 +545,7 @@ def _digest(path):
             with open(path, 'rb') as f: before, raw, after = file_state(f.fileno()), f.read(), file_state(f.fileno())
         except OSError: return None, None
         if before == after: return before if settled(before, since) else '', hashlib.sha256(raw).digest()
-    raise RunFailed(f'{_shown(path)} changes while it is read: wait until it is written to its end')
+    raise RunFailed(f'{short_path(path)} changes while it is read: wait until it is written to its end')
 
 # %% ../nbs/01b_data.ipynb #1553b148
 def _remember(db, rows):

@@ -27,12 +27,14 @@ from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id
 from .data import SPLITS, _stamp, cache_dir, contents, file_state, settled
-from .fetch import _amount
+from .text import file_size
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
 from .models import blocks
 from .packs import Bar, _path, preparation
-from .runs import STALE, InputError, RunFailed, _plain, _read_json, _sha256, _shown, _write_json, silence, writing
+from .errors import InputError, RunFailed
+from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
+from .runs import STALE
 
 # %% ../nbs/15_features.ipynb #15fe0006
 class _Steps(fx.Tracer):
@@ -156,7 +158,7 @@ class FeatureCache:
         about: dict,  # what they depend on
         tell=print,   # told of damaged files
     ):
-        self.about, self.key = _plain(about), hashlib.sha256(json.dumps(_plain(about), sort_keys=True).encode()).hexdigest()[:32]
+        self.about, self.key = to_plain(about), hashlib.sha256(json.dumps(to_plain(about), sort_keys=True).encode()).hexdigest()[:32]
         self.dir, self.tell, self.held, self.whole = features_dir()/self.key, tell, {}, set()
         self.open()
 
@@ -194,12 +196,12 @@ def _mapped(path):
         held = _load(path)
         return held if {'contents', 'features'} <= held.keys() else None
     except FileNotFoundError: return {}
-    except OSError as e: raise RunFailed(f'{_shown(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
+    except OSError as e: raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
     except safetensors.SafetensorError: return None
 
 def _is_whole(path):
     "Whether a file is what its name says; None where it is gone"
-    try: return _sha256(path)[:32] == path.stem
+    try: return file_sha256(path)[:32] == path.stem
     except FileNotFoundError: return None
     except OSError: return False  # the disk cannot read it
 
@@ -244,11 +246,11 @@ def add(
     tensors = {'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()), 'features': values.contiguous()}
     with writing(self.dir):
         self.dir.mkdir(parents=True, exist_ok=True)
-        if not (self.dir/'about.json').exists(): _write_json(self.dir/'about.json', self.about)
+        if not (self.dir/'about.json').exists(): write_json(self.dir/'about.json', self.about)
         try:
             safetensors.torch.save_file(tensors, part)
             with open(part, 'rb') as f: os.fsync(f.fileno())
-            path = self.dir/f'{_sha256(part)[:32]}.safetensors'
+            path = self.dir/f'{file_sha256(part)[:32]}.safetensors'
             os.replace(part, path)
             self.whole.add(path)
             self.held[path] = _mapped(path) or tensors  # mapped now: another process may delete the file
@@ -269,9 +271,9 @@ def _check_room(folder, n, each, cache_gb, together):
     "Raises InputError where the features of n images will not fit, so many times"
     needed, place = n*each*together, next(p for p in (folder, *folder.parents) if p.exists())
     if needed > cache_gb*1e9:
-        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {together} views"*(together > 1)} take {_amount(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller size{", fewer views"*(together > 1)}, or a smaller retrain')
+        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {together} views"*(together > 1)} take {file_size(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller size{", fewer views"*(together > 1)}, or a smaller retrain')
     free = shutil.disk_usage(place).free
-    if n*each > free: raise RunFailed(f'{_shown(place)} has {_amount(free)} free, and the features take {_amount(n*each)}: free some room, or set XDG_CACHE_HOME to a larger disk')
+    if n*each > free: raise RunFailed(f'{short_path(place)} has {file_size(free)} free, and the features take {file_size(n*each)}: free some room, or set XDG_CACHE_HOME to a larger disk')
 
 # %% ../nbs/15_features.ipynb #15fe0017
 class Features:
@@ -398,7 +400,7 @@ def _alone(cache, tell):
         cache.dir.mkdir(parents=True, exist_ok=True)  # another may have cleared it meanwhile
     try:
         for part in cache.dir.glob('.*.part'):
-            if silence(part) > 10*STALE: part.unlink(missing_ok=True)  # of a process that was killed, here or on a machine whose lock is not seen here
+            if seconds_since_write(part) > 10*STALE: part.unlink(missing_ok=True)  # of a process that was killed, here or on a machine whose lock is not seen here
         yield
     finally: lock.release()
 
@@ -461,7 +463,7 @@ def cached():
     def row(folder):
         paths = _files(folder)
         files = [s for p in paths if (s := _stamp(p))]
-        about = _read_json(folder/'about.json') or {}
+        about = read_json(folder/'about.json') or {}
         view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
         return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
             'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view, 'images': sum(map(_count, paths)), 'mb': round(sum(size for size, _ in files)/1e6, 1),

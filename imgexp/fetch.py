@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 
-from .runs import RunFailed, _read_json, _shown, _write_json
+from .errors import RunFailed
+from .files import read_json, short_path, write_json
+from .text import file_size
 
 # %% ../nbs/00b_fetch.ipynb #740791fd
 class FetchError(RunFailed):
@@ -22,15 +24,10 @@ class FetchError(RunFailed):
 class BadArchive(FetchError):
     "An archive is damaged, or asks for something unsafe: one line that names the file in it."
 
-def _amount(n):
-    "Bytes for people: 12.3 MB"
-    unit = next((u for u in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= u[0]), (1, 'bytes'))
-    return f'{n/unit[0]:.1f} {unit[1]}' if unit[0] > 1 else f'{n} bytes'
-
 def _place(path):
     "`path` as the user would type it"
     path = Path(path).absolute()
-    if path.is_relative_to(Path.cwd()): return _shown(path)
+    if path.is_relative_to(Path.cwd()): return short_path(path)
     return f'~/{path.relative_to(Path.home())}' if path.is_relative_to(Path.home()) else str(path)
 
 def _say(text): print(text, file=sys.stderr, flush=True)
@@ -84,8 +81,8 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
             self.bar = tqdm(total=total or None, initial=done, desc=name[:30], unit='B', unit_scale=True, leave=False)
-        else: _say(f'{name}: fetching {_amount(total) if total else "(size unknown)"}'
-                   + (f', continuing at {_amount(done)}' if done else ''))
+        else: _say(f'{name}: fetching {file_size(total) if total else "(size unknown)"}'
+                   + (f', continuing at {file_size(done)}' if done else ''))
 
     def to(self, done):
         "So many bytes are there"
@@ -94,14 +91,14 @@ class Progress:
         if self.bar or now - self.said < self.EVERY: return
         self.said, rate = now, max(done - self.first, 1)/max(now - self.began, 1e-9)
         left = f', {(self.total - done)/rate/60:.0f} min left' if self.total else ''
-        _say(f'{self.name}: {_amount(done)}{left}')
+        _say(f'{self.name}: {file_size(done)}{left}')
 
     def close(self, whole):
         "The end: how much it was, and how fast"
         if self.bar: self.bar.close()
         seconds = max(time.monotonic() - self.began, 1e-3)
-        if whole: _say(f'{self.name}: {_amount(self.done)} in {seconds:.0f} s, '
-                       f'{_amount(int(max(self.done - self.first, 0)/seconds))}/s')
+        if whole: _say(f'{self.name}: {file_size(self.done)} in {seconds:.0f} s, '
+                       f'{file_size(int(max(self.done - self.first, 0)/seconds))}/s')
 
 # %% ../nbs/00b_fetch.ipynb #3263b873
 class _Again(Exception):
@@ -188,7 +185,7 @@ def _ask(url, headers, timeout):
 def _attempt(remote, part, timeout, stop, show):
     "Ask for what is missing of `part` and append it; raises `_Again` or FetchError"
     memo = Path(f'{part}.json')
-    known = _read_json(memo) or {}
+    known = read_json(memo) or {}
     have = part.stat().st_size if part.exists() and known.get('url') == remote.url else 0
     if not (known.get('tag') or remote.checksum) or remote.size and have > remote.size: have = 0
     if remote.size and have == remote.size: return
@@ -205,9 +202,9 @@ def _attempt(remote, part, timeout, stop, show):
         if remote.size and total not in (0, remote.size):
             raise _Again(f'the server offers {total:,} bytes, published are {remote.size:,}')
         room(part.parent, max(total - at, 0))
-        if not at: _write_json(memo, {'url': remote.url, 'tag': _tag(r.headers), 'total': total})
+        if not at: write_json(memo, {'url': remote.url, 'tag': _tag(r.headers), 'total': total})
         at = _append(part, at, itertools.chain([first], blocks), lambda n: show(n, total))
-    if at < (total or remote.size): raise _Again(f'it broke off at {_amount(at)} of {_amount(total or remote.size)}')
+    if at < (total or remote.size): raise _Again(f'it broke off at {file_size(at)} of {file_size(total or remote.size)}')
 
 def _append(part, at, blocks, show):
     "Write `blocks` into `part` from `at` on; returns where they end"
@@ -232,7 +229,7 @@ def room(
     folder = next(d for d in (Path(folder).absolute(), *Path(folder).absolute().parents) if d.is_dir())
     free = shutil.disk_usage(folder).free
     if need*1.01 > free:
-        raise FetchError(f'{_place(folder)} has {_amount(free)} free where {_amount(need)} are needed: '
+        raise FetchError(f'{_place(folder)} has {file_size(free)} free where {file_size(need)} are needed: '
                          'make room, or name a folder on another disk by dest')
 
 # %% ../nbs/00b_fetch.ipynb #1208360a
@@ -240,7 +237,7 @@ def _by_hand(remote, path, why):
     "The one line for a file that does not come"
     part = path.with_name(path.name + '.part')
     kept = part.stat().st_size if part.exists() else 0
-    tail = f'; {_amount(kept)} are kept: the same command continues' if kept else ''
+    tail = f'; {file_size(kept)} are kept: the same command continues' if kept else ''
     page = f' (see {remote.page})' if remote.page else ''
     return (f'{remote.url} cannot be fetched: {why}{tail}. '
             f'By hand{page}: put {path.name} into {_place(path.parent)} and give the same command again')

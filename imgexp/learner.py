@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'OPTIMIZERS', 'best_device', 'choose_precision', 'autocast', 'Part', 'to_input', 'ToInput',
-           'make_optimizer', 'ImageLearner', 'no_memory', 'make_learner']
+           'make_optimizer', 'Loaders', 'ImageLearner', 'no_memory', 'StepParams', 'RegularizationParams',
+           'DeviceParams', 'LearnerParams', 'make_learner']
 
 # %% ../nbs/02e_learner.ipynb #e640b669
 import os, re, shutil, warnings
@@ -21,12 +22,13 @@ with warnings.catch_warnings():
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-from .augment import SCALE
+from .augment import AugmentParams
 from .data import hashes
-from .loader import Loader, share
+from .loader import LoadParams, Loader, SizeParams, share
 from .models import param_groups
 from .parallel import rank, share_gradients, sync_batch_norm, total, world
-from .runs import InputError, RunFailed
+from .errors import InputError, RunFailed
+from .params import Parameters, SplitSeedParams, param, seeds, takes
 
 # %% ../nbs/02e_learner.ipynb #8983ce67
 PRECISION = ['auto', 'fp32', 'bf16', 'fp16']
@@ -111,7 +113,7 @@ def make_optimizer(
     return OptimWrapper(opt=make(groups, lr=1e-3, **own, **{'fused' if on in ('cuda', 'cpu') else 'foreach': True}))
 
 # %% ../nbs/02e_learner.ipynb #155cb411
-class _Loaders:
+class Loaders:
     "What a Learner asks for: the two loaders and the device"
     n_inp, path = 1, '.'
     def __init__(self, train, valid): self.train, self.valid, self.device = train, valid, train.device
@@ -260,43 +262,54 @@ def prepare(
     self.compiled = torch.compile(self.model, dynamic=False) if compile else self.model
     self.net = share_gradients(self.compiled)
 
+# %% ../nbs/02e_learner.ipynb #3d5af6d7
+class StepParams(Parameters, heading='training'):
+    batch_size: int = param(32, 'images a step, of all processes together', (1, 65_536))
+
+class RegularizationParams(Parameters, heading='regularization'):
+    label_smoothing: float = param(0.0, 'share of the target spread over all classes', '[0, 1)')
+    clip: float = param(0.0, 'largest norm of the gradients; 0 does not clip', (0, 1e6))
+
+class DeviceParams(Parameters, heading='machine'):
+    precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
+    compile: bool = param(False, 'let torch compile the network; pays on long trainings')
+    micro_batch: int = param(0, 'images at once on a device, where its memory is too small for the batch; 0 takes all', (0, 65_536))
+
+class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, SplitSeedParams, DeviceParams, LoadParams): pass
+
 # %% ../nbs/02e_learner.ipynb #741b8a7c
 def _device(device):
     if device: return device
     device = best_device()
     return f'cuda:{torch.cuda.current_device()}' if device == 'cuda' and world() > 1 else device
 
+def _make_loaders(table, p, device, transform):
+    "Loaders of the training and the validation images"
+    workers = p.workers
+    if workers < 0: workers = 0 if table.pixels is not None and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
+    common = dict(size=p.size, workers=workers, device=device, bad=p.bad, seed=seeds(p)['order'], process=(rank(), world()))
+    at_once = min(p.batch_size, p.micro_batch*world() or p.batch_size)
+    return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip, crop=p.crop, **common),
+                   Loader(table, 'valid', batch_size=at_once, **common))
+
+@takes(LearnerParams)
 def make_learner(
     table,          # `Images`
     model,          # of `build_model`
     norm,           # (mean, std) of the channels, in units of full scale
-    size: int = 32, # side in px
-    batch_size: int = 32, # images a step, of all processes together
-    augment='crop-flip',     # a name of `imgexp.augment.AUGMENT`, a callable, or 'module:function'
-    precision: str = 'auto', # 'auto', 'fp32', 'bf16' or 'fp16'
-    workers: int = -1,       # threads that load images; -1 chooses
-    seed: int = 0,           # of order and augmentation
-    device: str = '',        # 'cuda', 'mps', 'cpu'; '' chooses
-    bad: str = 'stop',       # at an image that can't be decoded; or 'skip'
-    label_smoothing: float = 0., # 0 to 1
-    flip: str = 'random',    # 'random', 'alternating' or 'none'
-    crop: float = SCALE[0],  # smallest part of an image's area that a random crop keeps
-    sizes=None,              # sides of the training images by epoch (`image_sizes`); `size` by default
-    micro_batch: int = 0,    # images at once on a device; 0 takes the whole batch
-    clip: float = 0.,        # largest norm of the gradients; 0 does not clip
-    compile: bool = False,   # let torch compile the network
+    device: str = '', # 'cuda', 'mps', 'cpu'; '' chooses
+    sizes=None,     # sides of the training images by epoch (`image_sizes`); `size` by default
+    transform=None, # a callable in place of `augment`
+    **values,       # of `LearnerParams`
 ) -> ImageLearner:
     "Data, network, loss, device and precision put together; nothing is trained yet."
-    device = _device(device)
-    if workers < 0: workers = 0 if table.pixels is not None and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
-    kw = dict(size=size, batch_size=batch_size, workers=workers, device=device, bad=bad, seed=seed, process=(rank(), world()))
-    at_once = min(batch_size, micro_batch*world() or batch_size)
-    loaders = _Loaders(Loader(table, 'train', augment=augment, flip=flip, crop=crop, **kw), Loader(table, 'valid', **kw | dict(batch_size=at_once)))
-    model = model.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last)
-    loss = partial(F.cross_entropy, label_smoothing=label_smoothing)
-    learn = ImageLearner(loaders, model, loss_func=loss, cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
-    learn.table, learn.norm, learn.size, learn.sizes, learn.training = table, norm, size, sizes, False
-    learn.micro_batch, learn.clip = micro_batch, clip
-    learn.set_precision(precision)
-    learn.prepare(compile)
+    p, device = LearnerParams.check(values), _device(device)
+    layout = torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last
+    loss = partial(F.cross_entropy, label_smoothing=p.label_smoothing)
+    learn = ImageLearner(_make_loaders(table, p, device, transform), model.to(device, memory_format=layout), loss_func=loss,
+                         cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
+    learn.table, learn.norm, learn.size, learn.sizes, learn.training = table, norm, p.size, sizes, False
+    learn.micro_batch, learn.clip = p.micro_batch, p.clip
+    learn.set_precision(p.precision)
+    learn.prepare(p.compile)
     return learn

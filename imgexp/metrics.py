@@ -8,12 +8,13 @@ __all__ = ['softmax', 'ranks', 'true_probs', 'topk', 'wilson', 'log_loss', 'ece'
            'plot_predictions', 'plot_mistakes']
 
 # %% ../nbs/02b_metrics.ipynb #2b5ed253
-from functools import wraps
 from statistics import NormalDist
 
 import numpy as np
 
-from .runs import InputError, plot_text, printable
+from .errors import InputError
+from .style import (BLUE, GRAY, GREEN, ORANGE, RED, class_label, percent, percent_axis, set_title, styled)
+from .text import plot_text, printable
 
 # %% ../nbs/02b_metrics.ipynb #d5dcdb39
 def _check_probs(probs):
@@ -146,7 +147,7 @@ def reliability(
     labels, # int [n]
     bins: int = 15, # bins of equal width, 1 or more
 ): # DataFrame of bins: above, up_to, n, confidence (mean), top1, low, high; NaN where no image fell
-    "What `ece` sums up: confidence and accuracy of each bin, with the 95 % interval of the accuracy."
+    "What `ece` sums up: confidence and accuracy of each bin, with the 95% interval of the accuracy."
     import pandas as pd
     edges, n, confidence, right = _bins(*_check(probs, labels), bins)
     some = np.where(n > 0, n, np.nan)
@@ -197,7 +198,7 @@ def per_class(
     labels,  # int [n]
     classes, # names of all classes
 ): # DataFrame in the order of `classes`: class, n, top1, low, high, precision, most_confused_with
-    "Each class: images, top-1 and its 95 % interval, precision, what it is most often taken for ('' if never)."
+    "Each class: images, top-1 and its 95% interval, precision, what it is most often taken for ('' if never)."
     import pandas as pd
     probs, labels = _check(probs, labels, some=False)
     if len(classes) != probs.shape[1]:
@@ -222,54 +223,19 @@ def mistakes(
     wrong = np.flatnonzero(probs.argmax(1) != labels)
     return wrong[np.argsort(-probs.max(1)[wrong], kind='stable')[:max(k, 0)]]
 
-# %% ../nbs/02b_metrics.ipynb #80b5a7c0
-_BLUE, _ORANGE, _GREEN, _RED, _GRAY = '#0072B2', '#E69F00', '#00785A', '#C44500', '#666666'
-_STYLE = {'font.size': 9, 'figure.dpi': 80, 'figure.constrained_layout.use': True, 'lines.linewidth': 1.6,
-          'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-          'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#888888', 'axes.axisbelow': True,
-          'axes.grid': True, 'grid.color': '#E8E8E8', 'xtick.color': '#444444', 'ytick.color': '#444444',
-          'legend.frameon': False, 'legend.fontsize': 8}
-
-def _picture(draw):
-    "`draw` in the house style; its figure is closed"
-    @wraps(draw)
-    def drawn(*args, **kwargs):
-        import matplotlib.pyplot as plt
-        with plt.rc_context(_STYLE): fig = draw(*args, **kwargs)
-        plt.close(fig)
-        return fig
-    return drawn
-
 # %% ../nbs/02b_metrics.ipynb #28a77566
-def _name(name, length=22):
-    "A class name as a label: one line, not too long, and a $ is a $"
-    name = printable(' '.join(str(name).split()))
-    return plot_text(name if len(name) <= length else name[:length - 1].rstrip() + '…')
-
-def _percent(x): return f'{100*x:.1f} %'
-
 def _with_interval(correct, n):
-    "'91.3 % (95 % interval 88.0–93.7, n = 372)'"
+    "'91.3% (95% interval 88.0–93.7, n = 372)'"
     if not n: return 'no images'
     low, high = wilson(correct, n)
-    return f'{_percent(correct/n)} (95 % interval {100*low:.1f}–{100*high:.1f}, n = {n:,})'
-
-def _as_percent(axis, bins='auto'):
-    from matplotlib.ticker import MaxNLocator
-    axis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(lambda x, _: f'{100*x:.4g} %')
-
-def _title(ax, title, note=''):
-    "A title and under it a small gray line of numbers"
-    ax.set_title(title, pad=17)
-    ax.annotate(note, (0, 1), (0, 5), xycoords='axes fraction', textcoords='offset points', color=_GRAY, fontsize=8)
+    return f'{percent(correct/n)} (95% interval {100*low:.1f}–{100*high:.1f}, n = {n:,})'
 
 # %% ../nbs/02b_metrics.ipynb #dc148f36
 _PANELS = {
-    'loss': [('train_loss', 'train', _BLUE, '-'), ('valid_loss', 'valid', _RED, '-'), ('ema_loss', 'averaged weights', _GREEN, '-')],
-    'accuracy': [('train_top1', 'train top-1', _BLUE, '-'), ('valid_top1', 'valid top-1', _RED, '-'),
-                 ('valid_top5', 'valid top-5', _ORANGE, '--'), ('ema_top1', 'averaged weights', _GREEN, '-')],
-    'learning rate': [('lr', 'lr', _GRAY, '-')], 'weight decay': [('weight_decay', 'weight decay', _GRAY, '-')]}
+    'loss': [('train_loss', 'train', BLUE, '-'), ('valid_loss', 'valid', RED, '-'), ('ema_loss', 'averaged weights', GREEN, '-')],
+    'accuracy': [('train_top1', 'train top-1', BLUE, '-'), ('valid_top1', 'valid top-1', RED, '-'),
+                 ('valid_top5', 'valid top-5', ORANGE, '--'), ('ema_top1', 'averaged weights', GREEN, '-')],
+    'learning rate': [('lr', 'lr', GRAY, '-')], 'weight decay': [('weight_decay', 'weight decay', GRAY, '-')]}
 
 def _best_row(history, epoch=None):
     "Row of `epoch`, or of the highest valid_top1, of equals the lowest valid_loss, then the first; None where there is no such row"
@@ -296,30 +262,30 @@ def _draw_curves(ax, history, curves, best):
         size = 3.5 if len(history) <= 30 or len(values) == 1 else 0
         ax.plot(epoch[values.index], values, dash, color=color, label=label, marker='o', ms=size)
         if best in values.index: ax.plot(epoch[best], values[best], 'o', color=color, ms=8, mfc='none')
-    if best is not None: ax.axvline(epoch[best], color=_GRAY, lw=1, ls=':', zorder=0)
+    if best is not None: ax.axvline(epoch[best], color=GRAY, lw=1, ls=':', zorder=0)
     if len(curves) > 1: ax.legend(loc='best')
     if len(history) == 1: ax.set_xlim(epoch[0] - 1, epoch[0] + 1)
 
 # %% ../nbs/02b_metrics.ipynb #b1ed05b7
 def _draw_accuracy(ax, history, best, n_valid, by):
     "Percent and the interval's band; gives the value of the chosen epoch in words"
-    _as_percent(ax.yaxis)
-    name, color = ('ema_top1', _GREEN) if by.startswith('ema') else ('valid_top1', _RED)
+    percent_axis(ax.yaxis)
+    name, color = ('ema_top1', GREEN) if by.startswith('ema') else ('valid_top1', RED)
     top1 = history[name].dropna() if name in history else ()
     if not len(top1): return ''
     chosen = f'lowest {by}' if by.endswith('loss') else 'best'
-    text = f'{chosen}: top-1 {_percent(top1[best])}, epoch {history["epoch"][best]:g}' if best in top1.index else ''
+    text = f'{chosen}: top-1 {percent(top1[best])}, epoch {history["epoch"][best]:g}' if best in top1.index else ''
     if not n_valid: return text
     epoch, (low, high) = history['epoch'][top1.index], wilson(np.clip(top1, 0, 1)*n_valid, n_valid)
     if len(top1) > 1: ax.fill_between(epoch, low, high, color=color, alpha=0.15, lw=0)
     else: ax.errorbar(epoch, top1, [top1 - low, high - top1], color=color, capsize=3)
-    return f'{text} (n = {n_valid:,}, 95 % band)'.lstrip()
+    return f'{text} (n = {n_valid:,}, 95% band)'.lstrip()
 
 # %% ../nbs/02b_metrics.ipynb #98abdb0a
-@_picture
+@styled
 def plot_curves(
     history,   # DataFrame, a row an epoch: any of epoch, lr, weight_decay, train_loss, train_top1, valid_loss, valid_top1, valid_top5, ema_loss, ema_top1
-    n_valid: int | None = None, # validation images; given, the 95 % interval of their top-1 is drawn
+    n_valid: int | None = None, # validation images; given, the 95% interval of their top-1 is drawn
     best: int | None = None, # the epoch that was chosen; None: that of the highest valid_top1, else of the lowest valid_loss
     by: str = 'valid_top1', # the column by which it was chosen: valid_top1, valid_loss, ema_top1 or ema_loss
 ): # Figure
@@ -334,35 +300,35 @@ def plot_curves(
     fig, axes = plt.subplots(1, len(panels), figsize=(3.5*sum(widths), 2.7), width_ratios=widths, squeeze=False)
     for ax, (name, curves) in zip(axes[0], panels.items()):
         _draw_curves(ax, history, curves, best)
-        _title(ax, name, _draw_accuracy(ax, history, best, n_valid, by) if name == 'accuracy' else '')
+        set_title(ax, name, _draw_accuracy(ax, history, best, n_valid, by) if name == 'accuracy' else '')
         if name == 'weight decay': ax.set_yscale('log')
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     return fig
 
 # %% ../nbs/02b_metrics.ipynb #7f58494b
-@_picture
+@styled
 def plot_reliability(
     probs,  # float [n, classes], rows sum to 1
     labels, # int [n]
     bins: int = 15, # bins of equal width, 1 or more
 ): # Figure
-    "Accuracy against confidence with 95 % intervals, and the images in each bin; the diagonal is perfect calibration."
+    "Accuracy against confidence with 95% intervals, and the images in each bin; the diagonal is perfect calibration."
     import matplotlib.pyplot as plt
     t = reliability(probs, labels, bins)
     some = t[t['n'] > 0]
     fig, (ax, below) = plt.subplots(2, 1, figsize=(3.8, 4.6), height_ratios=[4, 1], sharex=True)
-    ax.plot([0, 1], [0, 1], ':', color=_GRAY, lw=1.2)
-    ax.annotate('too modest', (0.04, 0.94), color=_GRAY, fontsize=8)
-    ax.annotate('too sure', (0.96, 0.04), color=_GRAY, fontsize=8, ha='right')
-    ax.vlines(some['confidence'], some['low'], some['high'], color=_BLUE, lw=1.4)
-    ax.plot(some['confidence'], some['top1'], 'o', color=_BLUE, ms=5)
+    ax.plot([0, 1], [0, 1], ':', color=GRAY, lw=1.2)
+    ax.annotate('too modest', (0.04, 0.94), color=GRAY, fontsize=8)
+    ax.annotate('too sure', (0.96, 0.04), color=GRAY, fontsize=8, ha='right')
+    ax.vlines(some['confidence'], some['low'], some['high'], color=BLUE, lw=1.4)
+    ax.plot(some['confidence'], some['top1'], 'o', color=BLUE, ms=5)
     ax.set(ylabel='top-1', ylim=(-0.01, 1.01), xlim=(-0.01, 1.01))
-    note = f'ECE {_percent(ece(probs, labels, bins))} (n = {t["n"].sum():,}, {bins} bins); 95 % intervals'
-    _title(ax, 'reliability', note)
-    below.bar(t['above'], t['n'], t['up_to'] - t['above'], align='edge', color=_BLUE, alpha=0.5, edgecolor='white')
+    note = f'ECE {percent(ece(probs, labels, bins))} (n = {t["n"].sum():,}, {bins} bins); 95% intervals'
+    set_title(ax, 'reliability', note)
+    below.bar(t['above'], t['n'], t['up_to'] - t['above'], align='edge', color=BLUE, alpha=0.5, edgecolor='white')
     below.set(xlabel='confidence', ylabel='images')
-    for axis in (ax.xaxis, ax.yaxis): _as_percent(axis)
+    for axis in (ax.xaxis, ax.yaxis): percent_axis(axis)
     return fig
 
 # %% ../nbs/02b_metrics.ipynb #c635c912
@@ -396,14 +362,14 @@ def _draw_worst(ax, cm, classes, k=10):
     wrong = cm - np.diag(cm.diagonal())
     worst = np.argsort(-wrong, axis=None, kind='stable')[:k]
     pairs = [divmod(int(w), len(cm)) for w in worst if wrong.flat[w]]
-    lines = [f'{_name(classes[i], 18)} → {_name(classes[j], 18)}  {cm[i, j]:,} of {cm[i].sum():,}' for i, j in pairs]
+    lines = [f'{class_label(classes[i], 18)} → {class_label(classes[j], 18)}  {cm[i, j]:,} of {cm[i].sum():,}' for i, j in pairs]
     ax.scatter([j for _, j in pairs], [i for i, _ in pairs], 60, 'none', edgecolor='#222222', lw=0.8)
     text = 'most frequent confusions (ringed)\ntrue → predicted\n\n' + '\n'.join(lines) if lines else 'no confusions'
     ax.annotate(text, (1, 1), (12, 0), xycoords='axes fraction', textcoords='offset points', va='top', fontsize=8,
                 linespacing=1.5)
 
 # %% ../nbs/02b_metrics.ipynb #7c9025df
-@_picture
+@styled
 def plot_confusion(
     cm,      # int [classes, classes], rows true, columns predicted
     classes, # names of all classes
@@ -421,23 +387,23 @@ def plot_confusion(
     if few: _draw_cells(ax, cm, rgb)
     else: _draw_marks(ax, cm, rgb); _draw_worst(ax, cm, classes)
     ticks = np.arange(0, n, -(-n//34))
-    names = [_name(classes[i], 18) for i in ticks]
+    names = [class_label(classes[i], 18) for i in ticks]
     size = 8 if n <= 12 else 7 if few else 6.5
     ax.set_xticks(ticks, names, rotation=0 if few and max(map(len, names)) < 3 else 90, fontsize=size)
     ax.set_yticks(ticks, names, fontsize=size)
     ax.tick_params(length=0 if few else 2)
     ax.spines[['top', 'right']].set_visible(True)
     ax.set(xlabel='predicted', ylabel='true')
-    _title(ax, 'confusion', 'top-1 ' + _with_interval(cm.trace(), cm.sum()))
+    set_title(ax, 'confusion', 'top-1 ' + _with_interval(cm.trace(), cm.sum()))
     return fig
 
 # %% ../nbs/02b_metrics.ipynb #6aa3e722
-@_picture
+@styled
 def plot_per_class(
     table,  # DataFrame of `per_class`
     k: int = 40, # classes shown at most, the lowest
 ): # Figure
-    "A dot with its 95 % interval for each class, lowest top-1 first; beside it n and what the class is taken for."
+    "A dot with its 95% interval for each class, lowest top-1 first; beside it n and what the class is taken for."
     import matplotlib.pyplot as plt
     rows = table[table['n'] > 0].sort_values(['top1', 'n'], kind='stable')
     n, correct, left_out = rows['n'].sum(), (rows['top1']*rows['n']).sum().round(), len(table) - len(rows)
@@ -446,27 +412,27 @@ def plot_per_class(
     letters = sum(min(rows[c].str.len().max(), 22) if len(rows) else 0 for c in ('class', 'most_confused_with'))
     fig, ax = plt.subplots(figsize=(4.1 + 0.075*max(letters, 20), 1 + 0.2*max(len(rows), 2)))
     y = np.arange(len(rows))
-    ax.hlines(y, rows['low'], rows['high'], color=_BLUE, lw=1.4)
-    ax.plot(rows['top1'], y, 'o', color=_BLUE, ms=5)
-    if n: ax.axvline(correct/n, color=_GRAY, lw=1.2, ls=':', zorder=0)
-    ax.set_yticks(y, [_name(c) for c in rows['class']], fontsize=8)
-    ax.set(ylim=(len(y) - 0.4, -0.6), xlabel='top-1 with 95 % interval')
+    ax.hlines(y, rows['low'], rows['high'], color=BLUE, lw=1.4)
+    ax.plot(rows['top1'], y, 'o', color=BLUE, ms=5)
+    if n: ax.axvline(correct/n, color=GRAY, lw=1.2, ls=':', zorder=0)
+    ax.set_yticks(y, [class_label(c) for c in rows['class']], fontsize=8)
+    ax.set(ylim=(len(y) - 0.4, -0.6), xlabel='top-1 with 95% interval')
     ax.grid(False, axis='y')
-    _as_percent(ax.xaxis, 6)
+    percent_axis(ax.xaxis, 6)
     def beside(text, y, x, ha): ax.annotate(text, (1, y), (x, 0), ('axes fraction', 'data'), 'offset points',
-                                            ha=ha, va='center', fontsize=8, color=_GRAY)
+                                            ha=ha, va='center', fontsize=8, color=GRAY)
     for i, (m, other) in enumerate([('n', 'most confused with'), *zip(rows['n'], rows['most_confused_with'])], -1):
         beside(m if i < 0 else f'{m:,}', i, 34, 'right')
-        beside(_name(other, 20), i, 42, 'left')
-    _title(ax, title, 'all: ' + _with_interval(correct, n) + (f'; {left_out} without images' if left_out else ''))
+        beside(class_label(other, 20), i, 42, 'left')
+    set_title(ax, title, 'all: ' + _with_interval(correct, n) + (f'; {left_out} without images' if left_out else ''))
     return fig
 
 # %% ../nbs/02b_metrics.ipynb #ab12f1b6
 def _draw_prediction(ax, image, probs, label, classes):
     "One image with what was predicted, how surely, and what it is if that was wrong"
     image, pred = np.asarray(image), probs.argmax()
-    def named(c): return f'{_name(classes[c], 12)} {100*probs[c]:.0f} %'
-    symbol, color, below = ('✓', _GREEN, '') if pred == label else ('✗', _RED, f'true: {named(label)}')
+    def named(c): return f'{class_label(classes[c], 12)} {100*probs[c]:.0f}%'
+    symbol, color, below = ('✓', GREEN, '') if pred == label else ('✗', RED, f'true: {named(label)}')
     small = max(image.shape[:2]) < 64
     ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if small else 'antialiased')
     ax.grid(False); ax.set_xticks([]); ax.set_yticks([])
@@ -484,11 +450,11 @@ def _draw_sheet(images, probs, labels, classes, idxs, title, columns=6):
     fig, axes = plt.subplots(rows, columns, figsize=(max(1.42*columns, 2), 0.35 + 1.75*rows), squeeze=False)
     for ax in axes.flat[len(idxs):]: ax.axis('off')
     for i, ax in zip(idxs, axes.flat): _draw_prediction(ax, images[i], probs[i], labels[i], classes)
-    fig.suptitle(title, x=0.01, ha='left', fontsize=9, color=_GRAY)
+    fig.suptitle(title, x=0.01, ha='left', fontsize=9, color=GRAY)
     return fig
 
 # %% ../nbs/02b_metrics.ipynb #4507dc05
-@_picture
+@styled
 def plot_predictions(
     images,  # uint8 [n, h, w, 3] or [n, h, w]: an array, or anything that gives image i as images[i]
     probs,   # float [n, classes], rows sum to 1
@@ -507,7 +473,7 @@ def plot_predictions(
     return _draw_sheet(images, probs, labels, classes, idxs, f'{title}: {right:,} right')
 
 # %% ../nbs/02b_metrics.ipynb #45ce76ba
-@_picture
+@styled
 def plot_mistakes(
     images,  # uint8 [n, h, w, 3] or [n, h, w]: an array, or anything that gives image i as images[i]
     probs,   # float [n, classes], rows sum to 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'archs', 'CompactResNet', 'compact_resnet', 'MLP', 'Block', 'Blocks', 'blocks', 'set_retrain',
-           'keep_statistics', 'set_drop_path', 'drop_probs', 'weights_id', 'own_size', 'Report', 'build_model',
-           'trained_params', 'param_groups', 'Summary', 'summary']
+           'keep_statistics', 'set_drop_path', 'drop_probs', 'weights_id', 'check_size', 'own_size', 'Report',
+           'build_model', 'NetworkParams', 'trained_params', 'param_groups', 'Summary', 'summary']
 
 # %% ../nbs/02_models.ipynb #030d04a0
 import difflib, hashlib, io, math, pickle, re, sys
@@ -23,7 +23,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from .runs import InputError, _sha256
+from .errors import InputError
+from .files import file_sha256
+from .params import Parameters, param
 
 # %% ../nbs/02_models.ipynb #3e624b52
 def archs() -> list[str]: # sorted
@@ -362,7 +364,7 @@ def _download(url, weights='imagenet'):
         except Exception as e:
             raise InputError(f"weights={weights!r}: {url} could not be fetched ({_first_line(e)}): put that file into "
                              f"{path.parent} by hand, or give weights=PATH.") from e
-    elif not _sha256(path).startswith(expected):
+    elif not file_sha256(path).startswith(expected):
         raise InputError(f"weights={weights!r}: {path} is damaged (its sha-256 does not begin with {expected}): "
                          'delete it and run again.')
     return path
@@ -375,7 +377,7 @@ def weights_id(
     "What identifies the weights in a run's id; nothing is downloaded. Raises `InputError` for a missing file."
     if not weights: return ''
     if _is_published(weights): return _published(arch, weights).url.rsplit('/', 1)[-1]
-    return f'sha256:{_sha256(_weights_file(weights))[:16]}'
+    return f'sha256:{file_sha256(_weights_file(weights))[:16]}'
 
 # %% ../nbs/02_models.ipynb #9ea33b36
 @contextmanager
@@ -429,7 +431,7 @@ def _least_size(arch):
     if arch.startswith('maxvit'): return 224, 224
     return (32 if arch.startswith('swin') else _published(arch).meta['min_size'][0]), 1
 
-def _check_size(arch, size):
+def check_size(arch, size):
     "Refuse image sizes that the architecture cannot take."
     low, step = _least_size(arch)
     if size >= low and size % step == 0: return
@@ -559,7 +561,7 @@ def build_model(
     "A network ready for training; raises `InputError` when the answers do not fit together."
     _check_arch(arch)
     if n_classes < 1: raise InputError(f'n_classes={n_classes}: at least 1 class is needed.')
-    _check_size(arch, size)
+    check_size(arch, size)
     file = _fetch(arch, weights) if weights else None
     if head not in HEADS or keep_head and head != 'linear': raise InputError(f'head={head!r}: allowed are ' + ("'linear' with keep_head." if keep_head else ', '.join(map(repr, HEADS)) + '.'))
     if keep_head and not file: raise InputError("keep_head needs weights with a head: give weights=PATH or 'imagenet'.")
@@ -572,6 +574,13 @@ def build_model(
     if file: _load(model, file, keep_head)
     if head == 'mlp': _put_mlp(model, seed)
     return set_retrain(model, retrain)
+
+# %% ../nbs/02_models.ipynb #0d88d965
+class NetworkParams(Parameters, heading='network'):
+    arch: str = param('compact_resnet', 'compact_resnet, or any classification architecture of torchvision')
+    weights: str = param('', 'empty (from scratch), imagenet, or a .pth or .safetensors file')
+    retrain: int = param(-1, 'what is trained. -1 all, 0 the head, k the head and the last k blocks', (-1, 1000))
+    drop_path: float = param(-1.0, "stochastic depth, share of dropped branches in the last block; -1 the architecture's own", '[-1, 1)')
 
 # %% ../nbs/02_models.ipynb #17add62d
 def trained_params(

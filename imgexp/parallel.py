@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .runs import InputError, RunBusy, RunFailed
+from .errors import InputError, RunBusy, RunFailed
 
 # %% ../nbs/02d_parallel.ipynb #3624fe9d
 def rank() -> int: # 0 and up

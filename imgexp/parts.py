@@ -21,7 +21,8 @@ from .data import uniforms
 from .learner import CancelFitException, Part, autocast
 from .metrics import ranks, true_probs
 from .parallel import gather, most, rank, say, total
-from .runs import RunFailed, duration
+from .errors import RunFailed
+from .text import duration
 
 # %% ../nbs/02f_parts.ipynb #740eef36
 class Mixtures(Part):
@@ -202,7 +203,7 @@ class EarlyStop(Part):
     @property
     def over(self): return 0 < self.patience <= self.waited
     def before_epoch(self):
-        if most(self.over or bool(self.history.to.enough)): raise CancelFitException
+        if most(self.over or bool(self.history.to.stop_reason)): raise CancelFitException
     def after_epoch(self):
         value, best = self.history.row[self.by], self.best
         if math.isfinite(value) and (best is None or (value > best if HIGHER[self.by] else value < best)): self.best, self.waited = value, 0

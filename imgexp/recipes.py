@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from .runs import InputError, Params, _unknown
+from .errors import InputError, unknown_name
+
 
 # %% ../nbs/02h_recipes.ipynb #a4eb3525
 @dataclass(frozen=True, repr=False)
@@ -132,12 +133,12 @@ def recipe(
     name: str,            # one of RECIPES
     batch_size: int = 0,  # images a step, of all processes together; 0: the recipe's
     epochs: int = 0,      # passes over the training images; 0: the recipe's
-) -> Params:              # name: value, of parameters of `imgexp train`
+) -> dict:              # name: value, of parameters of `imgexp train`
     "The values of a recipe, scaled to a batch size and a length; raises `InputError` for an unknown name."
-    if name not in RECIPES: raise _unknown(str(name), list(RECIPES), 'recipe')
+    if name not in RECIPES: raise unknown_name(str(name), list(RECIPES), 'recipe')
     for k, v in dict(batch_size=batch_size, epochs=epochs).items():
         if v < 0: raise InputError(f"{k}={v} is out of range: it must be at least 1, or 0 for the recipe's")
     own = RECIPES[name].values
     new = dict(batch_size=batch_size or own['batch_size'], epochs=epochs or own['epochs'])
     k, more = new['batch_size']/own['batch_size'], new['epochs']/own['epochs']
-    return Params(own | new | _for_batch(own, k) | _for_length(own, k, more))
+    return own | new | _for_batch(own, k) | _for_length(own, k, more)

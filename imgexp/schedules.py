@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from .metrics import _BLUE, _GREEN, _ORANGE, _RED, _picture, _title
-from .runs import InputError, _not_known
+from .style import BLUE, GREEN, ORANGE, RED, set_title, styled
+from .errors import InputError, invalid_choice
 
 # %% ../nbs/02c_schedules.ipynb #2726de3e
 def _phase(at, up):
@@ -76,7 +76,7 @@ def schedule(
     warmup: float = -1.,  # epochs until the peak, 0 to less than `epochs`; -1: the schedule's own part of them
 ) -> Callable:            # (done part of the training 0 to 1, peak) -> (learning rate, momentum or None)
     "A learning-rate schedule by name; raises `InputError` for an unknown name or a warm-up that never ends."
-    if name not in SCHEDULES: raise _not_known('schedule', name, SCHEDULES)
+    if name not in SCHEDULES: raise invalid_choice('schedule', name, SCHEDULES)
     if not epochs >= 1: raise InputError(f'epochs={epochs} is out of range: it must be at least 1')
     if warmup == -1: return _POLICIES[name]
     if 0 <= warmup < epochs: return partial(_POLICIES[name], up=warmup/epochs)
@@ -117,16 +117,16 @@ def image_sizes(
     return [int(s) for s in step*np.round(side/step)]
 
 # %% ../nbs/02c_schedules.ipynb #181c711b
-_LINES = dict(zip(SCHEDULES, [(_BLUE, '-'), (_ORANGE, '--'), (_GREEN, '-.'), (_RED, ':')]))
+_LINES = dict(zip(SCHEDULES, [(BLUE, '-'), (ORANGE, '--'), (GREEN, '-.'), (RED, ':')]))
 
 def _draw_sizes(ax, sides):
     "Steps of the image size, an epoch each"
-    ax.stairs(sides, np.arange(len(sides) + 1), baseline=None, color=_BLUE, lw=1.6)
+    ax.stairs(sides, np.arange(len(sides) + 1), baseline=None, color=BLUE, lw=1.6)
     ax.set(yticks=sorted(set(sides)), ylim=(min(sides) - 16, max(sides) + 16))
     share = np.mean(np.square(sides))/max(sides)**2
-    _title(ax, 'image size', f'{100*share:.0f} % of the pixels of {max(sides)} px throughout')
+    set_title(ax, 'image size', f'{100*share:.0f} % of the pixels of {max(sides)} px throughout')
 
-@_picture
+@styled
 def plot_schedules(
     names,                # one of SCHEDULES, or a list of them
     epochs: int,          # length of the training, 1 or more
@@ -151,6 +151,6 @@ def plot_schedules(
         else:
             column, drawn = (1, moving) if panel == 'momentum' else (0, names)
             for n in drawn: ax.plot(at*epochs, values[n][:, column], _LINES[n][1], color=_LINES[n][0], label=n)
-            _title(ax, panel, ', '.join(moving) if column else peak)
+            set_title(ax, panel, ', '.join(moving) if column else peak)
     if len(names) > 1: fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper')
     return fig

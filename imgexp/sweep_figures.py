@@ -11,7 +11,8 @@ from html import escape
 
 import numpy as np
 
-from .runs import InputError, plot_text, printable
+from .errors import InputError
+from .text import plot_text, printable
 
 # %% ../nbs/06c_sweep_figures.ipynb #3f0c1a09
 def _ended(sweep):

@@ -130,8 +130,8 @@ print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(in
     for seeds, job in jobs.items():
         assert job.wait() == 0, job.err
         runs = [Run(told['run']) for told in json.loads(job.out)]
-        assert [r.params.seed for r in runs] == list(seeds) and [r.state for r in runs] == ['done']*2
-        for r in runs: assert f'seed = {r.params.seed}' in (r.dir/'notebook.ipynb').read_text()
+        assert [r.params['seed'] for r in runs] == list(seeds) and [r.state for r in runs] == ['done']*2
+        for r in runs: assert f'seed = {r.params['seed']}' in (r.dir/'notebook.ipynb').read_text()
 
 def test_dry_run(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')

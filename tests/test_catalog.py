@@ -10,7 +10,7 @@ import pytest
 from imgexp import catalog as catalog_module, fetch as fetch_module
 from imgexp.catalog import ENTRIES, catalog, fetch, info, where
 from imgexp.fetch import BadArchive, FetchError, Remote, download, unpack
-from imgexp.runs import InputError
+from imgexp.errors import InputError
 
 META = Path(__file__).resolve().parents[2]/'shared/data/meta'
 BODY = np.random.default_rng(0).integers(0, 256, 400_000, np.uint8).tobytes()

@@ -11,7 +11,7 @@ from imgexp.check import (KINDS, NEAR, channel_means, check, duplicates, far, le
                           survey)
 from imgexp.data import Images, decode, from_arrays, from_folders, shapes
 from imgexp.packs import load_images
-from imgexp.runs import InputError
+from imgexp.errors import InputError
 
 pytestmark = pytest.mark.usefixtures('project')
 SHARED = Path(__file__).resolve().parents[2]/'shared/data'

@@ -9,7 +9,8 @@ import imgexp.data as d
 from imgexp.data import BadImage, decode, fingerprint, from_folders, keep_subset, read, shapes
 from imgexp.loader import Loader, normalization
 from imgexp.packs import load_images
-from imgexp.runs import InputError, RunFailed, find_run
+from imgexp.errors import InputError, RunFailed
+from imgexp.start import find_run
 from pictures import CLASSES, tree
 
 pytestmark = pytest.mark.usefixtures('project')

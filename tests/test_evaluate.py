@@ -6,7 +6,9 @@ import pytest
 from launch import environment, last_line
 from pictures import CLASSES, tree
 from imgexp.evaluate import evaluate_test, load_run
-from imgexp.runs import InputError, Run, start_run
+from imgexp.errors import InputError
+from imgexp.runs import Run
+from imgexp.start import start_run
 
 pytestmark = pytest.mark.usefixtures('project')
 SMALL = dict(size=16, epochs=2, batch_size=16, workers=0, track='off')
@@ -100,10 +102,10 @@ def test_a_run_that_skips_is_evaluated_as_it_was_trained(launcher, project, data
 @pytest.mark.parametrize('experiment, given', [('train', {}), ('transfer', dict(arch='compact_resnet'))])
 def test_the_test_images_of_a_search(project, data, monkeypatch, experiment, given):
     "Left alone by a run that is compared with others, and looked at once afterwards."
-    monkeypatch.setenv('IMGEXP_WATCH', 'operator:is_')
+    monkeypatch.setenv('IMGEXP_OBSERVER', 'operator:is_')
     run = train(experiment, data=str(data), bad='skip', **SMALL | given)
     assert run.metrics['test'] is None
-    monkeypatch.delenv('IMGEXP_WATCH')
+    monkeypatch.delenv('IMGEXP_OBSERVER')
     found = evaluate_test(run)
     assert (found['top1']['n'], found['skipped']) == (5, 1) and run.metrics['test'] == found
     shutil.rmtree(data)
@@ -164,7 +166,8 @@ import cv2, numpy as np
 import imgexp.keras_cnn as keras_cnn
 from imgexp.cli import main
 from imgexp.evaluate import evaluate_test, load_run
-from imgexp.runs import InputError, runs
+from imgexp.errors import InputError
+from imgexp.run_table import list_runs
 out, rings, real, row = {}, [], keras_cnn.plot_curves, keras_cnn._row
 def drawn(*args):
     figure = real(*args)

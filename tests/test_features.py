@@ -13,7 +13,7 @@ from imgexp.learner import to_input
 from imgexp.loader import make_batch
 from imgexp.models import build_model
 from imgexp.packs import load_images
-from imgexp.runs import InputError, RunFailed
+from imgexp.errors import InputError, RunFailed
 from pictures import tree
 
 pytestmark = pytest.mark.usefixtures('project')

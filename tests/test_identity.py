@@ -3,7 +3,9 @@ import inspect, json, os, subprocess, sys
 from importlib import import_module
 from importlib.util import find_spec
 import pytest
-from imgexp.runs import NOT_IN_ID, check_call, run_id
+from imgexp.params import check_call
+from imgexp.runs import NOT_IN_ID
+from imgexp.start import run_id
 
 # a parameter's other value; None: tested on its own below
 TRAIN = dict(
@@ -58,7 +60,7 @@ def test_exemptions_are_these(): assert set(NOT_IN_ID) == EXEMPT
 KERAS_IDS = '''
 import json, sys
 import imgexp.keras_cnn as k
-from imgexp.runs import run_id
+from imgexp.start import run_id
 class Begun(Exception): pass
 def begin(notebook, params, depends=None, **kw): raise Begun(run_id(notebook, params, depends or {}))
 k.start_run = begin

@@ -10,7 +10,7 @@ from imgexp.check import check
 from imgexp.data import BadImage, decode, from_folders, image_files, image_suffixes, read
 from imgexp.fetch import unpack
 from imgexp.packs import load_images, pack
-from imgexp.runs import find_run
+from imgexp.start import find_run
 from pictures import tree
 
 pytestmark = pytest.mark.usefixtures('project')

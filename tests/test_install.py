@@ -53,7 +53,7 @@ def test_imports_outside_a_checkout(installed, tmp_path):
     light = [m for m in modules if not m.startswith('keras')]
     code = f'''import importlib, pathlib, imgexp
 for m in {light}: importlib.import_module("imgexp." + m)
-from imgexp.runs import project_root
+from imgexp.files import project_root
 print(pathlib.Path(imgexp.__file__).parent.resolve()); print(pathlib.Path(project_root()).resolve())'''
     where, root = run(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
     assert Path(where) == (installed/'imgexp').resolve(), 'the checkout was imported, not the wheel'

@@ -332,7 +332,8 @@ def elsewhere(run, seconds):
     os.utime(status, (time.time() - seconds,)*2)
 
 def test_a_run_of_another_machine(project):
-    from imgexp.runs import RunBusy, start_run
+    from imgexp.errors import RunBusy
+    from imgexp.start import start_run
     p = dict(lr=0.1, track='off')
     run = start_run('demo', p).stop()
     elsewhere(run, seconds=5)

@@ -2,11 +2,12 @@
 import json
 
 import nbformat, pytest
-from imgexp.runs import Run, start_run
+from imgexp.runs import Run
+from imgexp.start import start_run
 
 pytestmark = pytest.mark.usefixtures('project')
 GIVEN = {'train': ['--size', '12', '--batch-size', '64'], 'transfer': ['--size', '32', '--arch', 'compact_resnet']}
-SEARCH = {'IMGEXP_WATCH': 'operator:eq'}  # a search watches the run
+SEARCH = {'IMGEXP_OBSERVER': 'operator:eq'}  # a search watches the run
 
 def args(command, seed): return [command, *GIVEN[command], '--subset', '0.1', '--epochs', '1', '--track', 'off', '--seed', str(seed)]
 def result(run): return (run.metrics.get('test') or {}).get('top1')
@@ -24,8 +25,8 @@ def test_seeds(launcher, project, command):
     trial = searched(launcher, project, *args(command, 4))
     job = launcher.imgexp(*args(command, 3), '--seeds', '3', root=project)
     assert job.wait() == 0, job.err
-    runs = sorted((Run(d) for d in (project/'runs').glob('2*')), key=lambda r: r.params.seed)
-    assert [r.params.seed for r in runs] == [3, 4, 5] and runs[1].name == trial.name and trial.status['continued'] == 0
+    runs = sorted((Run(d) for d in (project/'runs').glob('2*')), key=lambda r: r.params['seed'])
+    assert [r.params['seed'] for r in runs] == [3, 4, 5] and runs[1].name == trial.name and trial.status['continued'] == 0
     values = [result(r)['value'] for r in runs]
     assert result(trial)['n'] == result(runs[0])['n'] == 359
     mean = next(l for l in job.out.splitlines() if l.startswith('mean'))

@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 from imgexp import models
 from imgexp.models import (CompactResNet, archs, blocks, build_model, compact_resnet, drop_probs, param_groups,
                            set_drop_path, set_retrain, summary, trained_params, weights_id)
-from imgexp.runs import InputError
+from imgexp.errors import InputError
 
 WEIGHTS = Path(__file__).resolve().parents[2]/'shared'/'weights'
 NAMED = ['alexnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'mobilenet_v2', 'squeezenet1_1',

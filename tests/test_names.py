@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from imgexp.data import Images, from_arrays, keep_classes, show_counts
 from imgexp.packs import load_images
-from imgexp.runs import InputError, Params, find_run, start_run
+from imgexp.errors import InputError
+from imgexp.params import Params
+from imgexp.start import find_run, start_run
 from pictures import tree
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -194,9 +196,9 @@ def _plan():
     return Plan(Path(HTML), [{'data': HTML, HTML: 1}], ['run'], [None], [None], 1)
 
 def _table_of_runs():
-    from imgexp.runs import runs
+    from imgexp.run_table import list_runs
     _run(data=HTML); _run(data='digits')
-    return runs()
+    return list_runs()
 
 def _block():
     from imgexp.models import Block, Blocks

@@ -10,7 +10,7 @@ import imgexp.packs as packs
 from imgexp.data import BadImage, file_state, fingerprint, from_folders, keep_subset, read, stored
 from imgexp.loader import Loader
 from imgexp.packs import Pack, as_prepared, enough, from_pack, load_images, pack, packed, preparation
-from imgexp.runs import InputError, RunFailed
+from imgexp.errors import InputError, RunFailed
 from launch import until
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -465,7 +465,7 @@ def test_a_run_finds_the_pack_and_says_so(launcher, project, photos):
     args = 'train --data photos --size 16 --epochs 1 --batch-size 4 --track off'.split()
     job = launcher.imgexp(*args, root=project)
     assert job.wait() == 0, job.err
-    from imgexp.runs import find_run
+    from imgexp.start import find_run
     run = find_run('', project/'runs')
     assert run.depends['prepared'] == 'presize-32' and re.search(r'time: \d+% waiting for images', job.out)
     assert 'images from the pack photos-raw-32-' in job.out

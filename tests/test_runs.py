@@ -4,7 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 import pytest
 import imgexp.runs as r
-from imgexp.runs import InputError, Run, RunBusy, find_run, prune_runs, remove_run, start_run
+from imgexp.errors import InputError, RunBusy
+from imgexp.run_table import prune_runs, remove_run
+from imgexp.runs import Run
+from imgexp.start import find_run, start_run
 
 P = dict(lr=0.1, track='off')
 

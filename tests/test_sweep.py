@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures('project')
 PROGRAM = '''
 import os, signal, time
 from pathlib import Path
-from imgexp.runs import start_run
+from imgexp.start import start_run
 def measure(x, kind='a', epochs=3, wait=0., deaths=0, fails=False):
     "A training that takes so long an epoch, and dies so often in its second one"
     if fails and not Path('mended').exists(): raise ValueError('nobody mended it')
@@ -124,7 +124,7 @@ def test_two_at_once_share_the_work(launcher, place):
 
 FAILING = """
 import os, signal
-from imgexp.runs import InputError
+from imgexp.errors import InputError
 def measure(how):
     if how == 'number': return {'valid_loss': float('nan')}
     if how == 'impossible': raise InputError('blocks=9: an image of 28 px has room for 4')
@@ -220,7 +220,7 @@ def test_a_torn_line_of_the_journal(place):
         assert {r['state'] for r in again.rows()} == {'done'}
 
 def test_three_failures_end_it_and_retry_repeats_them(place):
-    from imgexp.runs import RunFailed
+    from imgexp.errors import RunFailed
     from imgexp.sweep import retry
     sweep = make(with_values(fails=True), trials=10)
     with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; mend that'): quietly()
@@ -319,7 +319,7 @@ def test_through_wandb(place, monkeypatch):
     monkeypatch.setattr('imgexp.sweep._track_mode', lambda track: 'online')
     on_wandb(sweep, tell=lambda text: None)
     assert made == [(sweep.config, {'project': 'mine'})] and [row['val_loss'] for row in logged][2] == pytest.approx((0.25 - 0.3)**2 + 1/3)
-    assert 'IMGEXP_WATCH' not in os.environ
+    assert 'IMGEXP_OBSERVER' not in os.environ
 
 BAD = {
     'method': ({'method': 'bayse'}, "method='bayse' is not known: did you mean 'bayes'?"),

@@ -3,7 +3,7 @@ import json, math
 from pathlib import Path
 
 import pytest
-from imgexp.runs import InputError
+from imgexp.errors import InputError
 from imgexp.sweep_config import read_parameter, read_space
 
 NOTED = json.loads(Path(__file__).with_name('sweeps_values.json').read_text())

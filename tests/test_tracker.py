@@ -3,7 +3,8 @@ import json, os, re, struct, sys
 from pathlib import Path
 
 import pandas as pd, pytest
-from imgexp.runs import _track_mode, find_run, start_run
+from imgexp.start import find_run, start_run
+from imgexp.tracker import track_mode
 
 pytestmark = pytest.mark.usefixtures('project')
 wandb = pytest.importorskip('wandb')
@@ -174,7 +175,7 @@ def test_without_wandb(monkeypatch, capfd):
 def test_auto_without_wandb_says_nothing(monkeypatch, capfd):
     monkeypatch.delenv('PYTEST_CURRENT_TEST', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    assert _track_mode('auto') == 'off'
+    assert track_mode('auto') == 'off'
     assert whole(logged(start_run('demo', dict(track='auto'))))
     assert not said(capfd)
 
@@ -202,13 +203,13 @@ def test_off_makes_no_directory(monkeypatch):
 
 def test_auto(monkeypatch, tmp_path):
     "Off under tests; else what WANDB_MODE says; else online for those who have logged in, offline for others."
-    assert _track_mode('auto') == 'off'
-    assert _track_mode('offline') == 'offline' and _track_mode('online') == 'online'
+    assert track_mode('auto') == 'off'
+    assert track_mode('offline') == 'offline' and track_mode('online') == 'online'
     def outside(**env):
         with monkeypatch.context() as m:
             m.delenv('PYTEST_CURRENT_TEST', raising=False); m.delenv('IN_TEST', raising=False)
             for k, v in env.items(): m.setenv(k, v)
-            return _track_mode('auto')
+            return track_mode('auto')
     assert outside(IN_TEST='1') == 'off'
     assert outside() == 'offline'
     assert outside(WANDB_API_KEY=KEY) == 'online'

@@ -42,7 +42,7 @@ def test_several_seeds(launcher, project, data):
     job = launcher.imgexp(*options(data, seed=3), '--seeds', '3', root=project)
     assert job.wait() == 0, job.err
     runs = runs_in(project)
-    assert [r.params.seed for r in runs] == [3, 4, 5] and all(r.finished for r in runs)
+    assert [r.params['seed'] for r in runs] == [3, 4, 5] and all(r.finished for r in runs)
     values = [r.metrics['valid']['top1']['value'] for r in runs]
     table = job.out.splitlines()[-5:]
     assert [line.split()[0] for line in table] == ['3', '4', '5', 'mean', 'sd']
@@ -63,7 +63,7 @@ def test_a_finished_run_is_extended(launcher, project, data):
     import torch
     groups = torch.load(checkpoints(child)[0]/'state.pt', weights_only=True)['optimizer']['param_groups']
     assert [g['betas'][0] for g in groups] == [0.9, 0.9], "the momentum of this run, not where the parent's one-cycle ended"
-    assert child.params.extend == parent.name and child.params.augment == 'trivial' and child.params.ema == 0.9 and child.params.size == 12
+    assert child.params['extend'] == parent.name and child.params['augment'] == 'trivial' and child.params['ema'] == 0.9 and child.params['size'] == 12
     assert list(child.history.epoch) == [3, 4, 5]
     assert child.history.images.iloc[0] > parent.history.images.iloc[-1]
     assert child.history.lr.iloc[-1] < child.history.lr.iloc[0] <= 0.001
@@ -85,8 +85,8 @@ def test_a_recipe_and_what_the_user_says(launcher, project, data):
     run, = runs_in(project)
     from imgexp.recipes import RECIPES
     values = RECIPES['scratch-small'].values
-    assert (run.params.recipe, run.params.optimizer, run.params.label_smoothing) == ('scratch-small', values['optimizer'], values['label_smoothing'])
-    assert run.params.lr == pytest.approx(values['lr']*32/values['batch_size']) and run.params.epochs == 1 and run.params.size == 12
+    assert (run.params['recipe'], run.params['optimizer'], run.params['label_smoothing']) == ('scratch-small', values['optimizer'], values['label_smoothing'])
+    assert run.params['lr'] == pytest.approx(values['lr']*32/values['batch_size']) and run.params['epochs'] == 1 and run.params['size'] == 12
 
 def test_a_default_given_explicitly_wins_over_the_recipe(launcher, project, data):
     "20 epochs are the default of `epochs`, and not those of the recipe."
@@ -165,7 +165,7 @@ def test_averaged_statistics_fit_averaged_weights(project):
     from imgexp.data import digits, keep_subset
     from imgexp.loader import normalization
     from imgexp.models import build_model
-    from imgexp.runs import start_run
+    from imgexp.start import start_run
     from imgexp.train import fit, make_learner, to_input
     table = keep_subset(digits(), 0.5, seed=0)
     norm = normalization(table, 16)

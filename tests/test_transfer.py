@@ -16,7 +16,8 @@ from imgexp.features import View, cut, features, features_dir, module_id
 from imgexp.learner import make_learner as through_images
 from imgexp.models import build_model
 from imgexp.packs import load_images
-from imgexp.runs import Run, start_run
+from imgexp.runs import Run
+from imgexp.start import start_run
 from imgexp.train import fit, predict_split as predict_images
 from imgexp.transfer import compare, norm_of, train
 from launch import last_line
@@ -95,11 +96,11 @@ def test_networks_and_heads_in_one_table(project):
 def test_a_batch_and_the_table_know_what_is_filled_in(project, root):
     "The size that the weights are made for, and logistic's own epochs, are in the run, not in what was asked."
     from imgexp.batch import plan
-    from imgexp.runs import runs
+    from imgexp.run_table import list_runs
     given = dict(subset=0.05, arch='compact_resnet', track='off')
     made = [train(head=head, **given, **more) for head, more in (('linear', dict(epochs=2)), ('logistic', {}))]
-    assert [r.params.epochs for r in made] == [2, 11] and {r.params.size for r in made} == {64}
-    table = runs(columns=('epochs',))
+    assert [r.params['epochs'] for r in made] == [2, 11] and {r.params['size'] for r in made} == {64}
+    table = list_runs(columns=('epochs',))
     assert list(table.epochs) == [2, 11] and table.columns.is_unique
     points = [dict(given, head='linear', epochs=2), dict(given, head='logistic'), dict(given, head='mlp')]
     assert plan(root/'nbs/20_transfer.ipynb', points).does == ['reuse', 'reuse', 'run']
@@ -160,7 +161,7 @@ def test_told_enough_before_fine_tuning(project, monkeypatch):
     def look(run, row): run.enough = 'half of the others are better'
     watcher.look = look
     monkeypatch.setitem(sys.modules, 'watcher', watcher)
-    monkeypatch.setenv('IMGEXP_WATCH', 'watcher:look')
+    monkeypatch.setenv('IMGEXP_OBSERVER', 'watcher:look')
     run = train(finetune_epochs=1, arch='compact_resnet', **SMALL)
     assert run.finished and len(run.history) == 1 and run.metrics['ended'] == 'half of the others are better' and run.metrics['valid']['top1']['n'] == 360
 
