@@ -202,7 +202,7 @@ def test_what_auto_meant_is_kept_and_a_change_of_threads_is_told(launcher, proje
 def test_sigkill_while_a_checkpoint_is_written(launcher, project, data, undisturbed, name):
     "At each of its files; what was half-written is passed over and cleared away."
     before = f'''
-import imgexp.runs as r, safetensors.torch as st, torch
+import imgexp.files as f, safetensors.torch as st, torch
 from pathlib import Path
 def die(path):
     if os.path.basename(path) == {name!r} and len(list(Path(path).parent.parent.glob('**/COMMITTED.json'))) >= 3:
@@ -212,7 +212,7 @@ def wrapped(f, which):
     return g
 st.save_file = wrapped(st.save_file, 1)
 torch.save = wrapped(torch.save, 1)
-r._write = wrapped(r._write, 0)
+f.write_text = wrapped(f.write_text, 0)
 '''
     job = launcher.imgexp(*options(data), root=project, before=before)
     assert job.wait() == -signal.SIGKILL, job.err
@@ -349,10 +349,11 @@ def test_a_run_of_another_machine(project):
 
 def test_the_beat_goes_on(project, monkeypatch):
     import imgexp.runs as r
+    from imgexp.start import start_run
     monkeypatch.setattr(r, 'BEAT', 0.05)
     stamps = iter(range(10**6))
-    monkeypatch.setattr(r, '_now', lambda: str(next(stamps)))
-    run = r.start_run('demo', dict(track='off'))
+    monkeypatch.setattr(r, 'timestamp', lambda: str(next(stamps)))
+    run = start_run('demo', dict(track='off'))
     first = run.status['beat']
     until(lambda: int(run.status['beat']) > int(first) + 3, 'the heart to beat', 60)
     run.stop()

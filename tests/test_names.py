@@ -10,7 +10,7 @@ import pytest
 from imgexp.data import Images, from_arrays, keep_classes, show_counts
 from imgexp.packs import load_images
 from imgexp.errors import InputError
-from imgexp.params import Params
+from imgexp.params import make_table
 from imgexp.start import find_run, start_run
 from pictures import tree
 
@@ -86,7 +86,7 @@ def test_a_table_that_follows_a_sweep_has_names_as_they_are():
 
 def test_no_name_is_a_formula(project, launcher):
     "CSV files have an apostrophe before what a spreadsheet would compute; JSON has names as they are."
-    run, photos = start_run('03_train', Params({'data': 'digits'})), project/'photos'
+    run, photos = start_run('03_train', {'data': 'digits'}), project/'photos'
     names = ['=1+1.png', '+1.png', '-1.png', '@a.png', "'a.png", 'a=b.png']
     photos.mkdir()
     for n in names: (photos/n).write_bytes(b'none')
@@ -163,7 +163,7 @@ class Tags(HTMLParser):
     def handle_data(self, data): self.text += data
 
 def _run(**params):
-    run = start_run('03_train', Params(params))
+    run = start_run('03_train', params)
     run.fail(RuntimeError(HTML))
     return run
 
@@ -181,7 +181,7 @@ def _summary():
     return summary(net)
 
 def _trained():
-    from imgexp.evaluate import Trained
+    from imgexp.trained import Trained
     return Trained(_run(data=HTML), None, {'arch': HTML, 'classes': [HTML], 'size': 8}, HTML, 'fp32')
 
 def _report():
@@ -208,7 +208,7 @@ def _recipe():
     from imgexp.recipes import Recipe
     return Recipe({HTML: HTML}, HTML, HTML, HTML, HTML)
 
-CARDS = {'parameters': lambda: Params({'data': HTML, HTML: 1}), 'run': lambda: _run(data=HTML), 'runs': _table_of_runs, 'trained': _trained,
+CARDS = {'parameters': lambda: make_table({'data': HTML, HTML: 1})(), 'run': lambda: _run(data=HTML), 'runs': _table_of_runs, 'trained': _trained,
          'images': lambda: Images(np.array([HTML], object), np.zeros(1, int), np.zeros(1, np.int8), [HTML], name=HTML), 'weights': lambda: _network().report,
          'summary': _summary, 'block': _block, 'report': _report, 'batch': _plan, 'recipe': _recipe,
          'findings': lambda: _report().table(), 'kinds': lambda: _report().kinds(),

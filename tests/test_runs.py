@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 import pytest
 import imgexp.runs as r
+from imgexp.files import write_text
 from imgexp.errors import InputError, RunBusy
-from imgexp.run_table import prune_runs, remove_run
+from imgexp.run_table import list_runs, prune_runs, remove_run
 from imgexp.runs import Run
 from imgexp.start import find_run, start_run
 
@@ -31,7 +32,7 @@ def checkpoint(run, step=4000):
 def holder(project):
     "A run that another process, which lives, holds."
     run = start_run('demo', P).stop()
-    code = f'from imgexp.runs import take_lock; l = take_lock({str(run.dir/"lock")!r}); print("held", flush=True); input()'
+    code = f'from imgexp.files import take_lock; l = take_lock({str(run.dir/"lock")!r}); print("held", flush=True); input()'
     process = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'held\n'
     yield run
@@ -77,7 +78,7 @@ def test_containers_with_the_same_process_number(project, monkeypatch):
     monkeypatch.setattr(os, 'getpid', lambda: 1)
     path, texts = project/'shared.json', [f'{{"writer": "{k}"}}'.ljust(20_000) for k in range(4)]
     def write(text):
-        for _ in range(25): r._write(path, text)
+        for _ in range(25): write_text(path, text)
     with ThreadPoolExecutor(4) as pool: list(pool.map(write, texts))
     assert path.read_text() in texts and [p.name for p in project.iterdir()] == ['shared.json']
 
@@ -195,7 +196,7 @@ def test_the_table_beside_a_training(project):
                 d.rmdir()
     thread = threading.Thread(target=train)
     thread.start()
-    try: tables = [r.runs() for _ in range(100)]
+    try: tables = [list_runs() for _ in range(100)]
     finally:
         done.set(); thread.join()
     assert all(list(t.index) == [run.name] for t in tables)

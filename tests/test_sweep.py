@@ -316,7 +316,7 @@ def test_through_wandb(place, monkeypatch):
     from imgexp.sweep import on_wandb
     sweep = make(BASE | {'project': 'mine'}, trials=2)
     with pytest.raises(Exception, match='needs a login'): on_wandb(sweep)
-    monkeypatch.setattr('imgexp.sweep._track_mode', lambda track: 'online')
+    monkeypatch.setattr('imgexp.sweep.track_mode', lambda track: 'online')
     on_wandb(sweep, tell=lambda text: None)
     assert made == [(sweep.config, {'project': 'mine'})] and [row['val_loss'] for row in logged][2] == pytest.approx((0.25 - 0.3)**2 + 1/3)
     assert 'IMGEXP_OBSERVER' not in os.environ

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.usefixtures('project')
 CUSTOM = '''
 import os, socket
 if 'TEST_MACHINE' in os.environ:
+    import imgexp.environment as e
+    e.machine_id = lambda: os.environ['TEST_MACHINE']
     import imgexp.runs as r
-    r.machine, r.BEAT, r.STALE = (lambda: os.environ['TEST_MACHINE']), float(os.environ['TEST_BEAT']), float(os.environ['TEST_STALE'])
+    r.BEAT, r.STALE = float(os.environ['TEST_BEAT']), float(os.environ['TEST_STALE'])
     socket.gethostname = lambda: os.environ['TEST_HOST']
 '''
 

@@ -48,7 +48,7 @@ EXPERIMENTS = {  # other experiments: which, and what it is given
 ROWS = [*FEATURES, *EXPERIMENTS]
 
 POINTS = '''
-import imgexp.runs as r, os, signal
+import imgexp.files as r, os, signal
 from pathlib import Path
 fatal, seen = {fatal}, dict(moment=0, file=0)  # the kind of point, and which of them
 def point(kind, before_death=lambda: None):
@@ -67,7 +67,7 @@ def half(f, which):
         return f(*args, **kw)
     return g
 def features(path): return 'features' in Path(path).parts and Path(path).suffix == '.part'
-r._write = half(r._write, 0)
+r.write_text = half(r.write_text, 0)
 '''
 WATCH = POINTS + '''
 import imgexp.train as t, imgexp.transfer as tr, imgexp.checkpoints as c, hashlib, safetensors.torch as st, torch
