@@ -13,7 +13,7 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help train test torture lab export readme clean
+.PHONY: help train check test torture gpu lab export readme clean
 
 # $(call environment,EXTRAS): the environment in VENV, made or renewed only when its inputs changed; sets $$bin.
 # Its stamp holds the inputs (packaging files, this checkout, the place of the environment) and the extras it has.
@@ -93,9 +93,25 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	say "running tests/ ($$workers files at a time)"
 	"$$bin/python" -m pytest tests -q -n $$workers --dist loadfile
 
+check: ## after each change: exports, the house in numbers, the fast tests (two minutes)
+	@$(call environment,all)
+	"$$bin/python" tests/check.py
+	"$$bin/python" tests/counts.py
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM
+	export IMGEXP_ROOT="$$tmp" WANDB_MODE=offline
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; export OMP_NUM_THREADS
+	"$$bin/python" -m pytest tests -q -m fast -n 2 --dist loadfile $(ARGS)
+
 torture: ## kill -9 twenty times for each feature of training: does every run end as if undisturbed? (2.5 hours)
 	@$(call environment,all)
 	"$$bin/python" tests/torture.py $(ARGS)
+
+gpu: ## on an NVIDIA GPU: tests, exact resume, loader, steps beside others, transfer (35 minutes); ARGS="--only loader"
+	@if [ -z "$${VENV_GIVEN:=$(filter command environment,$(origin VENV))}" ] && "$${PYTHON:-python3}" -c 'import torch, imgexp.train, pytest' 2>/dev/null; then
+	  exec "$${PYTHON:-python3}" bench/gpu.py $(ARGS)
+	fi
+	$(call environment,all)
+	"$$bin/python" bench/gpu.py $(ARGS)
 
 lab: ## open the notebooks in JupyterLab
 	@$(call environment,lab)
@@ -106,6 +122,7 @@ export: ## after editing notebooks: write imgexp/ and README.md from them, and c
 	@$(call environment,all)
 	"$$bin/nbdev_clean"
 	"$$bin/nbdev_export"
+	"$$bin/python" tests/params_cells.py
 	"$$bin/python" tests/readme.py
 
 readme: ## write README.md from nbs/index.ipynb
