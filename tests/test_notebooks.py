@@ -3,16 +3,16 @@ import ast, base64, io, json, os, re, subprocess, sys, tokenize
 from pathlib import Path
 import nbformat, pytest
 from check import ROOT, differences
+from counts import long_cells, private_imports
 from readme import _LINK, render
 
-ORDER = '''runs fetch catalog data augment packs loader check models metrics schedules parallel learner parts checkpoints recipes train evaluate batch sweep_config sweep sweep_figures keras_cnn features transfer curves snapshots store search
-           zoo phases explain deploy report cli'''.split()  # the table of the design: imports go upwards only
 EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01b']                            # others that may have a parameters cell
-LIGHT = 'runs catalog data augment packs loader check metrics schedules recipes evaluate batch sweep keras_cnn cli'.split()
+HEAVY_MODULES = 'models weights cost mixtures parallel learner parts checkpoints recipes lr_finder fit results setup train features heads transfer'.split()  # import torch
 HEAVY = 'torch tensorflow keras wandb optuna ray gradio'.split()
 
 NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
+ORDER = [p.stem.partition('_')[2] for p in NOTEBOOKS if p.stem != 'index']  # imports go upwards only
 MODULES = [p for p in sorted(ROOT.glob('imgexp/*.py')) if not p.name.startswith('_')]
 each_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
 each_module = pytest.mark.parametrize('path', MODULES, ids=[p.stem for p in MODULES])
@@ -165,6 +165,25 @@ def test_links_lead_somewhere(path):
     targets = [m[3].partition('#')[0] for m in _LINK.finditer(text) if m[3] and not re.match(r'[a-z]+:|#', m[3])]
     fail([f'{path.relative_to(ROOT)} links to {t}, which does not exist' for t in targets if not (path.parent/t).exists()])
 
+def test_the_map_lists_every_notebook_in_order():
+    listed = re.findall(r'^\| \[\**(\w+)\**\]\(\1\.ipynb\) \| `imgexp\.(\w+)` \|', '\n'.join(c.source for c in read(ROOT/'nbs/index.ipynb').cells), re.M)
+    assert [n for n, _ in listed] == [p.stem for p in NOTEBOOKS if p.stem != 'index'] and [m for _, m in listed] == ORDER
+
+CARD = re.compile(r'test top1.*?([\d.]+)% \(([\d.]+)% to ([\d.]+)%, n = ([\d,]+)\)')
+
+@pytest.mark.parametrize('stem', ['03_train', '10_keras_cnn', '20_transfer'])
+def test_results_in_the_text_are_those_that_are_stored(stem):
+    "The first cell tells the result of the notebook as it stands; the run's card holds it."
+    path = ROOT/f'nbs/{stem}.ipynb'
+    cards = [CARD.search(''.join(o.get('data', {}).get('text/html', ''))) for c, o in outputs(path)]
+    value, low, high, n = next(m.groups() for m in reversed(cards) if m)
+    said = f'{value}% of {n} test images, 95% interval {low} to {high}'
+    assert said in read(path).cells[0].source, f'{stem}: the stored run has {said}'
+
+def test_the_house_in_numbers():
+    "No private name of another module, no cell of more than forty lines; the other counts are printed by `make check`."
+    fail(private_imports() + long_cells())
+
 # -- the library
 
 def imports(path):
@@ -179,11 +198,11 @@ def imports(path):
 
 @each_module
 def test_imports_go_upwards(path):
-    assert path.stem in ORDER, f'{path.stem} is not in the table of modules: add it to ORDER (and to the design)'
+    assert path.stem in ORDER, f'{path.stem} is exported by no notebook'
     above = ORDER[:ORDER.index(path.stem)]
     fail([f'{path.stem} imports {n}, which does not stand above it' for n in imports(path) if n in ORDER and n not in above])
 
-@pytest.mark.parametrize('name', ['', *(m for m in LIGHT if (ROOT/f'imgexp/{m}.py').exists())], ids=lambda m: m or 'imgexp')
+@pytest.mark.parametrize('name', ['', *(m for m in ORDER if m not in HEAVY_MODULES)], ids=lambda m: m or 'imgexp')
 def test_import_is_light(name):
     code = f"import sys, imgexp{'.' + name if name else ''}; print(*(m for m in {HEAVY} if m in sys.modules))"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
