@@ -56,7 +56,7 @@ def _packages():
     return sorted(versions.items(), key=lambda kv: str(kv[0]).lower())
 
 def package_version(
-    package: str,
+    package: str, # as pip names it
 ) -> str: # '' where it is not installed
     "Version of an installed package."
     try: return importlib.metadata.version(package)

@@ -62,7 +62,7 @@ def writing(
 # %% ../nbs/00c_files.ipynb #7b771148
 def write_text(
     path: str | Path,
-    text: str,
+    text: str, # the new content
 ):
     "Replace a file atomically; on a full disk overwrite it in place, where the old one is long enough."
     path = Path(path)

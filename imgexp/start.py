@@ -38,7 +38,7 @@ def not_in_id(
 # %% ../nbs/00h_start.ipynb #89f770ef
 def diff_params(
     a: Run | dict, # a run, or its parameters
-    b: Run | dict,
+    b: Run | dict, # the other run
 ) -> dict:  # name: (value in a, value in b)
     "Parameters and dependencies in which two runs differ; those that do not shape the result are left out."
     ignored = {k for run in (a, b) if isinstance(run, Run) for k in run.not_in_id}

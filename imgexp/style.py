@@ -35,7 +35,7 @@ def styled(
 # %% ../nbs/00j_style.ipynb #c4675f2a
 def set_title(
     ax,          # matplotlib axes
-    title: str,
+    title: str,     # one line
     note: str = '', # numbers behind the picture
 ):
     "A title, and a small gray line under it."
@@ -52,7 +52,7 @@ def class_label(
 
 # %% ../nbs/00j_style.ipynb #dc6e5ba2
 def percent(
-    fraction: float,
+    fraction: float, # 0 to 1
 ) -> str: # '91.3%'
     "A fraction as a percentage."
     return f'{100*fraction:.1f}%'

@@ -7,6 +7,7 @@ __all__ = ['TRACK', 'track_mode', 'flatten', 'Tracker']
 
 # %% ../nbs/00e_tracker.ipynb #30e75579
 import importlib.util, os, re, sys
+from pathlib import Path
 
 from fastcore.basics import patch
 
@@ -35,7 +36,7 @@ def track_mode(
 # %% ../nbs/00e_tracker.ipynb #0513a9d7
 def flatten(
     value,        # nested dictionaries
-    prefix: str = '',
+    prefix: str = '', # before each name
 ) -> dict:        # {'test/top1': 0.9}
     "Nested dictionaries as one, names joined by slashes."
     if not isinstance(value, dict): return {prefix: value}
@@ -73,16 +74,23 @@ class Tracker:
 
 # %% ../nbs/00e_tracker.ipynb #b1006e7e
 @patch
-def figure(self: Tracker, name, path):
-    "Send a picture"
+def figure(
+    self: Tracker,
+    name: str,   # of the picture
+    path: str | Path, # PNG file
+):
+    "Send a picture."
     def send():
         import wandb
         self.wb.log({f'figures/{name}': wandb.Image(str(path))})
     if self.wb: self._try(send)
 
 @patch
-def artifact(self: Tracker, folder):
-    "Send a checkpoint's files, under the run's name"
+def artifact(
+    self: Tracker,
+    folder: Path, # of a checkpoint
+):
+    "Send a checkpoint's files, under the run's name."
     def send():
         import wandb
         artifact = wandb.Artifact(f'{self.wb.id}-checkpoint', 'model', metadata={'checkpoint': folder.name})
@@ -91,8 +99,12 @@ def artifact(self: Tracker, folder):
     if self.wb: self._try(send)
 
 @patch
-def finish(self: Tracker, metrics, failed=False):
-    "Send the metrics as the run's summary, and close it"
+def finish(
+    self: Tracker,
+    metrics: dict, # content of metrics.json
+    failed: bool = False, # whether the run failed
+):
+    "Send the metrics as the run's summary, and close it."
     def send():
         self.wb.summary.update(flatten(metrics))
         self.wb.finish(exit_code=int(failed))

@@ -218,7 +218,7 @@ def undocumented(source):
     "What lacks its one-line docstring, or the comment beside a parameter of a function or constructor; tiny methods may."
     comments = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
     def check(node, name, method=False):
-        if not ast.get_docstring(node): yield f'line {node.lineno}: {name} has no docstring'
+        if not ast.get_docstring(node) and not table(node): yield f'line {node.lineno}: {name} has no docstring'
         if isinstance(node, ast.ClassDef):
             for n in node.body:
                 if not isinstance(n, ast.FunctionDef): continue
@@ -229,11 +229,12 @@ def undocumented(source):
     def params(f, name, method):
         a = f.args
         all_ = [*a.posonlyargs, *a.args, *a.kwonlyargs][1 if method else 0:]
-        plain = [x for x in all_ if not x.arg.startswith('_')]
+        plain = [x for x in all_ if not x.arg.startswith('_') and not (x.annotation and re.search(r'\bPath\b|Params$|^BaseException$', ast.unparse(x.annotation)))]  # a type that says all
         if any('.command(' in ast.unparse(d) for d in f.decorator_list): return  # typer's help= documents these
         crowded = sum(x.lineno == f.lineno for x in all_) > 1  # several parameters in the line of `def`; a pair like h, w may share one
         bare = [x.arg for x in plain if x.lineno not in comments or crowded and x.lineno == f.lineno]
         if bare: yield f'line {f.lineno}: {name}: no comment beside {", ".join(bare)} (one parameter a line, what it is beside it)'
+    def table(node): return isinstance(node, ast.ClassDef) and any(ast.unparse(b).endswith(('Params', 'Parameters')) for b in node.bases)  # its fields have their help
     def overrides(cls): return any(ast.unparse(b).split('.')[-1] in ('Callback', 'Module', 'Sampler', 'Dataset', 'Protocol') for b in cls.bases)
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
