@@ -151,6 +151,7 @@ _LIMITS = {'ShearX': (.3, .99), 'ShearY': (.3, .99), 'TranslateX': (150/331, 32.
            'Sharpness': (.9, .99), 'Posterize': (4, 6), 'Solarize': (1., 1.)}  # narrow, wide
 _SIGNED = frozenset(_LIMITS) - {'Posterize', 'Solarize'}
 
+# %% ../nbs/01c_augment.ipynb #85404d6a
 def magnitude(
     op: str,            # of OPS
     part: float,        # of the range, from 0 to 1
@@ -217,6 +218,7 @@ _PAIRS = (
     (('Invert', .6, 0), ('Equalize', 1., 0)),     (('Color', .6, 4), ('Contrast', 1., 8)),
     (('Equalize', .8, 0), ('Equalize', .6, 0)))   # operation, probability, bin
 
+# %% ../nbs/01c_augment.ipynb #ec09b2ef
 def _autoaugment(image, u):
     "u: pair, then chance and sign of each operation"
     for (op, p, bin), chance, sign in zip(_PAIRS[int(25*u[0])], u[1::2], u[2::2]):
@@ -229,6 +231,7 @@ def _installed(path):
     folders = [sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib')] + site.getsitepackages() + [site.getusersitepackages()]
     return any(path.is_relative_to(Path(f).resolve()) for f in folders)
 
+# %% ../nbs/01c_augment.ipynb #25be4a31
 def source_files(
     module: str, # name of one that is imported
 ) -> dict:       # path by name; empty where there is no file
@@ -263,6 +266,7 @@ def _import(module):
 # %% ../nbs/01c_augment.ipynb #250f3ee8
 def _said(e): return f'{type(e).__name__}: {e}'.splitlines()[0]
 
+# %% ../nbs/01c_augment.ipynb #910f070a
 def _imported(text):
     "The callable that 'module:function' names; the working folder joins the places where Python looks for modules"
     module, _, name = text.partition(':')

@@ -49,6 +49,7 @@ def find_function(
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     return getattr(importlib.import_module(module), function)
 
+# %% ../nbs/05_batch.ipynb #b58ea465
 def _call(call, values):
     "Call a function: its `Result` as a dictionary"
     began = time.perf_counter()
@@ -69,6 +70,7 @@ def _listen(jobs, busy):
     jobs.put(None)
     if busy.is_set(): os.kill(os.getpid(), signal.SIGTERM)
 
+# %% ../nbs/05_batch.ipynb #f1398178
 def work():
     "What a worker process does: calls what it is told on stdin, and answers on what was its stdout."
     out, jobs, busy = os.fdopen(os.dup(1), 'w', buffering=1), queue.SimpleQueue(), threading.Event()
@@ -87,6 +89,7 @@ def work():
 # %% ../nbs/05_batch.ipynb #bc839154
 _WORK = "import sys; sys.path[:] = [p for p in sys.path if p]; from imgexp.batch import work; work()"
 
+# %% ../nbs/05_batch.ipynb #272ecf4f
 class _Worker:
     "A worker process as its parent sees it"
     def __init__(self, slot, env, told):
@@ -137,6 +140,7 @@ def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
+# %% ../nbs/05_batch.ipynb #2b4f12e9
 def shares(
     n: int, # workers
     n_cores: int = 0, # 0: all
@@ -201,6 +205,7 @@ class Interrupted(Stopped):
         super().__init__(f'{why}; the same command continues')
         self.results = results
 
+# %% ../nbs/05_batch.ipynb #9ef8776f
 def run(
     jobs,            # of `Job`
     n: int = 1,      # at once
@@ -229,6 +234,7 @@ def run(
     if asked: raise Interrupted(asked[0], results)
     return results
 
+# %% ../nbs/05_batch.ipynb #3e048905
 def _next(ex, asked):
     "The next job that ends; passes a request to stop on, once"
     if asked and not getattr(ex, 'asked', False):
@@ -270,6 +276,7 @@ def _library_folders():
     package = Path(importlib.util.find_spec('imgexp').origin).parent
     return [package/'nbs', package.parent/'nbs']
 
+# %% ../nbs/05_batch.ipynb #512fa392
 def notebook_parameters(
     notebook: Path, # with a cell that is tagged `parameters`
 ) -> dict:          # name: default
@@ -287,6 +294,7 @@ def library_experiment(
     path = Path(notebook).resolve()
     if path.stem in EXPERIMENTS and path.parent in [f.resolve() for f in _library_folders()]: return find_experiment(path.stem)
 
+# %% ../nbs/05_batch.ipynb #2e6c7cee
 def parameter_table(
     notebook: str | Path,
 ) -> type: # a subclass of `Parameters`
@@ -302,6 +310,7 @@ def check_points(
     table = parameter_table(notebook)
     return [{k: v for k, v in table.check(point).items() if k in point} for point in points]
 
+# %% ../nbs/05_batch.ipynb #43f71a36
 def _filled(notebook, point):
     "All parameters of a point, as its run will have them"
     experiment, p = library_experiment(notebook), parameter_table(notebook).check(point)
@@ -344,6 +353,7 @@ def environment_variables(
 
 _KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import imgexp, os, sys; os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
 
+# %% ../nbs/05_batch.ipynb #47a0aca9
 def execute(
     notebook: str, # path
     values: dict,  # parameters
@@ -363,6 +373,7 @@ def execute(
     if error: raise _with(InputError(error if run else f'{error} ({where})'), value)
     return value
 
+# %% ../nbs/05_batch.ipynb #0aac88a4
 def _with(e, value):
     e.value = value
     return e
@@ -378,6 +389,7 @@ def _told(path, stem):
     lines = [l.split('\t') for l in path.read_text().splitlines()] if path.exists() else []
     return next(((Run(folder), how == 'reused') for folder, how in reversed(lines) if Run(folder).notebook == stem), (None, False))
 
+# %% ../nbs/05_batch.ipynb #b786e92d
 def _keep(out, run, reused, notebook, error):
     "Put the executed notebook where it belongs; the name of that place"
     if reused or not out.exists() or not (run or error): return ''
@@ -415,6 +427,7 @@ def _took(run):
     if not run.finished or status.get('continued') or training is None: return None
     return max(0., seconds_since(status['started']) - seconds_since(status['ended']) - training), training
 
+# %% ../nbs/05_batch.ipynb #2b2bfbb0
 def estimate(
     values: dict,     # all parameters of a run to be
     runs,             # of `Run`: those that were made by the same notebook
@@ -458,9 +471,11 @@ class Plan:
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
+# %% ../nbs/05_batch.ipynb #d9bfa5a2
 _DOES = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'look': 'finished, if their data are the same',
          'evaluate': 'finished by a search, to evaluate on test images', 'skip': 'failed (--retry runs them again)'}
 
+# %% ../nbs/05_batch.ipynb #bef9010a
 def plan(
     notebook: Path,      # an experiment
     points: list,        # of dicts: parameters
@@ -502,6 +517,7 @@ def batch(
     for k, r in zip(rest, run(calls, jobs, executor, telling)): results[k] = r
     return results
 
+# %% ../nbs/05_batch.ipynb #05c517b0
 def _name(point, points):
     "What tells a point from the others"
     varying = [k for k in point if any(p[k] != point[k] for p in points)]
@@ -514,6 +530,7 @@ def _already(point, points, does, run):
     value = {'run': str(run.dir), 'reused': True}
     return Result(job, 'done', value) if does == 'reuse' else Result(job, 'failed', value, error=run.status.get('error') or '')
 
+# %% ../nbs/05_batch.ipynb #d81b0106
 class _Telling:
     "A line for each job that ends, with the time that is left"
     def __init__(self, total, n, tell): self.total, self.n, self.tell, self.done, self.took = total, n, tell, 0, []
@@ -526,6 +543,7 @@ class _Telling:
         self.tell(f'{self.done}/{self.total} {result.job.name}: {result.state} in {duration(result.seconds)}' + f', {said}'*bool(said)
                   + f', about {duration(left)} to go'*(left > 0))
 
+# %% ../nbs/05_batch.ipynb #73ef947c
 def table(
     results: list, # of `batch`
 ):                 # a pandas table: a row for each job, in order

@@ -22,6 +22,7 @@ from .files import project_root, read_json, write_json
 # %% ../nbs/01_catalog.ipynb #99ef2a2a
 _SPLITS = ('train', 'valid', 'test')
 
+# %% ../nbs/01_catalog.ipynb #f26438aa
 @dataclass(frozen=True, repr=False)
 class Entry:
     "A data set of the catalog: what it holds, what it may be used for, where it comes from."
@@ -83,6 +84,7 @@ _imagenet = Entry(  # sizes: TFDS; checksums: torchvision
                 Remote(_ILSVRC, 6_744_924_160, 'md5:29b22e2961454d5413ddabcf34fc5622', 'ILSVRC2012_img_val.tar'),
                 Remote(_ILSVRC, 0, 'md5:fa75699e90414af021442c21a62c3abf', 'ILSVRC2012_devkit_t12.tar.gz'))})
 
+# %% ../nbs/01_catalog.ipynb #059a1cb5
 _mini_imagenet = Entry(  # at a fixed revision; the hub lists size and sha-256 of each file
     'mini-imagenet', 100, (50_000, 10_000, 5_000), license=_TERMS,
     page='https://huggingface.co/datasets/timm/mini-imagenet', citation=_DENG, note='7.4 GB; full-size images; not the classes and splits of Vinyals et al. 2016',
@@ -110,6 +112,7 @@ _imagenette = Entry(  # TFDS
         ('320', 341_663_724, 'sha256:569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188e158c'),
         ('160', 99_003_388, 'sha256:64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db02fe5')))
 
+# %% ../nbs/01_catalog.ipynb #eb3068c8
 _imagewoof = Entry(  # fastai
     'imagewoof', 10, (9_025, 3_929, 0), license='Apache-2.0; the images are ImageNet’s',
     page=_FASTAI, layout='train_val', citation=f'Howard 2019, Imagewoof, {_FASTAI}; {_DENG}', sizes=_fastai('imagewoof',
@@ -130,6 +133,7 @@ _cub = Entry(  # size: TFDS and fastai; checksum: as public loaders give it
     layout='cub', sizes={'': (Remote('https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz', 1_150_585_339,
                                      'md5:97eceeb196236b17998738112f37df78'),)})
 
+# %% ../nbs/01_catalog.ipynb #f26cde1a
 _food = Entry(  # TFDS
     'food-101', 101, (75_750, 0, 25_250), license='scientific fair use; images are from Foodspotting',
     citation='Bossard, Guillaumin, Van Gool 2014, Food-101: Mining Discriminative Components with Random Forests, ECCV',
@@ -154,6 +158,7 @@ _cars = Entry(  # TFDS
                 Remote(f'{_CARS}/car196/cars_test_annos_withlabels.mat', 185_758,
                        'sha256:790f75be8ea34eeded134cc559332baf23e30e91367e9ddca97d26ed9b895f05'))})
 
+# %% ../nbs/01_catalog.ipynb #a02a2561
 _dogs = Entry(  # TFDS
     'stanford-dogs', 120, (12_000, 0, 8_580), license=_TERMS, page=f'{_DOGS}/main.html', layout='dogs',
     citation='Khosla, Jayadevaprakash, Yao, Fei-Fei 2011, Novel Dataset for Fine-Grained Image Categorization, FGVC',
@@ -175,6 +180,7 @@ _FASHION = (  # TFDS
     ('t10k-images-idx3', 4_422_102, '346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073'),
     ('t10k-labels-idx1', 5_148, '67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5'))
 
+# %% ../nbs/01_catalog.ipynb #724961b5
 _fashion = Entry(
     'fashion-mnist', 10, (60_000, 0, 10_000), license='MIT', page='https://github.com/zalandoresearch/fashion-mnist',
     citation='Xiao, Rasul, Vollgraf 2017, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning '
@@ -190,6 +196,7 @@ _shapes = Entry(
     'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01b_data.ipynb',
     note='drawn by code, at any size')
 
+# %% ../nbs/01_catalog.ipynb #e86a359a
 ENTRIES = {e.name: e for e in (
     _imagenet, _inaturalist12k, _mini_imagenet, _imagenette, _imagewoof, _cub, _food, _cars, _dogs, _cifar10, _fashion,
     _tiny_imagenet, _digits, _shapes)}
@@ -206,6 +213,7 @@ def info(
     "What is known of a data set; raises `InputError` for a name that is not in the catalog."
     return _find(name)[0]
 
+# %% ../nbs/01_catalog.ipynb #3db52f3b
 def _find(name, size=''):
     "Entry and size for a name ('imagenette-320' too) and a size ('320', '320px', 'full')"
     if not isinstance(name, Entry):
@@ -223,6 +231,7 @@ def _root(entry, size, dest):
     "The folder of a data set"
     return Path(dest or data_dir()).expanduser().absolute()/(f'{entry.name}-{size}' if size else entry.name)
 
+# %% ../nbs/01_catalog.ipynb #5e7eb255
 def where(
     name: str | Entry,  # 'food-101', 'imagenette-320'
     size: str = '',     # '' (full), '320' or '160' where there are sizes
@@ -275,6 +284,7 @@ def _holding(raw, name):
     if found is None: raise BadArchive(f'the archive holds no {name}: it is not the official one')
     return found
 
+# %% ../nbs/01_catalog.ipynb #7c4b1c58
 def _splits(raw, names):
     "Trees of class folders, one a split: {folder: split}"
     home = _holding(raw, next(iter(names)))
@@ -297,6 +307,7 @@ def _from_tiny_imagenet(raw, files):
         for name, c in valid: yield 'valid', c, name, home/'val/images'/name
     return classes, items()
 
+# %% ../nbs/01_catalog.ipynb #6a52f7bf
 @_layout
 def _from_cub(raw, files):
     home = _holding(raw, 'images.txt')
@@ -314,6 +325,7 @@ def _from_food(raw, files):
     rows = [(s, *line.split('/')) for s in ('train', 'test') for line in _rows(home/f'meta/{s}.txt')]
     return sorted({c for _, c, _ in rows}), ((s, c, f'{n}.jpg', home/'images'/c/f'{n}.jpg') for s, c, n in rows)
 
+# %% ../nbs/01_catalog.ipynb #e67a49c5
 def _mat(path, name):
     "A variable of a MATLAB file"
     from scipy.io import loadmat
@@ -327,6 +339,7 @@ def _from_dogs(raw, files):
     rows = [(s, *str(p).split('/')) for s in ('train', 'test') for p in listed(f'{s}_list.mat')]
     return sorted({c for _, c, _ in rows}), ((s, c, n, home/'Images'/c/n) for s, c, n in rows)
 
+# %% ../nbs/01_catalog.ipynb #5e2bf3da
 @_layout
 def _from_cars(raw, files):
     home = _holding(raw, 'devkit')/'devkit'
@@ -346,6 +359,7 @@ def _png(pixels):
     Image.fromarray(pixels).save(f, 'PNG')
     return f.getvalue()
 
+# %% ../nbs/01_catalog.ipynb #2d92c419
 @_layout
 def _from_cifar10(raw, files):
     import numpy as np
@@ -362,6 +376,7 @@ def _from_cifar10(raw, files):
 
 _CLOTHES = ['T-shirt-top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
+# %% ../nbs/01_catalog.ipynb #892b8ed0
 def _idx(path, skip):
     "The bytes of an idx file behind its header"
     import numpy as np
@@ -377,6 +392,7 @@ def _from_fashion(raw, files):
                 yield split, _CLOTHES[c], f'{i:05d}.png', lambda p=p: _png(p)
     return _CLOTHES, items()
 
+# %% ../nbs/01_catalog.ipynb #cf0d9fc0
 @_layout
 def _from_parquet(raw, files):
     from pyarrow import parquet
@@ -427,6 +443,7 @@ def _no_class(name, classes):
     rest = [f'… ({len(classes)} in all)'] if len(classes) > 20 else []
     return unknown_name(name, near or [*classes[:20], *rest], 'class')
 
+# %% ../nbs/01_catalog.ipynb #1263e8a1
 def _imagenet_ids(names, index):
     "WordNet ids for ids and names; raises `InputError` for a name that is none, or two"
     out = []
@@ -443,6 +460,7 @@ def _imagenet_ids(names, index):
 # %% ../nbs/01_catalog.ipynb #c86a219a
 def _at(remote, base_url): return replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}") if base_url else remote
 
+# %% ../nbs/01_catalog.ipynb #54bd736f
 @dataclass
 class _Job:
     "A data set on its way"
@@ -514,6 +532,7 @@ def _listed(job):
     return tuple(Remote(f"{base}/{r['path']}", r['size'], f"sha256:{r['lfs']['oid']}")
                  for r in rows if r['path'].endswith('.parquet'))
 
+# %% ../nbs/01_catalog.ipynb #6312d348
 def _whole(job):
     "Fetch all files, unpack them, bring the images to their places"
     if job.entry.layout == 'parquet' and not find_spec('pyarrow'):
@@ -547,6 +566,7 @@ def _class_folder(job, wnid, read):
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(raw, target)
 
+# %% ../nbs/01_catalog.ipynb #fd75ebef
 def _by_class(job):
     "One archive a class, several at once"
     def one(wnid, stop):
@@ -556,6 +576,7 @@ def _by_class(job):
         job.drop(path)
     each(one, job.wanted, job.jobs)
 
+# %% ../nbs/01_catalog.ipynb #14ce15a3
 def _official_train(job, path):
     "ILSVRC2012_img_train.tar: an archive of one archive a class"
     seen, links = set(), []
@@ -570,6 +591,7 @@ def _official_train(job, path):
     for wnid in job.wanted:
         if wnid not in seen: raise InputError(f'class {wnid} is none of the {len(seen) or 1000} in {path.name}')
 
+# %% ../nbs/01_catalog.ipynb #37cb1521
 def _official_valid(job, path, devkit):
     "ILSVRC2012_img_val.tar, with the labels of the devkit"
     job.unpack(devkit, job.raw/'devkit')
@@ -580,6 +602,7 @@ def _official_valid(job, path, devkit):
     names = [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(len(labels))]
     _put((('valid', c, n, job.raw/'val'/n) for n, c in zip(names, labels)), job.root, job.wanted)
 
+# %% ../nbs/01_catalog.ipynb #cdca0050
 def _imagenet_asked(entry, wanted, local):
     "Raises `InputError` unless there is something to do"
     train, val, devkit = (local.get(r.name) for r in entry.files())
@@ -612,6 +635,7 @@ def _given(entry, size, archives):
         out[path.name] = path
     return out
 
+# %% ../nbs/01_catalog.ipynb #d3a2fe76
 def _counts(root):
     "Images of each class in each split"
     def n(folder): return sum(1 for _ in os.scandir(folder))
@@ -625,6 +649,7 @@ def _there(root, wanted, more):
     return all((root/s/c).is_dir() and any(os.scandir(root/s/c)) for s, cs in state['counts'].items() for c in cs) \
         and all(any(c in cs for cs in state['counts'].values()) for c in wanted)
 
+# %% ../nbs/01_catalog.ipynb #6c6f0863
 def _finish(job):
     "Write down what is there, and say where it differs from what was published"
     name, counts, old = job.root.name, _counts(job.root), read_json(job.root/'.imgexp.json') or {}

@@ -58,6 +58,7 @@ def _beside(words, k, limit=64):
         if not len(same): return
         yield place[same], place[same + step]
 
+# %% ../nbs/01f_check.ipynb #a6c44a06
 def _join(group, a, b):
     "Group numbers after the groups of `a` and `b` became one"
     from scipy.sparse import coo_matrix
@@ -116,6 +117,7 @@ def _measured(image):
 
 _CHANNELS = 'red green blue red_std green_std blue_std'.split()
 
+# %% ../nbs/01f_check.ipynb #1a277ae3
 def _look(table, row):
     "Everything the survey says of one image; where it can't be decoded, why"
     try: raw = _content(table, row)
@@ -187,6 +189,7 @@ def _same(seen):
     like = same.item.shift(-1).where(follows, same.item.shift(1))
     return same.assign(match='same', bits=0, like=like, group=same.groupby('pixels').ngroup())
 
+# %% ../nbs/01f_check.ipynb #456979bb
 def _near(seen):
     "Images whose hashes are near, but whose pixels differ from those of their double"
     import pandas as pd
@@ -239,6 +242,7 @@ _NAMED = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', GIF='.gif', BMP='.bmp .d
               PPM='.ppm .pgm .pbm .pnm', AVIF='.avif', HEIF='.heic .heif .hif')
 _SUFFIX = {suffix: format for format, named in _NAMED.items() for suffix in named.split()}
 
+# %% ../nbs/01f_check.ipynb #18ebdcff
 def _strange_images(looked):
     "(kind, survey, which of its rows, what to say of each)"
     bad, good = looked[looked.why != ''], looked[looked.why == '']
@@ -270,6 +274,7 @@ def _strange_groups(looked):
         for kind, which in (('leak', across), ('two labels', apart), ('duplicate', ~across & ~apart)):
             yield near + kind, found, of & which, say[match]
 
+# %% ../nbs/01f_check.ipynb #c896ce61
 def _strange_classes(looked):
     "(kind, class, split, what to say of it)"
     good = looked[looked.why == '']
@@ -307,6 +312,7 @@ def _rows(kind, table, which, say):
     out = rows[['item', 'class', 'split']].astype({'class': object, 'split': object})
     return out.assign(kind=kind, one=rows.get('group', rows.index), row=rows.index, detail=say.to_numpy()[which])
 
+# %% ../nbs/01f_check.ipynb #f3741bbe
 def _findings(looked):
     "One table of everything strange, errors first"
     import pandas as pd
@@ -338,6 +344,7 @@ def _example(rows):
     sign = ' ≈ ' if first.kind.startswith('near') else ' = '
     return sign.join(rows.item[:3]) + (f' and {len(rows) - 3} more' if len(rows) > 3 else '')
 
+# %% ../nbs/01f_check.ipynb #8d25e0c9
 @patch
 def kinds(
     self: Report,
@@ -352,6 +359,7 @@ def kinds(
     found = {kind: row(f) for kind, f in self.findings.groupby('kind', observed=True)}
     return pd.DataFrame(found.values(), pd.Index(found, name='kind'), ['severity', 'count', 'images', 'examples'])
 
+# %% ../nbs/01f_check.ipynb #0ec376a3
 @patch
 def __repr__(self: Report):
     kinds, lines = self.kinds(), []
@@ -388,6 +396,7 @@ def _thumbnail(table, row, side):
     image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     return image & 0xf0 | 8  # 16 levels are enough here, and make small files
 
+# %% ../nbs/01f_check.ipynb #70873c8b
 def _draw_row(ax, table, kind, found, top, columns, side):
     "Pictures of one kind of finding with their names, and a line under those that belong together"
     ax.text(2, top + side/2, f'{kind}\n{found.finding.nunique():,}', fontsize=9, va='center')
@@ -403,6 +412,7 @@ def _draw_row(ax, table, kind, found, top, columns, side):
 _LABEL = 104  # px for the name of the kind
 def _cell(side): return max(side, 72) + 8
 
+# %% ../nbs/01f_check.ipynb #39ea9949
 @patch
 def sheet(
     self: Report,

@@ -42,6 +42,7 @@ def _sync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/02g_checkpoints.ipynb #50a7c8fd
 def _save_weights(path, tensors, about):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     safetensors.torch.save_file(tensors, path, {'imgexp': json.dumps(about)})
@@ -82,6 +83,7 @@ def write_checkpoint(
         raise
     return folder/name
 
+# %% ../nbs/02g_checkpoints.ipynb #4b14f8f4
 def damage(
     checkpoint: Path, # a checkpoint's directory
 ) -> str:             # '' when it is whole, else what is wrong
@@ -100,6 +102,7 @@ def checkpoints(
     "A run's committed checkpoints."
     return sorted((run.dir/'checkpoints').glob('step-*'), reverse=True)
 
+# %% ../nbs/02g_checkpoints.ipynb #c931358a
 def newest_checkpoint(
     run,       # a `Run`
     tell=partial(print, file=sys.stderr), # told of damaged ones
@@ -113,6 +116,7 @@ def newest_checkpoint(
     if found: raise RunFailed(f'all {len(found)} checkpoints of run {run.name} are damaged: restore them from a copy, '
                                'or give resume=never to begin anew')
 
+# %% ../nbs/02g_checkpoints.ipynb #e3c2b368
 def read_weights(
     checkpoint: Path,    # a checkpoint's directory, or a .safetensors file of weights alone
     kind: str = 'model', # or 'ema', the averaged weights
@@ -205,6 +209,7 @@ def save(
         most(0)  # the others wait until it is written: the first to end may end them all
         raise CancelFitException
 
+# %% ../nbs/02g_checkpoints.ipynb #de0da61b
 @patch
 def _weights(self: Checkpoints):
     average = getattr(self.learn, 'average', None)
@@ -228,6 +233,7 @@ def settle(
     self.to.log(row | {'checkpoint_mb': round(mb, 2), 'checkpoint_s': round(self.spent, 3)})
     self.spent = 0.
 
+# %% ../nbs/02g_checkpoints.ipynb #352c0e91
 def _copy(source, target):
     "A copy that is whole or not there"
     part = target.with_name(f'.{target.name}.part')
@@ -254,6 +260,7 @@ def _best(rows, by):
 
 def _entry(name, row): return {'name': name, 'epoch': row['epoch']} | {k: row[k] for k in HIGHER if k in row}
 
+# %% ../nbs/02g_checkpoints.ipynb #a78eabd9
 @patch
 def _index(self: Checkpoints, name, row):
     "Write index.json as of a checkpoint, then delete what it does not name"
@@ -270,6 +277,7 @@ def _index(self: Checkpoints, name, row):
         if path.name not in keep: shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob('.*.part'): _remove(path)  # of a process that was killed
 
+# %% ../nbs/02g_checkpoints.ipynb #876aad9b
 def _remove(path): shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 def read_index(
@@ -302,6 +310,7 @@ def _load(path, learn):
     if hasattr(learn, 'averages') and (path/'ema.safetensors').exists(): learn.averages.mean = read_weights(path, 'ema', whole=True)[0]
     return state
 
+# %% ../nbs/02g_checkpoints.ipynb #3c996e2b
 def _rewind(run, path, learn, batch):
     "Bring the run's files to where the checkpoint stands"
     done = learn.schedule.done
@@ -325,6 +334,7 @@ def _continue(learn, state):
     learn.first_epoch, learn.first_batch = state['epoch'], state['batch']
     set_generators(state['generators'])
 
+# %% ../nbs/02g_checkpoints.ipynb #39a17579
 def _begin_phase(run, learn, state):
     "The best weights so far; optimizer and schedule begin anew, steps and epochs are counted on"
     restore_best(run, learn)
@@ -372,6 +382,7 @@ def begin_at_end(
     learn.history.images = parts['history']['images']
     if hasattr(learn, 'averages') and 'averages' in parts: learn.averages.load(parts['averages'])
 
+# %% ../nbs/02g_checkpoints.ipynb #40987338
 def end_id(
     parent, # a `Run`, finished
 ) -> str:
@@ -397,6 +408,7 @@ def restore_best(
         return best | {'by': index['by']}
     raise InputError(f'run {run.name} has no whole checkpoint of a finished epoch')
 
+# %% ../nbs/02g_checkpoints.ipynb #55961f2c
 def weights_kind(
     by: str, # a name in `HIGHER`
 ) -> str:    # 'model' or 'ema'

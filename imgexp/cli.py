@@ -90,6 +90,7 @@ def ls(
     if not len(table): _say('no runs yet: `make train` or `imgexp train` makes one')
     if len(table) or as_json: _print_table(table.dropna(axis=1, how='all').sort_values(sort), as_json)
 
+# %% ../nbs/90_cli.ipynb #8cdd40e2
 @runs_app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory; the newest by default.")] = '',
@@ -119,6 +120,7 @@ def diff(a: Name, b: Name, as_json: Json = False):
     print(f"{'':<{width}}  {one.name}  {two.name}")
     for k, (x, y) in found.items(): print(f'{k:<{width}}  {str(x):<{len(one.name)}}  {y}')
 
+# %% ../nbs/90_cli.ipynb #57d193b5
 @runs_app.command()
 def rm(
     names: Annotated[List[str], typer.Argument(help='Names of runs, unambiguous parts of them, or their directories.')],
@@ -130,6 +132,7 @@ def rm(
     if not yes: typer.confirm('delete ' + ', '.join(map(str, found)) + '?', abort=True, err=True)
     for path, run in found.items(): _say(f'deleted {short_path(path)}, {remove_run(run)/1e6:.1f} MB')
 
+# %% ../nbs/90_cli.ipynb #4d90fc97
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):
     "Delete the runs that ended without an epoch or a checkpoint."
@@ -155,6 +158,7 @@ def data_info(name: DataName, as_json: Json = False):
     from imgexp.catalog import info
     print(json.dumps(info(name).facts(), indent=1) if as_json else info(name))
 
+# %% ../nbs/90_cli.ipynb #9bf62c0d
 @data_app.command('fetch')
 def data_fetch(
     name: DataName,
@@ -172,6 +176,7 @@ def data_fetch(
     place = fetch(name, dest, classes, size, keep, archive or (), mirror, jobs)
     if place: print(place)
 
+# %% ../nbs/90_cli.ipynb #ca6b58b8
 @data_app.command('pack')
 def data_pack(
     source: Annotated[str, typer.Argument(help='A folder of class folders, or a name of the catalog that is fetched.')],
@@ -195,6 +200,7 @@ def _can_write(path, suffix=''):
         raise InputError(f'{path} cannot be written ({e.strerror}): name a file in a folder that exists') from None
     if new: path.unlink()
 
+# %% ../nbs/90_cli.ipynb #af947cc3
 @data_app.command('check')
 def data_check(
     data: Annotated[str, typer.Argument(help='A folder, a pack, digits, shapes, or a name of `imgexp data list` that is here.')],
@@ -228,6 +234,7 @@ def _option(f):
     about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type], show_default=False)
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Optional[str], about], default=None)
 
+# %% ../nbs/90_cli.ipynb #e0376a7d
 def _experiment_command(name, notebook):
     "A command with the parameters of an experiment as options, and --seeds"
     experiment = find_experiment(notebook)
@@ -267,6 +274,7 @@ def evaluate(
     for k in ('top1', 'top5'): print(f"{split} {k:<6}{found[k]['value']:.1%} ({found[k]['low']:.1%} to {found[k]['high']:.1%}, n = {found[k]['n']})")
     for k in ('loss', 'ece'): print(f'{split} {k:<6}{found[k]:.4f}')
 
+# %% ../nbs/90_cli.ipynb #3b9df161
 @app.command()
 def predict(
     name: Name,
@@ -295,6 +303,7 @@ def _grid(texts):
         if not t.partition('=')[2]: raise InputError(f'-p {t}: give a name and its values: -p seed 0,1,2')
     return {k: v for k, _, v in (t.partition('=') for t in texts)}
 
+# %% ../nbs/90_cli.ipynb #74fef79a
 @app.command('batch')
 def _batch(
     notebook: Annotated[str, typer.Argument(help='An experiment, as 03_train, or the path of a notebook.')],
@@ -323,6 +332,7 @@ def cache_ls(as_json: Json = False):
     if not len(table): _say(f'no cached features in {short_path(features_dir())}: `imgexp transfer` makes some')
     if len(table) or as_json: _print_table(table, as_json)
 
+# %% ../nbs/90_cli.ipynb #a4ad5a49
 @cache_app.command('verify')
 def cache_verify():
     "Compare every file with its hash, and delete the damaged ones; exit status 1 where there are any."
@@ -343,6 +353,7 @@ app.add_typer(sweep_app, name='sweep')
 
 SweepName = Annotated[str, typer.Argument(help='A sweep; by default the one that was changed last.')]
 
+# %% ../nbs/90_cli.ipynb #443730af
 @sweep_app.command('init')
 def sweep_init(
     file: Annotated[Path, typer.Argument(help="W&B's YAML: method, metric, parameters, early_terminate, run_cap.")],
@@ -380,6 +391,7 @@ def sweep_run(
         with _live(sweep) as live: run(name, jobs, tell=lambda text: live.console.print(text, markup=False, highlight=False))
     if not dry_run and sweep.best(): print(json.dumps(sweep.best()['values']))
 
+# %% ../nbs/90_cli.ipynb #f4c0066d
 def _live(sweep, rows=15):
     "The trials as a table that follows them"
     from rich.console import Console
@@ -413,6 +425,7 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     table['run'] = table.run.str[-8:]  # enough for `imgexp runs show`
     _print_table(table.drop(columns=[*(sweep.by_name.keys() - sweep.varying), *([] if table.error.any() else ['error'])]), as_json)
 
+# %% ../nbs/90_cli.ipynb #9ebd0231
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):
     "The best trial: its parameters, what it measured, its run, and its test accuracy once the sweep is over."
@@ -446,6 +459,7 @@ def sweep_extend(name: SweepName, trials: Annotated[int, typer.Option(help='So m
     extend(find_sweep(name), trials)
     _say(plan(find_sweep(name)))
 
+# %% ../nbs/90_cli.ipynb #028c8d23
 @sweep_app.command('retry')
 def sweep_retry(name: SweepName = ''):
     "Ask for the failed trials again, with their parameters."
@@ -454,6 +468,7 @@ def sweep_retry(name: SweepName = ''):
     n = retry(sweep)
     _say(f"{n} trial{'s'*(n > 1)} to repeat: `imgexp sweep run {sweep.name}`" if n else 'no trial failed')
 
+# %% ../nbs/90_cli.ipynb #5a464006
 @sweep_app.command('export')
 def sweep_export(
     name: SweepName = '',
@@ -478,6 +493,7 @@ def sweep_export(
 STOPPED = 75  # stopped, and the same command continues (sysexits.h: EX_TEMPFAIL)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
+# %% ../nbs/90_cli.ipynb #e1315397
 def _fail(e):
     "Exit status for an exception, after its message on stderr"
     if isinstance(e, KeyboardInterrupt):

@@ -48,6 +48,7 @@ def hashes(
     key = _mix(_mix(np.array([seed], np.uint64)) ^ np.uint64(epoch))
     return _mix(key ^ _mix(np.asarray(index, np.uint64)))
 
+# %% ../nbs/01b_data.ipynb #d628c00d
 def uniforms(
     seed: int,   # 0 and up
     epoch: int,  # 0 and up
@@ -58,6 +59,7 @@ def uniforms(
     base = hashes(seed, epoch, index)[:, None]
     return (_mix(base ^ _mix(np.arange(k, dtype=np.uint64))) >> np.uint64(11)) * 2.**-53
 
+# %% ../nbs/01b_data.ipynb #ecf52d80
 def order(
     n: int,      # number of items
     seed: int,   # 0 and up
@@ -69,6 +71,7 @@ def order(
 # %% ../nbs/01b_data.ipynb #06423953
 SPLITS = ('train', 'valid', 'test')
 
+# %% ../nbs/01b_data.ipynb #9cee78c0
 @dataclass(repr=False)
 class Images:
     "Labelled images from any source: `items[i]` belongs to class `labels[i]` and to split `SPLITS[splits[i]]`."
@@ -130,6 +133,7 @@ def ranks(
     out[queue] = np.arange(len(labels)) - starts[labels[queue]]
     return out
 
+# %% ../nbs/01b_data.ipynb #91dc24d5
 def nested_subset(
     labels,           # int [n]
     fraction: float,  # more than 0, at most 1
@@ -174,6 +178,7 @@ def keep_classes(
     table = table.take(new[table.labels] >= 0)
     return replace(table, labels=new[table.labels], classes=kept)
 
+# %% ../nbs/01b_data.ipynb #c5ff9989
 def keep_subset(
     table: Images,    # any
     fraction: float,  # more than 0, at most 1
@@ -216,6 +221,7 @@ def read_idx(
 
 _IDX = {'train': 'train', 't10k': 'test', 'test': 'test', 'valid': 'valid'}
 
+# %% ../nbs/01b_data.ipynb #f577af05
 def from_idx(
     folder: str | Path,  # holds train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz), t10k-…
 ) -> Images:
@@ -247,6 +253,7 @@ def _reads_heic():
     import_module('pillow_heif').register_heif_opener()
     return True
 
+# %% ../nbs/01b_data.ipynb #2224f6e3
 def open_image(
     raw: bytes, # a file's content
 ):  # a PIL.Image whose pixels aren't decoded yet
@@ -282,6 +289,7 @@ def image_suffixes() -> frozenset:
     with without_warnings(): avif = features.check('avif')  # an older Pillow doesn't know the word
     return SUFFIXES.union(['.avif']*bool(avif), _HEIC*_reads_heic())
 
+# %% ../nbs/01b_data.ipynb #a6eaaabe
 @lru_cache(None)
 def tell_once(
     line: str, # any
@@ -289,6 +297,7 @@ def tell_once(
     "Print a line on stderr, unless this process did so before."
     print(printable(line), file=sys.stderr)
 
+# %% ../nbs/01b_data.ipynb #c3b5e50b
 class _LeftOut:
     "Images that a scan of folders doesn't read: how many of each ending, and the first one's name"
     def __init__(self): self.counts, self.others, self.first = Counter(), Counter(), ''
@@ -329,6 +338,7 @@ def _images_below(folder, name, left):
                 elif (node := _node(e.path)) not in above: stack.append((e.path, f'{name}{e.name}{os.sep}', (*above, node)))
     return sorted(found)
 
+# %% ../nbs/01b_data.ipynb #f569b3e3
 def image_files(
     folder: str | Path, # any
 ) -> list:              # names below `folder`, sorted
@@ -346,6 +356,7 @@ def _is_folder(entry):
     try: return entry.is_dir()
     except OSError: return False  # a link to itself
 
+# %% ../nbs/01b_data.ipynb #af648c18
 def _node(folder):
     "What tells a folder from all others: links may lead back to where we are"
     s = os.stat(folder)
@@ -365,6 +376,7 @@ def _named(folders, root):
     if twice: raise InputError(f'two classes of {short_path(root)} are both written {printable(twice[0])}: rename one of the folders')
     return named
 
+# %% ../nbs/01b_data.ipynb #de6cf555
 def from_folders(
     root: str | Path,  # holds class folders, or train/, valid/, test/ with class folders in each
     classes: str = '', # comma-separated names of the classes to read; '' reads all
@@ -393,6 +405,7 @@ def from_folders(
     _tell_loose(root, parts)
     return table
 
+# %% ../nbs/01b_data.ipynb #d4bed9ba
 def _tell_loose(root, parts):
     "Say where images lie in no class folder: beside them, or in a folder beside train/"
     folders = [root, *(f for f, _ in parts if f != root)]
@@ -402,6 +415,7 @@ def _tell_loose(root, parts):
     beside = [d for d in _folders(root) if len(folders) > 1 and d.lower() not in SPLIT_NAMES and _has_image(root/d)]
     if beside: tell_once(f'{short_path(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
 
+# %% ../nbs/01b_data.ipynb #3f3f96c6
 def _trainable(table):
     "Raises InputError unless there are two classes and every class has a training image"
     where = short_path(table.root) if table.root else table.name
@@ -442,6 +456,7 @@ SHAPES = {'circle': _oval(1), 'ellipse': _oval(.72), 'square': _box(.8, .8), 're
           'cross': _CROSS, 'arrow': _ARROW}
 TEXTURES = ('plain', 'striped', 'dotted', 'checked')
 
+# %% ../nbs/01b_data.ipynb #8c88235d
 def _texture(kind, size, u):
     "A mask of 0 and 1, [size, size]"
     x, y = np.meshgrid(np.arange(size), np.arange(size))
@@ -478,6 +493,7 @@ def draw_shape(
     front = light*texture + dark*(1 - texture)
     return np.uint8(np.clip(ground*(1 - mask) + front*mask + 12*noise, 0, 255))
 
+# %% ../nbs/01b_data.ipynb #afe9fdbc
 def shapes(
     n: int = 2500,          # images in all: 60 % train, 20 % valid, 20 % test
     n_classes: int = 10,    # up to 40
@@ -513,6 +529,7 @@ def _remembered(root, place=None, known=True):
         return db, {p: (s, h) for p, s, h in rows}
     except (OSError, sqlite3.Error, RunFailed): return _remembered(root, ':memory:', known)
 
+# %% ../nbs/01b_data.ipynb #cf4f01bc
 def _stamp(path):
     "Size and time of a file; None where there is none (a link to nowhere)"
     try: s = os.stat(path)
@@ -537,6 +554,7 @@ def settled(
     "Whether a file that was in this state at `since` can't be written to any more without another state."
     return state is not None and all(abs(since - int(t)) > CLOCK*1e9 for t in state.split()[1:3])
 
+# %% ../nbs/01b_data.ipynb #a3521a00
 def _digest(path):
     "State and sha-256 of a file, which belong together; None, None for one that can't be read; state '' where it isn't settled"
     for _ in range(3):
@@ -553,6 +571,7 @@ def _remember(db, rows):
     with suppress(sqlite3.Error), db:  # it is only a cache
         db.executemany('insert or replace into files values (?, ?, ?)', [r for r in rows if r[1] and r[2]])
 
+# %% ../nbs/01b_data.ipynb #4d3cb8d2
 def _content_hashes(paths, root):
     "sha-256 of each file, read at most once while its state is the same; b'' for one that can't be read"
     db, known = _remembered(printable(root))
@@ -568,6 +587,7 @@ def _content_hashes(paths, root):
     db.close()
     return out
 
+# %% ../nbs/01b_data.ipynb #e699bb15
 def contents(
     table: Images,  # of files, or of a pack of files
 ) -> list:          # bytes [n]; b'' for a file that can't be read
@@ -575,6 +595,7 @@ def contents(
     if table.pack is not None: return table.pack.contents(table.places)
     return _content_hashes([f'{table.root}{os.sep}{i}' for i in table.items], table.root)
 
+# %% ../nbs/01b_data.ipynb #f9ee6d58
 def fingerprint(
     table: Images,  # any
 ) -> str:  # 'sha256:' and 16 hex digits, or the name of an embedded data set
@@ -614,6 +635,7 @@ def _segments(raw):
         if at <= len(raw): yield code, start, at
     raise BadImage('is damaged: a segment reaches beyond its end' if raw[-2:] == _END else 'is cut short')
 
+# %% ../nbs/01b_data.ipynb #96eb24b3
 def _is_frame(code): return 0xc0 <= code <= 0xcf and code not in (0xc4, 0xc8, 0xcc)
 
 def _harmless(raw):
@@ -641,6 +663,7 @@ def _lacks_scans(raw):
 
 ZEROS = bytes(16)  # in a scan: more than a picture holds
 
+# %% ../nbs/01b_data.ipynb #948889cc
 def _has_lost_bytes(raw, scan):
     "Whether the only scan of a JPEG, which begins at `scan`, has a stretch of zeros that no picture has"
     at = raw.find(ZEROS, scan)
@@ -669,6 +692,7 @@ def _symbol(bits, at, codes):
         if (s := codes.get(bits[at:stop])) is not None: return s, stop
     raise ValueError('no code of the table')
 
+# %% ../nbs/01b_data.ipynb #388d209b
 def _skip_block(bits, at, dc, ac):
     "Where the next block begins"
     size, at = _symbol(bits, at, dc)
@@ -700,6 +724,7 @@ def _blocks(raw):
     tables_of = [(tables[t >> 4], tables[16 | t & 15]) for c, t in order for _ in range(samplings[c][0]*samplings[c][1])]
     return [bin(int.from_bytes(b'\1' + p, 'big'))[3:] for p in data], mcus, tables_of
 
+# %% ../nbs/01b_data.ipynb #0acb0438
 def _has_all_blocks(raw):
     "Whether the data of a JPEG end where its last block does; slow, for a sampling that libjpeg can't check"
     try:
@@ -728,6 +753,7 @@ def _head(raw):
         at += 2 + (raw[at + 2] << 8 | raw[at + 3])
     return exif, several, at
 
+# %% ../nbs/01b_data.ipynb #01b76e6b
 def jpeg_size(
     raw: bytes,  # a file's content
 ) -> tuple | None: # height, width in px
@@ -740,6 +766,7 @@ def _plain_size(raw, exif):
     except (ValueError, KeyError): return None  # KeyError: a sampling that it has no name for
     return (height, width) if space in ('YCbCr', 'Gray', 'RGB') else None
 
+# %% ../nbs/01b_data.ipynb #cbbef3ae
 def _orientation(raw):
     "Of the EXIF data, 1 to 8; 1 where they are damaged"
     try:
@@ -763,6 +790,7 @@ def _decode_unknown_sampling(raw):
     if image is None: raise BadImage('is a JPEG that cannot be read: its sampling of colors is not supported')
     return image
 
+# %% ../nbs/01b_data.ipynb #e9589ab5
 def _decode_strictly(raw):
     "A JPEG at full size, and its bytes without zeros before the end that the picture does without; raises `BadImage` for all else that libjpeg warns of"
     try: return simplejpeg.decode_jpeg(raw, 'RGB'), raw
@@ -775,6 +803,7 @@ def _decode_strictly(raw):
     kind = 'is a JPEG that cannot be read' if 'upported' in why else 'is damaged'
     raise BadImage(f'{kind}: {why[:1].lower()}{why[1:]}')
 
+# %% ../nbs/01b_data.ipynb #20fa1657
 def _decode_odd_jpeg(raw):
     "A JPEG that is turned, CMYK, or has something that libjpeg warns of: at full size, upright"
     image, plain = _decode_strictly(_harmless(raw))
@@ -797,6 +826,7 @@ def _unread(raw):
     if kind == 'HEIC' and not _reads_heic(): return 'is a HEIC image: pip install pillow-heif makes it readable'
     return f'is damaged, or {kind} of a sort that cannot be read' if kind else 'is not an image that can be read'
 
+# %% ../nbs/01b_data.ipynb #69b27d92
 def _decode_pillow(raw):
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
@@ -822,6 +852,7 @@ def _check_png(raw):
         at = stop + 4
     raise BadImage('is cut short')
 
+# %% ../nbs/01b_data.ipynb #01269708
 def _check_tiff(raw):
     "Raises `BadImage` where a checksum of a TIFF is wrong; only those compressed with deflate have some"
     try:
@@ -834,6 +865,7 @@ def _check_tiff(raw):
         for start, size in parts: zlib.decompress(raw[start:start + size])
     except zlib.error: raise BadImage('is damaged: wrong checksum') from None
 
+# %% ../nbs/01b_data.ipynb #227f0bf6
 def _decode_other(raw):
     "Every kind of file but JPEG, at full size"
     kind = image_kind(raw)
@@ -852,6 +884,7 @@ def _reduction(size, height, width):
     if not height or not width: return 1
     return next((k for k in (8, 4, 2) if size[0] >= k*height and size[1] >= k*width), 1)
 
+# %% ../nbs/01b_data.ipynb #06dd0b04
 def decode(
     raw: bytes,      # a file's content
     height: int = 0, # px that are enough: a large JPEG may come shrunk by 2, 4 or 8
@@ -883,6 +916,7 @@ def resize(
     if (w, h) == (width, height): return image
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if width <= w and height <= h else cv2.INTER_LINEAR)
 
+# %% ../nbs/01b_data.ipynb #4cb7f6b4
 def shrink(
     image,        # uint8 [h, w] or [h, w, 3]
     shorter: int, # px of the shorter side; 0 leaves the image
@@ -892,6 +926,7 @@ def shrink(
     if not 0 < shorter < min(h, w): return image
     return resize(image, round(w*shorter/min(h, w)), round(h*shorter/min(h, w)))
 
+# %% ../nbs/01b_data.ipynb #5b3345dd
 def stored(
     table: Images,  # any
     row: int,       # row of the table
@@ -903,6 +938,7 @@ def stored(
         with open(f'{table.root}{os.sep}{table.items[row]}', 'rb') as f: return f.read()
     except OSError as e: raise BadImage(f'cannot be read ({e.strerror})') from None
 
+# %% ../nbs/01b_data.ipynb #004ff379
 def read(
     table: Images,  # any
     row: int,       # row of the table

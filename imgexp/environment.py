@@ -55,6 +55,7 @@ def _packages():
     versions = {d.metadata['Name']: d.version for d in importlib.metadata.distributions()}
     return sorted(versions.items(), key=lambda kv: str(kv[0]).lower())
 
+# %% ../nbs/00d_environment.ipynb #76b397a3
 def package_version(
     package: str, # as pip names it
 ) -> str: # '' where it is not installed

@@ -27,6 +27,7 @@ def _experiment_of(run):
                          'load it in a new process (restart the kernel)')
     return find_experiment(run.notebook)
 
+# %% ../nbs/04_evaluate.ipynb #d3a8cf10
 def _newest(folder):
     "The newest finished run that can be loaded"
     names = sorted((d.name for d in folder.glob('[!.]*') if (d/'metrics.json').is_file()), reverse=True) if folder.is_dir() else []

@@ -49,6 +49,7 @@ def _crossings(nodes, at):
     before = {n for n in nodes[:at] if n.op != 'get_attr'}
     return any(before.intersection(n.all_input_nodes) for n in nodes[at + 1:])
 
+# %% ../nbs/15_features.ipynb #9edc1d8a
 def _cut_node(model, nodes, k):
     "The place among `nodes` after which only trained blocks and what cannot be parted from them follow"
     found = blocks(model)
@@ -67,6 +68,7 @@ class Cut:
     arch: str = ''    # of the network
     def __repr__(self): return f'cut after {self.name}: {sum(p.numel() for p in self.prefix.parameters()):,} parameters frozen, {sum(p.numel() for p in self.suffix.parameters()):,} behind'
 
+# %% ../nbs/15_features.ipynb #9a2c4c94
 def cut(
     model: nn.Module, # of `build_model`
     retrain: int = 0, # the head and so many blocks before it are not in the prefix
@@ -82,6 +84,7 @@ def cut(
 
 def _step(node): return node.target if isinstance(node.target, str) else node.name
 
+# %% ../nbs/15_features.ipynb #cf507fb7
 def _graph(model, nodes, entry=False):
     "The steps `nodes` as a module: up to the last one, or from the first one on, whose value comes in"
     graph, new = fx.Graph(), {}
@@ -111,6 +114,7 @@ def module_id(
 
 MADE = 2  # raised when images reach a network otherwise than before: decoded, cut, resized or augmented in another way
 
+# %% ../nbs/15_features.ipynb #76844775
 @dataclass
 class View:
     "How an image is brought to the network; without augmentation, as evaluation sees it."
@@ -127,6 +131,7 @@ class View:
         if self.augment == 'none': return plain
         return plain | {k: getattr(self, k) for k in ('augment', 'flip', 'crop', 'seed', 'number')} | {'code': augment_id(self.augment)}
 
+# %% ../nbs/15_features.ipynb #454614d5
 def library_versions() -> dict: # name: version
     "Versions of what decodes images and of what computes."
     return {m.__name__: m.__version__ for m in (torch, cv2, PIL, simplejpeg)}
@@ -151,6 +156,7 @@ def _files(folder):
 
 def _folders(): return [d for d in features_dir().iterdir() if d.is_dir()] if features_dir().is_dir() else []
 
+# %% ../nbs/15_features.ipynb #23863a02
 class FeatureCache:
     "The features under one key: where each image's are."
     def __init__(
@@ -199,6 +205,7 @@ def _mapped(path):
     except OSError as e: raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
     except safetensors.SafetensorError: return None
 
+# %% ../nbs/15_features.ipynb #57c47387
 def _is_whole(path):
     "Whether a file is what its name says; None where it is gone"
     try: return file_sha256(path)[:32] == path.stem
@@ -225,6 +232,7 @@ def find(
         if all(whole.values()): return where
         self._leave([p for p in new if not whole[p]])
 
+# %% ../nbs/15_features.ipynb #56c7f13c
 @patch
 def _where(self: FeatureCache, contents):
     out = np.full((len(contents), 2), -1)
@@ -267,6 +275,7 @@ def _make_room(cache_gb, keep):
         total -= size
         with suppress(OSError): path.unlink()  # gone already, or not ours
 
+# %% ../nbs/15_features.ipynb #92c33766
 def _check_room(folder, n, each, cache_gb, together):
     "Raises InputError where the features of n images will not fit, so many times"
     needed, place = n*each*together, next(p for p in (folder, *folder.parents) if p.exists())
@@ -333,6 +342,7 @@ def _batches(prefix, loader, view, precision, device):
             with autocast(precision, device): out = _through(prefix, to_input(images, view.norm))
             yield loader.rows, (out.permute(0, 2, 3, 1) if out.ndim == 4 else out).to('cpu', kind)
 
+# %% ../nbs/15_features.ipynb #6a7b126c
 def _loader(table, keys, view, batch_size, device, workers, bad):
     "All images of a table in their order; chance depends on what an image is, not on where it stands"
     if workers < 0: workers = 0 if table.pixels is not None and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
@@ -346,6 +356,7 @@ def _states(table):
     since, states = time.time_ns(), [file_state(_path(table, r)) for r in range(len(table))]
     return [s if settled(s, since) else '' for s in states]
 
+# %% ../nbs/15_features.ipynb #6bf6b44b
 def _unchanged(table, rows, keys, states):
     "Which images still come from the files whose contents are `keys`; what was written just now is read again to know"
     if states is None: return np.ones(len(rows), bool)
@@ -387,6 +398,7 @@ def _lock(key):
     folder.mkdir(exist_ok=True)
     return FileLock(folder/f'{key}.lock')
 
+# %% ../nbs/15_features.ipynb #581a8c93
 @contextmanager
 def _alone(cache, tell):
     "No other process computes or deletes these features meanwhile"
@@ -472,6 +484,7 @@ def cached():
     columns = ['key', 'arch', 'cut', 'size', 'precision', 'norm', 'view', 'images', 'mb', 'used']
     return pd.DataFrame(rows, columns=columns).sort_values('used', ascending=False).set_index('key')
 
+# %% ../nbs/15_features.ipynb #4b517d31
 def _count(path):
     "Images in a file of features; 0 where it is damaged, or has just been deleted"
     try:
@@ -488,6 +501,7 @@ def verify(
     for path in damaged: _delete(path, lambda text: tell(f'{path.parent.name[:8]}/{text}: deleted'))
     return len(damaged)
 
+# %% ../nbs/15_features.ipynb #87240a7f
 def clear(
     key: str = '', # of a cache, or how it begins; '' is all of them
     tell=print,    # told of what cannot be deleted
@@ -497,6 +511,7 @@ def clear(
     if key and not folders: raise InputError(f'no cached features {key!r}: `imgexp cache ls` lists them')
     return sum(_clear(d, tell) for d in folders)
 
+# %% ../nbs/15_features.ipynb #422e90d0
 def _clear(folder, tell):
     "Delete a folder of features, unless a process is filling or deleting it; bytes that are free now"
     freed = 0

@@ -44,6 +44,7 @@ class Remote:
     @property
     def name(self): return self.file or self.url.split('?')[0].rstrip('/').rsplit('/', 1)[-1]
 
+# %% ../nbs/00b_fetch.ipynb #dea62f22
 def checksum(
     path: str | Path,  # a file
     kind: str,         # 'sha256', 'md5' or 'md5-1MiB'
@@ -55,6 +56,7 @@ def checksum(
         while block := f.read(2**20): h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/00b_fetch.ipynb #29c32601
 def unlike(
     path: str | Path,  # a file
     remote: Remote,    # what it should be
@@ -119,6 +121,7 @@ def _tag(headers):
     etag = headers.get('ETag', '')
     return etag if etag.startswith('"') else headers.get('Last-Modified', '')
 
+# %% ../nbs/00b_fetch.ipynb #3686314f
 def _body_at(r, have, known):
     "Where the body of an answer belongs, and the length of the whole file (0: unknown)"
     if r.status_code == 200: return 0, int(r.headers.get('Content-Length') or 0)
@@ -141,6 +144,7 @@ def _read(r, timeout, stop):
     except (urllib3.exceptions.HTTPError, OSError) as e:
         raise _Again(f'nothing came for {timeout:g} s' if 'timed out' in str(e) else 'the connection broke') from None
 
+# %% ../nbs/00b_fetch.ipynb #5c92c96d
 def _blocks(r, timeout, stop):
     "The body of an answer as it arrives; raises `_Again` where it breaks, stalls or trickles"
     since, n = time.monotonic(), 0
@@ -153,6 +157,7 @@ def _blocks(r, timeout, stop):
 
 _MAGIC = {'.tgz': b'\x1f\x8b', '.gz': b'\x1f\x8b', '.zip': b'PK', '.parquet': b'PAR1', '.mat': b'MATLAB'}
 
+# %% ../nbs/00b_fetch.ipynb #7d5d4f29
 def _unfit(block, name):
     "Why the first bytes cannot be those of the file `name`; '' where they can"
     start = block[:512].lstrip().lower()
@@ -182,6 +187,7 @@ def _ask(url, headers, timeout):
     except requests.exceptions.ConnectionError: raise _Again('no connection', offline=True) from None
     except requests.exceptions.RequestException as e: raise FetchError(f'{type(e).__name__}: {e}'[:200]) from None
 
+# %% ../nbs/00b_fetch.ipynb #dbddf55d
 def _attempt(remote, part, timeout, stop, show):
     "Ask for what is missing of `part` and append it; raises `_Again` or FetchError"
     memo = Path(f'{part}.json')
@@ -206,6 +212,7 @@ def _attempt(remote, part, timeout, stop, show):
         at = _append(part, at, itertools.chain([first], blocks), lambda n: show(n, total))
     if at < (total or remote.size): raise _Again(f'it broke off at {file_size(at)} of {file_size(total or remote.size)}')
 
+# %% ../nbs/00b_fetch.ipynb #d126936c
 def _append(part, at, blocks, show):
     "Write `blocks` into `part` from `at` on; returns where they end"
     with open(part, 'r+b' if at else 'wb') as f:
@@ -242,6 +249,7 @@ def _by_hand(remote, path, why):
     return (f'{remote.url} cannot be fetched: {why}{tail}. '
             f'By hand{page}: put {path.name} into {_place(path.parent)} and give the same command again')
 
+# %% ../nbs/00b_fetch.ipynb #64650d41
 def _until_whole(remote, part, tries, pause, stop, attempt):
     "Repeat `attempt` until `part` is the published file; raises `FetchError` with the last reason"
     def size(): return part.stat().st_size if part.exists() else 0
@@ -261,6 +269,7 @@ def _until_whole(remote, part, tries, pause, stop, attempt):
         if left > 0: stop.wait(wait or min(60, pause*2**(tries - left - 1))*random.uniform(.7, 1))
     raise FetchError(why)
 
+# %% ../nbs/00b_fetch.ipynb #eb683d71
 def download(
     remote: Remote,        # the file
     folder: str | Path,    # where it goes, under its own name
@@ -324,6 +333,7 @@ def _is_harmless(m):
     target = posixpath.normpath(posixpath.join(posixpath.dirname(m.name) if m.issym() else '', m.linkname))
     return not target.startswith('/') and target.split('/')[0] != '..'
 
+# %% ../nbs/00b_fetch.ipynb #fda68740
 def _tar_files(f, links):
     "(name, size, opener) of the regular files in a tar, links added to the list `links`; raises `BadArchive` where it ends without its end mark"
     packed = f.read(2) == b'\x1f\x8b'
@@ -338,6 +348,7 @@ def _tar_files(f, links):
         f.seek(tar.offset)
         if f.read(512) != bytes(512): raise BadArchive('is cut short: its end mark is missing')
 
+# %% ../nbs/00b_fetch.ipynb #c64a8278
 def _zip_files(f, links):
     "(name, size, opener) of the regular files in a zip; one with links is refused"
     with zipfile.ZipFile(f) as z:
@@ -364,6 +375,7 @@ def _write_file(target, size, read, spare, allowed):
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError,
            NotImplementedError)
 
+# %% ../nbs/00b_fetch.ipynb #33d794ee
 def unpack(
     archive,                   # path of a .tar, .tar.gz or .zip, or an open file of one
     folder: str | Path,        # where to

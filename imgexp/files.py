@@ -46,6 +46,7 @@ def os_errno(
         if match := re.search(r'\(os error (\d+)\)', str(e)): return int(match[1])  # safetensors
         e = e.__cause__ or e.__context__
 
+# %% ../nbs/00c_files.ipynb #071b20b0
 @contextmanager
 def writing(
     path: str | Path,  # file or folder being written
@@ -142,6 +143,7 @@ def take_lock(
     except Timeout: return None
     return lock
 
+# %% ../nbs/00c_files.ipynb #f42951f3
 def is_locked(
     path: str | Path,   # lock file
 ) -> bool | None:       # None where it cannot be known: no permission, or a file system without locks

@@ -54,6 +54,7 @@ def best_column(
         raise InputError(f'best_by={best_by!r} needs averaged weights: give ema=0.999, or best_by=valid_top1')
     return best_by
 
+# %% ../nbs/02j_fit.ipynb #03238104
 def parse_epochs(
     text: str, # '1,2,5'
 ) -> tuple:    # of int, 1 and up
@@ -70,6 +71,7 @@ def _weights_metadata(learn):
     return {'arch': learn.model.arch, 'classes': learn.table.classes, 'size': learn.size, 'norm': learn.norm,
             'stem': report.stem, 'head': report.kind}
 
+# %% ../nbs/02j_fit.ipynb #dc2917b3
 def _callbacks(run, learn, p, requests):
     best_by, mix = best_column(p.best_by, p.ema), dict(MixParams.of(p))
     deadline = time.monotonic() + p.max_minutes*60 if p.max_minutes else float('inf')
@@ -117,6 +119,7 @@ def _ending(run):
         run.fail(e)
         raise e from None if lost else e.__cause__
 
+# %% ../nbs/02j_fit.ipynb #93567d74
 def _cause(run):
     "The error that another process of this training left; waits two seconds for it"
     until = time.monotonic() + 2
@@ -138,6 +141,7 @@ def _train(run, learn, p, parent, after, first_lr):
         _loop(run, learn, p, requests, parent, after)
         if requests: raise Stopped(f'{requests[0]}; the same command continues')
 
+# %% ../nbs/02j_fit.ipynb #bfaf0204
 @takes(FitParams)
 def fit(
     run,                 # a `Run` of `start_run`; a finished one is not trained again

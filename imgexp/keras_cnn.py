@@ -81,6 +81,7 @@ def _silent():
     try: yield
     finally: os.dup2(kept, 2); os.close(kept); os.close(null)
 
+# %% ../nbs/10_keras_cnn.ipynb #54ac928e
 def _keras():
     "Keras on its backend, quietly, with the same bits each time"
     if 'keras' not in sys.modules:
@@ -128,6 +129,7 @@ def choose_precision(
     "What `auto` means on this machine."
     return ('bf16' if _native_bf16() else 'fp32') if precision == 'auto' else precision
 
+# %% ../nbs/10_keras_cnn.ipynb #74c5995c
 def layer_type(
     precision: str, # of PRECISION
 ) -> str:
@@ -150,6 +152,7 @@ def _activation(name):
     plain = mish if name == 'mish' else getattr(_keras().activations, name)
     return plain if name == 'relu' or not _on_tensorflow() else _compiled(plain)
 
+# %% ../nbs/10_keras_cnn.ipynb #48d32af2
 def _compiled(f):
     "`f` as one pass over memory forward, and one back that computes it again instead of keeping its parts"
     import tensorflow as tf
@@ -162,6 +165,7 @@ def _compiled(f):
     forward, back = _flat(whole), _flat(slope)
     return tf.custom_gradient(lambda x: (forward(x), lambda up: back(x, up)))
 
+# %% ../nbs/10_keras_cnn.ipynb #a84c036f
 def _flat(f):
     "Compile `f` for vectors of few lengths, four an octave: each shape that it is compiled for costs a megabyte for ever"
     import tensorflow as tf
@@ -173,6 +177,7 @@ def _flat(f):
         return tf.reshape(compiled(*(tf.pad(tf.reshape(x, [-1]), padding) for x in xs))[:n], tf.shape(xs[0]))
     return call
 
+# %% ../nbs/10_keras_cnn.ipynb #decd458f
 @cache
 def _norm():
     "Batch norm in its fused kernel, which Keras's layer does not use"
@@ -220,6 +225,7 @@ def _square(image, size):
     top, left, side, _ = np.rint(center_boxes([image.shape[:2]], size)[0]).astype(int)
     return resize(np.ascontiguousarray(image[top:top + side, left:left + side]), size, size)
 
+# %% ../nbs/10_keras_cnn.ipynb #5979f42e
 def to_arrays(
     table,     # `Images`
     size: int, # side in px
@@ -241,6 +247,7 @@ def to_arrays(
     for i, k in enumerate(rows): images[i] = _in_channels(found[k], channels)
     return images, rows, skipped
 
+# %% ../nbs/10_keras_cnn.ipynb #ff076d6a
 def _in_channels(image, channels):
     "An image [h, w] or [h, w, 3] as [h, w, channels]"
     if channels == 1: return (image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[..., None]
@@ -263,6 +270,7 @@ class Arrays:
         some = self.images['train'][order(len(self.images['train']), 0, 0)[:1000]].astype(np.float32)/255
         self.norm = round(float(some.mean(dtype=float)), 4), round(max(float(some.std(dtype=float)), 1e-3), 4)
 
+# %% ../nbs/10_keras_cnn.ipynb #723bf596
 @lru_cache(maxsize=1)
 def _arrays(data, classes, subset, seed, size, bad, stamp):
     table = keep_subset(packed(load_images(data, classes), size, 'off'), subset, seed)
@@ -278,6 +286,7 @@ def load_arrays(
 # %% ../nbs/10_keras_cnn.ipynb #1a2b3c10
 SHIFT, TURN, ZOOM = 0.08, 0.15, 0.1 # parts of the side, radians, share: the most that an image is moved
 
+# %% ../nbs/10_keras_cnn.ipynb #d3285ee3
 def warps(
     seed: int,    # 0 and up
     epoch: int,   # 0 and up
@@ -297,6 +306,7 @@ def warps(
     out[:, 5] = c - out[:, 3]*c - out[:, 4]*c + shift[:, 1]
     return out
 
+# %% ../nbs/10_keras_cnn.ipynb #2bfa3203
 def epoch_of(
     arrays,          # `Arrays`
     epoch: int,      # 0 and up
@@ -320,6 +330,7 @@ def epoch_of(
     with tf.device('cpu'): data = tf.data.Dataset.from_tensor_slices(parts).batch(batch_size).skip(start)
     return data.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
+# %% ../nbs/10_keras_cnn.ipynb #b02ea16d
 def _constant(arrays):
     "The training images as tensors, made once"
     import tensorflow as tf
@@ -345,6 +356,7 @@ def build(
 
 def _trained(model): return getattr(model, 'optimizer', None) is not None
 
+# %% ../nbs/10_keras_cnn.ipynb #266318e5
 def _variables(model):
     "All state of a training, by name"
     layers = [v for layer in model.layers for v in layer.variables]  # with the state of dropout's generator
@@ -374,6 +386,7 @@ def save(
     for old in (run.dir/'checkpoints').glob('epoch-*'):
         if old.name not in (folder.name, best['best'], before, f'epoch-{epoch - 1:04d}'): _remove(old)
 
+# %% ../nbs/10_keras_cnn.ipynb #b33742a7
 def _remove(folder):
     for f in (folder/'COMMITTED.json', folder/'state.safetensors'): f.unlink(missing_ok=True)
     folder.rmdir()
@@ -396,6 +409,7 @@ def read_about(
     if about is None: raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} does not describe its network: train again with resume=never')
     return json.loads(about)
 
+# %% ../nbs/10_keras_cnn.ipynb #f7258926
 def load(
     model,  # as it was saved; its optimizer is left out where it has none
     folder, # of a checkpoint
@@ -409,6 +423,7 @@ def load(
         raise RunFailed(f'checkpoint {folder.name} is of another network: give resume=never to begin anew')
     for k, v in own.items(): v.assign(held[k])
 
+# %% ../nbs/10_keras_cnn.ipynb #0f385f69
 def _last(run):
     "The newest whole checkpoint, or None where the run has none yet"
     index, folder = read_json(run.dir/'checkpoints'/'index.json'), run.dir/'checkpoints'
@@ -433,6 +448,7 @@ def make_model(
     model.optimizer.build(model.trainable_variables)
     return model
 
+# %% ../nbs/10_keras_cnn.ipynb #36bebc86
 def _about(p, arrays, run=None):
     "What the network is made from: as its run has it, or as parameters, data and machine say"
     last = run and _last(run)
@@ -466,6 +482,7 @@ def _listener(keras, asked):
             if asked: raise Stopped(f'{asked[0]}; the same command continues')
     return Listen()
 
+# %% ../nbs/10_keras_cnn.ipynb #8bfe9ff8
 def _resume(run, model):
     "Epochs done, seconds spent, name of the best epoch's checkpoint and its accuracy"
     index, folder = read_json(run.dir/'checkpoints'/'index.json'), _last(run)
@@ -532,6 +549,7 @@ def conclude(
         for name, fig in figures.items(): run.figure(name, fig)
     return _finish(run, history, told, arrays) | figures
 
+# %% ../nbs/10_keras_cnn.ipynb #cc7c76e4
 def _best(history):
     "The row of the best epoch: of equal accuracy the first"
     return history.loc[history.valid_top1.idxmax()]
@@ -559,6 +577,7 @@ def begin(
     return start_run('10_keras_cnn', p, {'data': table_id(load_images(p.data, p.classes)), 'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')} | more,
                      resolved={'precision': choose_precision(p.precision)}, observer=observer)
 
+# %% ../nbs/10_keras_cnn.ipynb #b1ea1833
 def _forget():
     "Free what earlier trainings hold in this process: Keras's state, and TensorFlow's registry of gradients, which keeps every graph"
     _keras().backend.clear_session()
@@ -568,6 +587,7 @@ def _forget():
         for name in [n for n in known if n.startswith('CustomGradient-')]: del known[name]
     gc.collect()
 
+# %% ../nbs/10_keras_cnn.ipynb #0d03cb80
 def run_experiment(
     p: KerasParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -601,6 +621,7 @@ class KerasNetwork(Trained):
         images, kept, skipped = to_arrays(table.take(rows), self.size, bad, self.about['channels'])
         return predict(self.model, images), rows[kept], skipped
 
+# %% ../nbs/10_keras_cnn.ipynb #305d4d13
 def load_network(
     run, # a `Run` with a finished epoch
     checkpoint: str = 'best', # or 'last', or the name of a checkpoint (epoch-0007)
@@ -631,6 +652,7 @@ def plot_filters(
     tiles = np.moveaxis((kernel - low)/np.maximum(high - low, 1e-9), -1, 0)
     return _tiles([t[..., 0] if t.shape[-1] != 3 else t for t in tiles], f'{len(tiles)} of {model.get_layer("conv1").filters} filters of the first layer')
 
+# %% ../nbs/10_keras_cnn.ipynb #387cc7ca
 def plot_features(
     model, # of `build_cnn`
     image, # uint8 [side, side, channels]
@@ -642,6 +664,7 @@ def plot_features(
     maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]), np.float32)[0]
     return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))], f'{layer}: {maps.shape[0]} × {maps.shape[1]} px', 'viridis')
 
+# %% ../nbs/10_keras_cnn.ipynb #388d7468
 def _tiles(images, title, cmap='gray', columns=16):
     import matplotlib.pyplot as plt
     rows = -(-len(images)//columns)

@@ -56,6 +56,7 @@ def choose_precision(
     if precision in _OFFERED[device]: return precision
     raise InputError(f'precision={precision!r} is not for {device}: choose {" or ".join(_OFFERED[device])}, or auto')
 
+# %% ../nbs/02e_learner.ipynb #592ecf79
 def autocast(
     precision: str,  # 'fp32', 'bf16' or 'fp16'
     device: str,     # 'cuda', 'mps' or 'cpu'
@@ -119,6 +120,7 @@ class Loaders:
     def __init__(self, train, valid): self.train, self.valid, self.device = train, valid, train.device
     def __getitem__(self, i): return (self.train, self.valid)[i]
 
+# %% ../nbs/02e_learner.ipynb #c3901b6b
 class ImageLearner(Learner):
     "fastai's Learner, able to begin at batch `first_batch` of epoch `first_epoch`."
     first_epoch = first_batch = base = 0  # base: epochs of the run that this one extends
@@ -150,6 +152,7 @@ def no_memory(
     "Whether an error is a lack of memory."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or bool(_NO_MEMORY.search(str(e)))
 
+# %% ../nbs/02e_learner.ipynb #9c3a259a
 @patch
 def _lean(self: ImageLearner, e, n):
     "The line for an error that may be a lack of memory, or the error itself"
@@ -165,6 +168,7 @@ def _parts(self: ImageLearner):
     "In how many parts a batch is taken: as many in all processes"
     return -(-len(share(self.dls.train.whole, 0, world()))//self.micro_batch) if self.micro_batch else 1
 
+# %% ../nbs/02e_learner.ipynb #f82c1209
 @patch
 def _gradients(self: ImageLearner, x, y, n):
     "Add up the gradients of this process's images, part by part; the predictions and the loss, both detached"
@@ -179,6 +183,7 @@ def _gradients(self: ImageLearner, x, y, n):
         loss = loss + part.detach()
     return torch.cat(preds), loss
 
+# %% ../nbs/02e_learner.ipynb #15de5382
 @patch
 def _do_one_batch(self: ImageLearner):
     try: self._train_batch() if self.training else self._look()
@@ -188,6 +193,7 @@ def _do_one_batch(self: ImageLearner):
         if error is e: raise
         raise error from None
 
+# %% ../nbs/02e_learner.ipynb #1270fcdc
 @patch
 def _train_batch(self: ImageLearner):
     loader, (x,), (y,) = self.dls.train, self.xb, self.yb
@@ -205,6 +211,7 @@ def _draw_from(self: ImageLearner, seed):
     kind = self.dls.device.type
     if kind != 'cpu': getattr(torch, kind).manual_seed(seed)
 
+# %% ../nbs/02e_learner.ipynb #00c3d8ee
 @patch
 def _look(self: ImageLearner):
     "Predictions for a batch of the validation images, of the averaged weights too"
@@ -249,6 +256,7 @@ def set_precision(
     self.precision = choose_precision(precision, device)
     self.scaler = torch.amp.GradScaler(device) if self.precision == 'fp16' else None
 
+# %% ../nbs/02e_learner.ipynb #cbbb861a
 @patch
 def prepare(
     self: ImageLearner,
@@ -292,6 +300,7 @@ def _make_loaders(table, p, device, transform):
     return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip, crop=p.crop, **common),
                    Loader(table, 'valid', batch_size=at_once, **common))
 
+# %% ../nbs/02e_learner.ipynb #1d453d0b
 @takes(LearnerParams)
 def make_learner(
     table,          # `Images`

@@ -49,6 +49,7 @@ def _alias(part):
     n = sum(s*(k - 1) for s, k in zip(part.strides, part.shape)) + 1
     return np.ndarray(part.shape, np.uint8, (ctypes.c_uint8*n).from_address(part.ctypes.data), 0, part.strides)
 
+# %% ../nbs/01e_loader.ipynb #1a749019
 def _resize_gray(part, size):
     import torch
     if max(part.shape) <= size: return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
@@ -61,6 +62,7 @@ def _scratch(n):
     if getattr(_own, 'memory', np.empty(0)).size < n: _own.memory = np.empty(n, np.uint8)
     return _own.memory
 
+# %% ../nbs/01e_loader.ipynb #548f7e22
 def _cut(held, full, box, size):
     "The part of an image in `box`; of a JPEG's bytes, decoded no larger than needed"
     top, left, height, width = box
@@ -185,6 +187,7 @@ class Batches:
         for k in range(self.start, self.n):
             yield rows[k*self.batch_size:(k + 1)*self.batch_size][share(self.whole(k), *self.process)]
 
+# %% ../nbs/01e_loader.ipynb #561bf40d
 class _Job:
     "A batch in the making"
     def __init__(self, maker, rows, epoch, pool, pieces, pinned):
@@ -199,6 +202,7 @@ class _Job:
     def cancel(self):
         for _, part in self.parts: part.cancel()
 
+# %% ../nbs/01e_loader.ipynb #f3d28ef8
 class _Here:
     "An executor that does the work at once, in this thread"
     def submit(self, f, *args): return _Done(f(*args))
@@ -212,6 +216,7 @@ class _Done:
 # %% ../nbs/01e_loader.ipynb #13356bb5
 AHEAD = 2  # batches made while the network computes
 
+# %% ../nbs/01e_loader.ipynb #2549d6cc
 class Loader:
     "Batches (images uint8 [b, size, size, 3], labels int64 [b]) of one split on `device`."
     def __init__(
@@ -269,6 +274,7 @@ def _jobs(self: Loader):
     finally:
         for job in ready: job.cancel()
 
+# %% ../nbs/01e_loader.ipynb #e998a4a4
 @patch
 def __iter__(self: Loader):
     jobs, start = self._jobs(), self.batches.start
@@ -282,12 +288,14 @@ def __iter__(self: Loader):
         self.waited, self.moved = self.waited + loaded - began, self.moved + time.perf_counter() - loaded
         if len(self.rows) or self.process[1] > 1: yield batch  # others wait for a process without images
 
+# %% ../nbs/01e_loader.ipynb #d37371ec
 @patch
 def _move(self: Loader, images, labels):
     import torch
     late = self.device.type == 'cuda'  # from pinned memory; elsewhere the source might be gone too early
     return tuple(v.to(self.device, non_blocking=late) for v in (images, torch.from_numpy(labels)))
 
+# %% ../nbs/01e_loader.ipynb #83b2e3e1
 @patch
 def _without(self: Loader, bad, images, rows):
     "Stop at what can't be decoded, or leave it out"
@@ -323,6 +331,7 @@ class Pictures:
 # %% ../nbs/01e_loader.ipynb #b17437f1
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# %% ../nbs/01e_loader.ipynb #a9094ba7
 def normalization(
     table: Images,   # any; only its training split is read
     size: int,       # side in px at which the images are used

@@ -81,6 +81,7 @@ def ranks(
     true = _of_labels(probs, labels)
     return (~(probs <= true)).sum(1) + _of_labels((probs == true).cumsum(1), labels)[:, 0] - 1
 
+# %% ../nbs/02b_metrics.ipynb #a2cc385a
 def true_probs(
     probs,  # float [n, classes]: an array, or a tensor on any device
     labels, # int [n], of the same kind
@@ -254,6 +255,7 @@ def _panels(history):
     names = ', '.join(c[0] for curves in _PANELS.values() for c in curves)
     raise InputError(f'history has nothing to draw: it needs rows with some of {names}')
 
+# %% ../nbs/02b_metrics.ipynb #f19d0921
 def _draw_curves(ax, history, curves, best):
     "The curves of one panel, a ring at the chosen epoch"
     epoch = history['epoch']
@@ -347,6 +349,7 @@ def _draw_cells(ax, cm, rgb):
     for i, j in np.argwhere(cm > 0):
         ax.text(j, i, f'{cm[i, j]:,}', ha='center', va='center', fontsize=size, color=str(ink[i, j]))
 
+# %% ../nbs/02b_metrics.ipynb #fecaa480
 def _draw_marks(ax, cm, rgb, points=250):
     "A mark for every cell that holds an image: of visible size while there is room, darkest last, the diagonal on top"
     i, j = np.nonzero(cm)

@@ -134,6 +134,7 @@ def _shorten(rows, n=24):
     "Leave out the middle of a long table."
     return rows if len(rows) <= n else rows[:n//2] + [('…',) * len(rows[0])] + rows[-n//2:]
 
+# %% ../nbs/02_models.ipynb #f8219f81
 def _text(head, rows):
     "A table in plain text; numbers stand on the right."
     rows = [[str(c) for c in r] for r in [head, *rows]]
@@ -164,6 +165,7 @@ def _opens(name, module, head):
     inner = [m for m in module.children() if _starts_block(m)]
     return len(inner) > 1 or any(m is head or _opens('', m, head) for m in inner)
 
+# %% ../nbs/02_models.ipynb #50d6e23c
 def _units(module, head, path=''):
     "Path and module of everything that is never opened, from input to head."
     for name, m in module.named_children():
@@ -211,6 +213,7 @@ def set_retrain(
     for i, block in enumerate(found): _freeze(block, 0 <= k < most - i, model.training)
     return model
 
+# %% ../nbs/02_models.ipynb #b3c9cc2e
 def keep_statistics(
     model:nn.Module, # changed in place
 ) -> nn.Module: # the same model
@@ -294,6 +297,7 @@ class _File:
     half: int # tensors that were in another floating precision
     id: str # as `weights_id` names it
 
+# %% ../nbs/02_models.ipynb #228e5d64
 def _tensors(obj, path, id):
     "The state dict in what a file held, at the top or under a usual key."
     for key in ('state_dict', 'model_state_dict', 'model'):
@@ -412,6 +416,7 @@ def _small_stem(model):
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
 
+# %% ../nbs/02_models.ipynb #c4c9c3ef
 def _stem(arch, stem, size, file):
     "Resolve 'auto': the small stem for ResNets from scratch at 32 px and below, and for files that have it."
     if stem not in ('auto', 'standard', 'small'):
@@ -485,6 +490,7 @@ class Report:
 # %% ../nbs/02_models.ipynb #4f439799
 _OLD_DENSE = re.compile(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)') # _load_state_dict of torchvision's densenet.py
 
+# %% ../nbs/02_models.ipynb #02da384d
 def _adapt(model, state):
     "Bring a published layout to the present one; the report notes what was done."
     arch, notes = model.arch, model.report.notes
@@ -512,6 +518,7 @@ def _copy(model, state, versions):
     missing, unexpected = model.load_state_dict(state, strict=False)
     return [k for k in missing if k not in shapes], unexpected, shapes
 
+# %% ../nbs/02_models.ipynb #8eca30d1
 def _refuse(arch, source, missing, unexpected, shapes):
     "One line that says how the file differs from the architecture, if it does."
     found = [(what, keys) for what, keys in
@@ -589,6 +596,7 @@ def trained_params(
     "The parameters that are trained."
     return [p for p in model.parameters() if p.requires_grad]
 
+# %% ../nbs/02_models.ipynb #c83c0fe0
 def param_groups(
     model:nn.Module, # a network after `set_retrain`
     weight_decay:float, # for matrices and kernels
@@ -618,6 +626,7 @@ def _counting(model):
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, mode in modes.items(): m.training = mode
 
+# %% ../nbs/02_models.ipynb #ee5bf3f3
 def _multiply_adds(model, size):
     "Multiply-adds of one image, in all and by block."
     state = {k: torch.empty_like(v, device='meta') for k, v in chain(model.named_parameters(), model.named_buffers())}

@@ -40,6 +40,7 @@ def _about(path):
         raise InputError(f'{short_path(path)} was packed by another version of imgexp: pack it again')
     return about
 
+# %% ../nbs/01d_packs.ipynb #406e0d09
 class Pack:
     "A pack, memory-mapped: `pack[i]` is the bytes of a JPEG file, or uint8 [h, w, 3]. It stays as it is when it is packed again or deleted meanwhile."
     def __init__(
@@ -75,6 +76,7 @@ class Pack:
         raw = self.index['sha256'].combine_chunks().buffers()[1].to_pybytes()
         return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in places]
 
+# %% ../nbs/01d_packs.ipynb #2209a1ba
 def _shard_name(k): return f'images-{k:05d}.arrow'
 
 # %% ../nbs/01d_packs.ipynb #8cd91664
@@ -85,6 +87,7 @@ def _arrow(whole, build):
     if (held.schema.metadata or {}).get(b'build') != build.encode(): raise pa.ArrowInvalid('it belongs to another build of the pack')
     return held
 
+# %% ../nbs/01d_packs.ipynb #6dc807ae
 @patch
 def _map(self: Pack):
     "Map all files, which keeps none open; what is wrong with them, None where nothing is"
@@ -96,6 +99,7 @@ def _map(self: Pack):
         self.index = _arrow(pa.memory_map(os.fsencode(self.path/name)).read_buffer(), self.about['build']).read_all()
     except (OSError, pa.ArrowInvalid) as e: return f'{name}: {e}'
 
+# %% ../nbs/01d_packs.ipynb #bde28ef6
 @patch
 def _open(self: Pack, shard):
     "Bytes of a file of images, and where each image begins and ends"
@@ -149,6 +153,7 @@ def from_pack(
 # %% ../nbs/01d_packs.ipynb #9944803d
 EMBEDDED = {'digits': digits, 'shapes': shapes, 'shapes-sketch': lambda: shapes(domain='sketch')}
 
+# %% ../nbs/01d_packs.ipynb #9c82fd9c
 def source(
     data: str | Path | Images,  # 'digits', 'shapes', 'shapes-sketch', a folder, a pack, a name of the catalog ('imagenette-160'), or a table
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
@@ -166,6 +171,7 @@ def source(
     if any(path.glob('*-images-idx3-ubyte*')): return keep_classes(from_idx(path), classes)
     return from_folders(path, classes)
 
+# %% ../nbs/01d_packs.ipynb #caae23a0
 def load_images(
     data: str | Path | Images,  # 'digits', 'shapes', 'shapes-sketch', a folder, a pack, a name of the catalog ('imagenette-160'), or a table
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
@@ -201,6 +207,7 @@ def _jpeg(image):
     try: return simplejpeg.encode_jpeg(image, QUALITY, 'RGB', '420')
     except ValueError: return cv2.imencode('.png', image[..., ::-1])[1].tobytes()  # longer than JPEG's 65,500 px
 
+# %% ../nbs/01d_packs.ipynb #2705734f
 def _stamps(table, rows):
     "What a file of images is made from: name, label, split and state of each"
     return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))] for r in rows]
@@ -221,6 +228,7 @@ def _batch(table, rows, held):
         'width': pa.array(widths, pa.int32()), 'sha256': pa.array(shas, pa.binary(32)),
         'error': pa.array(errors, pa.large_string()), 'image': pa.array(images, pa.large_binary())})
 
+# %% ../nbs/01d_packs.ipynb #08bb82ea
 def _write_arrow(path, table, build):
     "Write an arrow file of a build whole or not at all; its sha-256"
     import pyarrow as pa
@@ -249,6 +257,7 @@ def _whole_shard(part, k, stamps, build):
     if not told or (told['stamps'], told['build']) != (stamps, build) or not (part/_shard_name(k)).is_file(): return None
     return told['sha256'] if file_sha256(part/_shard_name(k)) == told['sha256'] else None
 
+# %% ../nbs/01d_packs.ipynb #02a0a7de
 def _make_shard(part, table, kind, build, k, rows, pool, tick):
     "File k of images, made or found; its sha-256"
     since, stamps = time.time_ns(), _stamps(table, rows)
@@ -284,6 +293,7 @@ def _rows_each(n, each):
     "Images in a file of about 100 MB, from the bytes of one"
     return int(np.clip(1e8//max(each, 1), 1, n))
 
+# %% ../nbs/01d_packs.ipynb #c7c6cd42
 def _index(part, shards, build):
     "Write index.arrow from the files of images; its sha-256, and the errors by name"
     import pyarrow as pa
@@ -292,6 +302,7 @@ def _index(part, shards, build):
     errors = {r['item']: r['error'] for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
     return _write_arrow(part/'index.arrow', index, build), errors
 
+# %% ../nbs/01d_packs.ipynb #f9c8323a
 class Bar:
     "How far a long work on images is: a bar in a terminal, in a log a line every ten seconds at most, ten in all."
     def __init__(
@@ -323,6 +334,7 @@ def _room(part, wanted):
     if wanted*1.05 > free: raise InputError(f'{short_path(part.parent)} has {file_size(free)} free, and this pack needs about {file_size(wanted)}: '
                                             'choose another --dest, a smaller --size, or --kind jpeg')
 
+# %% ../nbs/01d_packs.ipynb #6ab662f0
 def _finish(part, whole, table, kind, size, build, files, rows, tell):
     "Complete `part` and give it the name `whole`; the errors by name"
     files['index.arrow'], errors = _index(part, len(files), build)
@@ -339,6 +351,7 @@ def _finish(part, whole, table, kind, size, build, files, rows, tell):
         if side.name not in files: side.unlink()
     return errors
 
+# %% ../nbs/01d_packs.ipynb #a06fd4f6
 def _put(part, whole, tell):
     "Give a finished pack its name; the pack that had it until now is deleted"
     if whole.exists(): os.replace(whole, part.with_name(f'.{whole.name}.{secrets.token_hex(4)}.old'))
@@ -393,6 +406,7 @@ def _build(table, kind, size, folder, workers, tell):
     if len(errors) > 10: tell(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
     return whole
 
+# %% ../nbs/01d_packs.ipynb #75872bb8
 def _make(part, whole, table, kind, size, workers, tell):
     "Make the files of a pack, or those that are missing; the errors by name"
     part.mkdir(exist_ok=True)
@@ -420,6 +434,7 @@ def _known(folder=None, outdated=False):
     found = ((p.parent, read_json(p)) for p in sorted(Path(folder or packs_dir()).glob('[!.]*/pack.json')))
     return [(path, about) for path, about in found if about and (about.get('format') != FORMAT) == outdated]
 
+# %% ../nbs/01d_packs.ipynb #4d243658
 def _places(pack, table):
     "Where the images of `table` lie in `pack`; None unless it holds all of them with the same content"
     if set(table.classes) - set(pack.about['classes']) or len(pack) < len(table): return None
@@ -430,6 +445,7 @@ def _places(pack, table):
         places = np.array([where.get(i, -1) for i in names])
     return places if (places >= 0).all() and pack.contents(places) == contents(table) else None
 
+# %% ../nbs/01d_packs.ipynb #4a11dc5d
 def _find(table, wanted, folder=None, tell=lambda line: None):
     "The first pack of one of these (kind, size) that holds `table`; `places` tells where"
     known = [(p, a) for p, a in _known(folder) if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
@@ -443,6 +459,7 @@ def _find(table, wanted, folder=None, tell=lambda line: None):
             found.places = _places(found, table)
             if found.places is not None: return found
 
+# %% ../nbs/01d_packs.ipynb #87676d00
 def enough(
     size: int,  # side in px at which images are used
 ) -> int:       # px
@@ -499,6 +516,7 @@ def packed(
             tell(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: pack={about['kind']}-{about['size']} takes it")
     return in_memory(table, enough(size), tell)
 
+# %% ../nbs/01d_packs.ipynb #e0b2bfd4
 def _wanted(size):
     "(kind, size) of the packs that suit training at `size`, best first"
     if size <= 64: return [('raw', enough(size))]  # the same images as in memory
@@ -524,6 +542,7 @@ def preparation(
     if isinstance(table.pack, Pack) and not table.pack.raw and table.pack.size: return f'jpeg-{table.pack.size}'
     return f'presize-{table.presize}' if table.presize else ''
 
+# %% ../nbs/01d_packs.ipynb #af9b2eee
 def as_prepared(
     table: Images,  # any
     prepared: str,  # what `preparation` said of the images that a network was trained on

@@ -32,6 +32,7 @@ def launched() -> int: # 1 and up
     "How many processes were started by torchrun."
     return int(os.environ.get('WORLD_SIZE') or 1)
 
+# %% ../nbs/02d_parallel.ipynb #3ae9edfd
 @contextmanager
 def together(): # the processes know each other inside
     "Join the processes that torchrun started; nothing to do for one."
@@ -55,6 +56,7 @@ def total(
     dist.all_reduce(x)
     return x
 
+# %% ../nbs/02d_parallel.ipynb #2dde1276
 def most(
     value: int, # any
 ) -> int:
@@ -71,6 +73,7 @@ def say(
     "Print it once, not in every process."
     if rank() == 0: print(text, flush=True)
 
+# %% ../nbs/02d_parallel.ipynb #a8d878db
 def tell_all(
     text: str, # of process 0; what the others give is not looked at
 ) -> str:
@@ -133,6 +136,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return total(grad)
 
+# %% ../nbs/02d_parallel.ipynb #db089fb1
 def _norm_of_all(norm, x):
     "Batch norm in training over the images of all processes: mean and variance in two passes"
     over, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1]*(x.ndim - 2)
@@ -162,6 +166,7 @@ def _synced(norm, x):
     k = norm.momentum if norm.momentum is not None else 1/norm.num_batches_tracked.item()
     return SyncBatchNorm.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, k, dist.group.WORLD, world())
 
+# %% ../nbs/02d_parallel.ipynb #62bc4751
 def sync_batch_norm(
     model: nn.Module, # changed in place; its state dict stays as it was
 ) -> nn.Module:       # the same model

@@ -37,6 +37,7 @@ def _parse_bool(text):
     if text not in _BOOLEANS: raise ValueError(text)
     return _BOOLEANS[text]
 
+# %% ../nbs/00f_params.ipynb #ec53cb31
 def _exact_int(number):
     if not number.is_integer(): raise ValueError(number)
     return int(number)
@@ -54,6 +55,7 @@ def _range_text(allowed):
     low, high = (f'{v:.0f}' if v.is_integer() else f'{v:g}' for v in ends)
     return f"it must be {'at least' if with_low else 'more than'} {low} and {'at most' if with_high else 'less than'} {high}"
 
+# %% ../nbs/00f_params.ipynb #fa1b9501
 def check_range(
     name: str, # of the parameter
     value,     # converted
@@ -174,6 +176,7 @@ def of(
     "The values that this table shares with `p`."
     return cls(**{n: p[n] for n in cls.table() if n in p} | changes)
 
+# %% ../nbs/00f_params.ipynb #4ae7dc53
 @patch
 def not_in_id(self: Parameters) -> list: # names
     "The parameters that do not change the result of a run."
@@ -193,6 +196,7 @@ def _html_rows(values, table):
     return ''.join(f"<tr>{cell}{escape(n)}</td>{cell}<code>{escape(repr(v))}</code></td>"
                    f"{cell}{escape(table[n].metadata['help'])}</td></tr>" for n, v in values.items())
 
+# %% ../nbs/00f_params.ipynb #31984473
 @patch
 def _repr_html_(self: Parameters):
     table, changed = type(self).table(), self.changed()
@@ -229,6 +233,7 @@ def make_table(
     declared = {n: param(v, '', (allowed or {}).get(n), n not in MANAGEMENT) for n, v in defaults.items()}
     return type('NotebookParams', (Parameters,), {'__annotations__': {n: type(v) for n, v in defaults.items()}} | declared)
 
+# %% ../nbs/00f_params.ipynb #2743750f
 def _table_of_cell(scope, allowed):
     "A table made from the annotated variables of a notebook; their values, which papermill may have changed, are checked later"
     kinds = {n: kind for n, kind in scope.get('__annotations__', {}).items() if kind in VALUE_KINDS}

@@ -106,6 +106,7 @@ def applied(self: Averages):
 def _swap(self: Averages):
     for own, mean in self.pairs: own.data, mean.data = mean.data, own.data
 
+# %% ../nbs/02f_parts.ipynb #f43d2f9d
 @patch
 @torch.no_grad()
 def measure(self: Averages):
@@ -191,6 +192,7 @@ def better(
     def key(r): return [number(r, k) for k in dict.fromkeys((by, by.replace('top1', 'loss')))]
     return other is None or key(row) > key(other)
 
+# %% ../nbs/02f_parts.ipynb #5c60a3aa
 class EarlyStop(Part):
     "Ends the training when `patience` epochs in a row brought nothing better, or when the run was told enough."
     order = 50

@@ -70,6 +70,7 @@ def _ffcv(values, epochs, top1, cost):
         differs=f'no blurpool; test images not mirrored as well (there the mean of both); {_ALL}; '
                 'no weight decay on biases; training images not compressed again')
 
+# %% ../nbs/02h_recipes.ipynb #caa2f160
 _FFCVS = {
     'rn18-ffcv-16': _ffcv(_FFCV18, 16, 66.9, '35 min, 1 A100'),
     'rn18-ffcv-88': _ffcv(_FFCV18, 88, 72.4, '187 min, 1 A100'),
@@ -85,6 +86,7 @@ _LONG = _SGD | dict(
     arch='resnet50', sizes='176', augment='trivial', mixup=0.2, cutmix=1., erase=0.1, epochs=600, batch_size=1024,
     lr=0.5, weight_decay=2e-5, warmup=5., label_smoothing=0.1, ema=0.999966)
 
+# %% ../nbs/02h_recipes.ipynb #7ad660a7
 _LATER = {
     'rn50-mild': Recipe(
         _SHORT, expected='76.6 % (n=50,000, 1 run)', cost='27 min, 8 A100',
@@ -101,6 +103,7 @@ _LATER = {
                 f'{_ALL}; no weight decay on biases; mixup with a proportion for each image (there for each batch), '
                 'erasing after it; rate and EMA move every step')}
 
+# %% ../nbs/02h_recipes.ipynb #4e30b89d
 RECIPES = _OURS | _ALEXNET | _FFCVS | _LATER
 
 # %% ../nbs/02h_recipes.ipynb #2f47afee

@@ -34,6 +34,7 @@ def predict(
     if not probs: return np.zeros((0, len(loader.table.classes)), np.float32), np.zeros(0, int), np.zeros(0, int)
     return torch.cat(probs).cpu().numpy(), torch.cat(labels).cpu().numpy(), np.concatenate(rows)
 
+# %% ../nbs/02k_results.ipynb #a2bcbc7d
 def predict_split(
     learn,       # an `ImageLearner`
     split: str,  # 'train', 'valid' or 'test'
@@ -67,6 +68,7 @@ def _final_metrics(run, best, metrics, skipped):
     return ({'checkpoint': 'best', 'epoch': best['epoch'], 'weights': weights_kind(best['by'])} | metrics
             | {'seconds': history.seconds.iloc[-1], 'img_per_s': history.img_per_s.median(), 'skipped': skipped})
 
+# %% ../nbs/02k_results.ipynb #f735606b
 def conclude(
     run,        # a `Run`
     learn,      # an `ImageLearner` with the best weights

@@ -30,6 +30,7 @@ def _row(folder):
 
 _FIRST = ['run', 'state', 'minutes', 'epochs', 'valid_top1', 'test_top1', 'disk_mb']  # epochs: finished ones
 
+# %% ../nbs/00i_run_table.ipynb #0b13d4f4
 def _varying(params):
     "Names of the parameters that differ between runs"
     names = dict.fromkeys(k for p in params for k in p)
@@ -76,6 +77,7 @@ def _is_empty(run):
     here = run.status.get('machine') == machine_id()
     return run.state != 'died' or here or seconds_since_write(run.dir/'status.json') > ABSENT
 
+# %% ../nbs/00i_run_table.ipynb #03d64183
 def prune_runs(
     root: str | Path | None = None,  # the project; found by default
     dry: bool = True,  # only list them

@@ -126,6 +126,7 @@ def _heartbeat(ref, done):
 # %% ../nbs/00g_runs.ipynb #51e8a4bf
 _open_runs = weakref.WeakSet()
 
+# %% ../nbs/00g_runs.ipynb #c4e61c08
 @patch
 def begin(
     self: Run,
@@ -171,6 +172,7 @@ def attempts(self: Run) -> list:
         out.append(attempt | {'packages': {k: v for k, v in (before | attempt['packages']).items() if v}})
     return out
 
+# %% ../nbs/00g_runs.ipynb #a04a4f7f
 @patch
 def changes(self: Run) -> dict: # {name: [value of each attempt]}; empty where the result is exact
     "What changed between attempts that the last bits of the result depend on."
@@ -193,6 +195,7 @@ def _record_attempt(self: Run):
         print(f'run {self.name} continues, but its result will not be bit for bit that of an uninterrupted one: {changed}',
               file=sys.stderr)
 
+# %% ../nbs/00g_runs.ipynb #8765c18b
 @patch
 def attempt_rows(self: Run) -> list: # of (name, text); empty for a run of one attempt
     "How often a run was continued, and what changed, for people."
@@ -227,6 +230,7 @@ def finish(
     write_json(self.dir/'metrics.json', metrics)
     return self._end('done', metrics=metrics)
 
+# %% ../nbs/00g_runs.ipynb #af182d23
 @patch
 def fail(
     self: Run,
@@ -278,6 +282,7 @@ def _write_rows(self: Run, header, rows):
     csv.writer(out, lineterminator='\n').writerows([header, *rows])
     write_text(self.dir/'history.csv', out.getvalue())
 
+# %% ../nbs/00g_runs.ipynb #3984ed22
 @patch
 def _observe(self: Run, row):
     if self.observer: self.stop_reason = self.observer(self, row) or ''
@@ -300,6 +305,7 @@ def log(
     if self.tracker: self.tracker.log(row)
     self._observe(row)
 
+# %% ../nbs/00g_runs.ipynb #130f0bcd
 @patch
 def rewind(
     self: Run,
@@ -311,6 +317,7 @@ def rewind(
     self._write_rows(header, rows)
     if rows: self._observe(dict(zip(header, rows[-1])))
 
+# %% ../nbs/00g_runs.ipynb #3bce1fdd
 @patch(as_prop=True)
 def history(self: Run):
     "history.csv as a pandas table, one row an epoch"
@@ -351,6 +358,7 @@ def top1(
     "Top-1 accuracy of the finished run."
     return ((self.metrics.get(split) or {}).get('top1') or {}).get('value')
 
+# %% ../nbs/00g_runs.ipynb #bc5b5584
 @patch
 def __repr__(self: Run): return f'Run {self.name}: {self.state}' + ''.join(f', {k} {v}' for k, v in self.headline())
 

@@ -126,6 +126,7 @@ def _draw_sizes(ax, sides):
     share = np.mean(np.square(sides))/max(sides)**2
     set_title(ax, 'image size', f'{100*share:.0f} % of the pixels of {max(sides)} px throughout')
 
+# %% ../nbs/02c_schedules.ipynb #513519ef
 @styled
 def plot_schedules(
     names,                # one of SCHEDULES, or a list of them

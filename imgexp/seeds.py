@@ -18,6 +18,7 @@ def _collectives():
     from imgexp.parallel import most, say, together
     return together, say, most
 
+# %% ../nbs/04b_seeds.ipynb #48c17867
 def train_seeds(
     experiment,  # an `Experiment`
     p,           # its parameters; the first seed is `p.seed`
@@ -44,6 +45,7 @@ def _images_of(runs, split):
     n = f'{min(counts):,}' + f' to {max(counts):,}'*(min(counts) < max(counts))
     return f'{n} {split}' + f' (of {len(counts)} seeds only)'*(len(counts) < len(runs))
 
+# %% ../nbs/04b_seeds.ipynb #654a45fd
 def over_seeds(
     runs: list, # of `Run`, finished
 ):              # a pandas table: a row for each run, then mean, standard deviation, and the numbers of images

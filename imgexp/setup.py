@@ -65,6 +65,7 @@ def _parent_values(p, given, parent):
     base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs')}
     return base | {'extend': p.extend if Path(p.extend).is_dir() else parent.name}
 
+# %% ../nbs/02l_setup.ipynb #161039da
 def _recipe_values(p, given):
     "The values of the recipe; refuses another optimizer at the recipe's learning rate"
     if not p.recipe: return {}
@@ -99,6 +100,7 @@ def load_table(
     "The images that the parameters name, from a pack where there is one."
     return packed(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, tell)
 
+# %% ../nbs/02l_setup.ipynb #b2901fa3
 def load_learner(
     p: TrainParams,
     table,     # of `load_table`
@@ -113,6 +115,7 @@ def load_learner(
     norm = IMAGENET if p.weights else normalization(kept, p.size)
     return make_learner(kept, model, norm, sizes=_sizes(p), **LearnerParams.of(p))
 
+# %% ../nbs/02l_setup.ipynb #545c0632
 def fit_run(
     p: TrainParams,
     run,       # a `Run`
@@ -138,6 +141,7 @@ def dependencies(
         print(f'run {run.name} is unfinished, but saw other images ({before}, here {now}): pack={pack} continues it')
     return depends
 
+# %% ../nbs/02l_setup.ipynb #813df57c
 def _unfinished_on_other_images(p, depends):
     "Runs that would be continued if a pack had not been made or removed since"
     for folder in sorted(runs_dir().glob('*-03_train-*'), reverse=True)[:50] if p.resume == 'auto' else []:

@@ -82,6 +82,7 @@ def find_run(
         raise InputError(f'{name!r} means {len(matches)} runs ({shown}): give more of the name')
     return Run(folder/matches[-1])
 
+# %% ../nbs/00h_start.ipynb #56f75367
 def _run_at(path):
     "The run in a directory; raises InputError where it holds none"
     run = Run(path.expanduser().resolve())
@@ -91,6 +92,7 @@ def _run_at(path):
 # %% ../nbs/00h_start.ipynb #e6f97c12
 _RECORDED = ('torch', 'torchvision', 'fastai', 'numpy', 'tensorflow', 'keras', 'imgexp')
 
+# %% ../nbs/00h_start.ipynb #def6d229
 def _new_run(folder, record):
     "A new run directory, complete from the moment it has its name. The caller holds the lock on `folder`."
     for leftover in folder.glob('.new-*'):
@@ -122,6 +124,7 @@ def _candidates(folder, record):
     runs = [Run(d) for d in sorted(folder.glob(f"*-{record['notebook']}-{record['id']}"), reverse=True) if d.is_dir()]
     return [r for r in runs if r.id == record['id'] and (r.status or not (r.dir/'status.json').exists())]  # or killed before it began
 
+# %% ../nbs/00h_start.ipynb #e98c796b
 def _reusable(run, record, observed):
     "Whether a finished run answers the same question"
     complete = observed or not run.metrics.get('ended')  # not one that a search ended early

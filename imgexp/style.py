@@ -20,6 +20,7 @@ _RC = {'font.size': 9, 'figure.dpi': 80, 'figure.constrained_layout.use': True, 
        'axes.grid': True, 'grid.color': '#E8E8E8', 'xtick.color': '#444444', 'ytick.color': '#444444',
        'legend.frameon': False, 'legend.fontsize': 8}
 
+# %% ../nbs/00j_style.ipynb #ccf3cfbf
 def styled(
     plot, # a function that returns a matplotlib figure
 ):

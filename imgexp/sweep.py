@@ -41,6 +41,7 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
+# %% ../nbs/06b_sweep.ipynb #2423438b
 def _as_optuna(p, grid):
     "A parameter's distribution in Optuna's words, and what turns its choice into the value"
     _optuna()
@@ -73,6 +74,7 @@ def _arguments(values):
         at[last] = v
     return out
 
+# %% ../nbs/06b_sweep.ipynb #fab1116b
 def _check_program(program, values):
     "Raises InputError for a program that is unknown, or that has no such parameters"
     if ':' in program:
@@ -85,6 +87,7 @@ def _check_program(program, values):
         if program.endswith('.py'): raise InputError(f'program={program!r}: give an experiment like 10_keras_cnn, a notebook, or module:function')
         check_points(find_notebook(program), [values])
 
+# %% ../nbs/06b_sweep.ipynb #bc8dc6c1
 def _check_experiment(program, space, metric, grid):
     "Raises InputError for a metric that the experiment does not measure, and for values that it refuses, before anything is trained"
     if not (experiment := _experiment(program)): return
@@ -96,6 +99,7 @@ def _check_experiment(program, space, metric, grid):
         values = p.settings.get('values') or ([*all_values(p)] if grid or p.distribution == 'constant' else [p.value(0.001), p.value(0.999)])
         check_points(notebook, [{p.name: v} for v in values])
 
+# %% ../nbs/06b_sweep.ipynb #5e58b4ad
 def _program_call(program, values, observer, launched, **more):
     "A function without arguments that runs a trial's values; `more` is set where there is such a parameter"
     def foreign(f, **arguments):  # somebody's own code: it cannot be handed an observer
@@ -116,6 +120,7 @@ def _mend(path):
         f.seek(0)
         f.truncate(f.read().rfind(b'\n') + 1)
 
+# %% ../nbs/06b_sweep.ipynb #a9289f85
 class _Lock:
     "Optuna's lock for its file, without its own weaknesses: it ends with the process that holds it, and no other one can end it"
     def __init__(self, path): self.path, self.lock = path, FileLock(f'{path}.lock', timeout=PATIENCE, poll_interval=0.002, is_singleton=False, thread_local=False)
@@ -129,6 +134,7 @@ class _Lock:
         return True
     def release(self): self.lock.release()
 
+# %% ../nbs/06b_sweep.ipynb #d7c34869
 def _journal(path):
     "Optuna's journal file, mended before each line that is added"
     from optuna.storages.journal import JournalFileBackend
@@ -138,6 +144,7 @@ def _journal(path):
     lock.release()
     return JournalFileBackend(str(path), lock)
 
+# %% ../nbs/06b_sweep.ipynb #041dea42
 def _storage(text, folder):
     "Optuna's storage"
     _optuna()
@@ -157,6 +164,7 @@ def _storage(text, folder):
         return get_storage(RDBStorage(f"sqlite:///{folder/'journal.db'}", engine_kwargs={'connect_args': {'timeout': PATIENCE}}))
     except Exception as e: raise InputError(f'storage: {type(e).__name__}: {(str(e).splitlines() or [""])[0]}: give journal, sqlite, or the URL of a database') from None
 
+# %% ../nbs/06b_sweep.ipynb #87102d88
 _FILES = ('journal', 'sqlite')
 
 def _check_storage(text):
@@ -172,6 +180,7 @@ class StorageFailed(RunFailed):
     "The journal cannot be written, for longer than a trial waits."
     value = {'unwritable': True}
 
+# %% ../nbs/06b_sweep.ipynb #c8db3f5b
 def _patient(storage, what):
     "A storage that tries again where it cannot write"
     from optuna.exceptions import StorageInternalError
@@ -209,6 +218,7 @@ def _sampler(sweep, number):
 # %% ../nbs/06b_sweep.ipynb #a07c1b3d
 def _counts(t): return not t.user_attrs.keys() & {'repeats', 'surplus'}
 
+# %% ../nbs/06b_sweep.ipynb #65b2719e
 class Sweep:
     "A sweep: its folder, its configuration, and the journal of its trials."
     def __init__(
@@ -270,6 +280,7 @@ def index(
     "Which point a trial is: repeated ones are not counted."
     return number - sum(not _counts(t) for t in self.trials()[:number])
 
+# %% ../nbs/06b_sweep.ipynb #bf3ec4ae
 @patch
 def drawn(
     self: Sweep,
@@ -280,6 +291,7 @@ def drawn(
     p, share = self.by_name[name], draw_share(self.seed, k, name)
     return share, self.space.point(k)[name] if self.grid else p.value(share)
 
+# %% ../nbs/06b_sweep.ipynb #10824054
 @patch
 def point(
     self: Sweep,
@@ -301,6 +313,7 @@ def ask(self: Sweep):
         self.fail(trial.number, 'there was none left')
         lock.release()
 
+# %% ../nbs/06b_sweep.ipynb #b2333f3c
 @patch
 def _values(self: Sweep, t):
     "Draw a trial's values; what was drawn of them already stays"
@@ -315,6 +328,7 @@ def _values(self: Sweep, t):
 _SUGGEST = {'CategoricalDistribution': 'suggest_categorical', 'FloatDistribution': 'suggest_float', 'IntDistribution': 'suggest_int'}
 def _ends(d): return (list(d.choices),) if hasattr(d, 'choices') else (d.low, d.high)
 
+# %% ../nbs/06b_sweep.ipynb #fc6663a1
 @patch
 def _lock(self: Sweep, number, wait=0.):
     "The lock of a trial; None where another process holds it"
@@ -333,6 +347,7 @@ def _sign(self: Sweep, number, lock):
     self.tell(number, owner={'id': lock.owner, 'host': socket.gethostname(), 'pid': os.getpid(), 'machine': machine_id(), 'locks': self._place()})
     return lock
 
+# %% ../nbs/06b_sweep.ipynb #571d9ee2
 @patch
 def check_owner(
     self: Sweep,
@@ -349,12 +364,14 @@ def _place(self: Sweep):
     s = (self.dir/'locks').stat()
     return [s.st_dev, s.st_ino]
 
+# %% ../nbs/06b_sweep.ipynb #ab32d15b
 @patch
 def _beat(self: Sweep, number):
     "Say that this process works on a trial"
     os.utime(self.dir/'locks'/str(number))
     if hasattr(self.storage, 'beats'): self.storage.beats.record_heartbeat(self._id(number))
 
+# %% ../nbs/06b_sweep.ipynb #b22a5888
 @patch
 @contextmanager
 def beating(
@@ -387,6 +404,7 @@ def adopt(self: Sweep):
             self.fail(t.number, 'its process ended three times at the same place')
             lock.release()
 
+# %% ../nbs/06b_sweep.ipynb #0f940568
 @patch
 def _abandoned(self: Sweep):
     "Unfinished trials that nobody works on, each with its lock"
@@ -404,6 +422,7 @@ def dead(self: Sweep):
         for t, lock in self._abandoned(): lock.release(); out.append(t.number)
     return out
 
+# %% ../nbs/06b_sweep.ipynb #ddd84119
 @patch
 def running(self: Sweep):
     "How many trials are not at their end, alive or not"
@@ -416,6 +435,7 @@ def _left(self: Sweep, t):
     if held or not (held is False and self._in_sight(t) or self._silent(t, STALE)): return None
     return self._lock(t.number)
 
+# %% ../nbs/06b_sweep.ipynb #e7955b2f
 @patch
 def _in_sight(self: Sweep, t):
     "Whether the process of a trial, if it lived, would hold its lock in this folder; one that nobody signed was left while it was asked for"
@@ -430,6 +450,7 @@ def _silent(self: Sweep, t, seconds):
     self.storage.beats.grace_period = seconds
     return t._trial_id in self.storage.beats._get_stale_trial_ids(self._study_id)
 
+# %% ../nbs/06b_sweep.ipynb #2d2522e3
 @patch
 def quiet(self: Sweep):
     "Whether a trial of another machine has missed a beat, so that it will soon be known to be left"
@@ -451,6 +472,7 @@ def told(
     "What is kept beside a trial."
     return self.of(number).user_attrs.get(key, default)
 
+# %% ../nbs/06b_sweep.ipynb #e1585620
 @patch
 def tell(
     self: Sweep,
@@ -474,6 +496,7 @@ def report(
 
 def _curve(t): return [v for _, v in sorted(t.intermediate_values.items())]
 
+# %% ../nbs/06b_sweep.ipynb #bcb736df
 @patch
 def ends(
     self: Sweep,
@@ -505,6 +528,7 @@ def conclude(
     else: self.study.tell(number, best)
     return best
 
+# %% ../nbs/06b_sweep.ipynb #7cb52e86
 @patch
 def fail(
     self: Sweep,
@@ -528,6 +552,7 @@ def _undisturbed():
     finally:
         if asked: signal.raise_signal(signal.SIGINT if asked[0] == 'interrupted' else signal.SIGTERM)
 
+# %% ../nbs/06b_sweep.ipynb #842ed8b4
 def observe(
     run,       # a `Run`
     row: dict, # that it logs
@@ -539,6 +564,7 @@ def observe(
 def _observe_trial(sweep, number, owner, run, row):
     with _undisturbed(): return _report_epoch(sweep, number, owner, run, row)
 
+# %% ../nbs/06b_sweep.ipynb #681d292b
 def _report_epoch(sweep, number, owner, run, row):
     sweep.check_owner(number, owner)
     header, rows = run.history_rows()
@@ -574,6 +600,7 @@ def trial(
     except BaseException as e: raise _ended(sweep, number, values, lock.owner, e)
     finally: lock.release()
 
+# %% ../nbs/06b_sweep.ipynb #e77cf8bb
 def _ended(sweep, number, values, owner, e):
     "The error of a trial that ended, after it was noted: an interrupted one stays open, and so does one that is another process's now"
     try: sweep.check_owner(number, owner)
@@ -585,6 +612,7 @@ def _ended(sweep, number, values, owner, e):
     e.value = {'trial': number, 'values': values}
     return e
 
+# %% ../nbs/06b_sweep.ipynb #de44fce6
 def _called(sweep, number, owner, call):
     "Call it; where another trial with the same values is at work, wait for its run"
     while True:
@@ -593,6 +621,7 @@ def _called(sweep, number, owner, call):
             if not re.search('belongs to process|taken over by process', str(e)): raise
             sweep.check_owner(number, owner)
 
+# %% ../nbs/06b_sweep.ipynb #e117316e
 def _measure(sweep, number, values, owner):
     "Call the program; a number that it returns, or a dictionary with the metric, is what it measured, and of a run that was finished before its history"
     observer = partial(_observe_trial, sweep, number, owner)
@@ -620,6 +649,7 @@ def over(self: Sweep):
     best = self.best()
     return 'the target is reached' if best and self.reached(best['value']) else ''
 
+# %% ../nbs/06b_sweep.ipynb #cafcfddb
 @patch
 def left(self: Sweep):
     "How many trials may still be begun"
@@ -636,6 +666,7 @@ def best(self: Sweep):
 
 _STATES = {'COMPLETE': 'done', 'PRUNED': 'ended early', 'FAIL': 'failed', 'WAITING': 'waiting', 'RUNNING': 'running'}
 
+# %% ../nbs/06b_sweep.ipynb #60933a14
 @patch
 def rows(self: Sweep):
     "A dictionary for each trial: number, state, value, epochs, trained (epochs), seconds, parameters, run, error"
@@ -647,6 +678,7 @@ def rows(self: Sweep):
                     'seconds': a.get('seconds'), 'values': a.get('values', {}), 'run': a.get('run', ''), 'error': a.get('error', '')})
     return out
 
+# %% ../nbs/06b_sweep.ipynb #17a43efa
 @patch
 def table(self: Sweep):
     "A row for each trial (pandas), the best first."
@@ -672,6 +704,7 @@ def find_sweep(
 
 USUAL = 20  # trials where nothing limits them
 
+# %% ../nbs/06b_sweep.ipynb #f2feac3c
 def init(
     config: dict,       # W&B's keys, as `read_yaml` gives them
     name: str = '',     # '' takes the one in the configuration
@@ -718,6 +751,7 @@ def seconds_of(
     first = [estimate(usual | sweep.point(k), runs, sweep.threads) for k in range(min(sweep.cap, 20))]
     return None if None in first else sum(first)/len(first)
 
+# %% ../nbs/06b_sweep.ipynb #49a883cc
 def _part_of_epochs(sweep):
     "The part of the epochs that is trained with early termination, if one in eta is kept at each band"
     bands = getattr(sweep.stopper, 'bands', None) or [sweep.stopper.min_iter*sweep.stopper.eta**k for k in range(20)]
@@ -733,6 +767,7 @@ def usual_jobs(
     "Trials at once that use the machine: one a GPU, or as many as there are cores for their threads."
     return len(gpus()) or max(1, cores()//sweep.threads)
 
+# %% ../nbs/06b_sweep.ipynb #cf35d279
 def plan(
     sweep: Sweep, # any
     jobs: int = 0, # trials at once; 0: `usual_jobs`
@@ -793,6 +828,7 @@ def run(
     else: finish(sweep, tell)
     return sweep
 
+# %% ../nbs/06b_sweep.ipynb #27cdef7e
 def _progress(sweep): return [(t.state.name, len(t.intermediate_values)) for t in sweep.trials()]
 
 def _waiting_for(sweep, seconds=15.):
@@ -801,6 +837,7 @@ def _waiting_for(sweep, seconds=15.):
     while not (n := len(sweep.dead()) + sweep.left()) and sweep.running() and (time.monotonic() < until or sweep.quiet()): time.sleep(0.5)
     return n
 
+# %% ../nbs/06b_sweep.ipynb #4a6babc2
 def finish(
     sweep: Sweep, # any
     tell=print, # called with each line
@@ -832,6 +869,7 @@ def extend(
     if about['trials'] >= size: raise InputError(f'sweep {sweep.name}: all {size:,} points of its grid are in it already')
     write_json(sweep.dir/'sweep.json', about | {'trials': int(min(size, about['trials'] + trials))})
 
+# %% ../nbs/06b_sweep.ipynb #53079a1a
 def retry(
     sweep: Sweep, # any
 ) -> int: # how many
@@ -860,6 +898,7 @@ def to_wandb(
     import wandb
     wandb.log(row | {k: row[v] for k, v in KERAS_COLUMNS.items() if row.get(v) is not None})
 
+# %% ../nbs/06b_sweep.ipynb #cb1d8059
 def on_wandb(
     sweep: Sweep, # any
     tell=print, # called with each line
@@ -876,6 +915,7 @@ def on_wandb(
             _program_call(sweep.program, dict(own.config), to_wandb, 'imgexp.sweep:to_wandb', track='off')()
     wandb.agent(known['id'], function=one, count=sweep.cap, **there)
 
+# %% ../nbs/06b_sweep.ipynb #f93d3e18
 def send_to_wandb(
     sweep: Sweep, # any
 ):

@@ -45,6 +45,7 @@ _DISTRIBUTIONS = {
 _DISTRIBUTIONS |= {f'q_{k}': (f, keys | {'q': 1}) for k, (f, keys) in _DISTRIBUTIONS.items()
                    if k in ('uniform', 'log_uniform', 'log_uniform_values', 'normal', 'log_normal', 'beta')}
 
+# %% ../nbs/06_sweep_config.ipynb #747427cf
 @dataclass
 class Parameter:
     "One parameter of a sweep: its name, its distribution, and the distribution's own settings."
@@ -62,6 +63,7 @@ class Parameter:
         q, (low, high) = self.settings['q'], _range(self)
         return type(q)(min(max(round(value/q)*q, low), high))
 
+# %% ../nbs/06_sweep_config.ipynb #1d253f00
 _ENDS = {'q_beta': (0, 1), 'q_normal': (-math.inf, math.inf), 'q_log_normal': (-math.inf, math.inf)}
 def _range(p):
     "Ends of a rounded parameter's values; whole numbers where q is one"
@@ -78,6 +80,7 @@ def _guess(name, given):
     if {'min', 'max'} <= given.keys(): return 'int_uniform' if isinstance(given['min'], int) and isinstance(given['max'], int) else 'uniform'
     raise InputError(f'parameter {name}: give value, values, or min and max')
 
+# %% ../nbs/06_sweep_config.ipynb #294b9d88
 def read_parameter(
     name: str,   # as the program calls it
     given: dict, # as it stands below `parameters` in the YAML file
@@ -96,12 +99,14 @@ def read_parameter(
     if 'q' in settings and not operator.le(*_range(out)): raise InputError(f"parameter {name}: there is no whole number from min={settings['min']} to max={settings['max']}: give a q below 1")
     return out
 
+# %% ../nbs/06_sweep_config.ipynb #1e470c17
 def _number(name, key, value):
     "`value`, which YAML reads as text where it stands as 1e-3"
     if key in ('value', 'values', 'probabilities') or isinstance(value, (int, float)) and not isinstance(value, bool): return value
     try: return float(value)
     except (TypeError, ValueError): raise InputError(f'parameter {name}: {key}={value!r} is not a number') from None
 
+# %% ../nbs/06_sweep_config.ipynb #98a7044b
 def _check_settings(name, kind, s):
     def no(what): raise InputError(f'parameter {name}: {what}')
     if 'min' in s and not s['min'] < s['max']: no(f"min={s['min']} has to be below max={s['max']}")
@@ -137,6 +142,7 @@ class Space:
         "The k-th random point: a pure function of seed, number and name."
         return {p.name: p.value(draw_share(seed, k, p.name)) for p in self}
 
+# %% ../nbs/06_sweep_config.ipynb #8b8425e7
 def all_values(p):
     s = p.settings
     if p.distribution == 'constant': return [s['value']]
@@ -154,6 +160,7 @@ def draw_share(seed, k, name):
     digest = hashlib.sha256(f'{seed} {k} {name}'.encode()).digest()
     return int.from_bytes(digest[:8], 'big')/2**64
 
+# %% ../nbs/06_sweep_config.ipynb #6fd2510b
 def read_space(
     given: dict, # `parameters` of the YAML file
     prefix: str = '', # of the names of nested ones
@@ -187,6 +194,7 @@ class Hyperband:
         value = bad(own[band - 1]) if self.strict else min(map(bad, own))
         return value > there[int(len(there)/self.eta)]
 
+# %% ../nbs/06_sweep_config.ipynb #18c582fe
 def read_hyperband(
     given: dict, # `early_terminate` of the YAML file
 ) -> Hyperband:
@@ -222,6 +230,7 @@ class Metric:
         values = [v for v in values if v is not None and math.isfinite(v)]
         return (min if self.lower else max)(values) if values else None
 
+# %% ../nbs/06_sweep_config.ipynb #2f25bdee
 def read_metric(
     given: dict, # `metric` of the YAML file; None is the best validation accuracy
 ) -> Metric:
@@ -244,6 +253,7 @@ _REFUSED = {'command': 'trials are started by imgexp, not by a command line', 'c
             'launch': 'jobs are not sent anywhere: run the command on each machine'}
 _METHODS = ['grid', 'random', 'bayes']
 
+# %% ../nbs/06_sweep_config.ipynb #0df012cb
 def check_config(
     config: dict, # the YAML file
 ):
@@ -260,6 +270,7 @@ def check_config(
     cap = config.get('run_cap')
     if cap is not None and not (isinstance(cap, int) and cap > 0): raise InputError(f'run_cap={cap!r} is not a whole number of at least 1')
 
+# %% ../nbs/06_sweep_config.ipynb #23dd9536
 def read_yaml(
     path, # of a sweep
 ) -> dict:
@@ -287,6 +298,7 @@ class Halving:
         from optuna.pruners import SuccessiveHalvingPruner
         return SuccessiveHalvingPruner(min_resource=self.min_iter, reduction_factor=self.eta)
 
+# %% ../nbs/06_sweep_config.ipynb #cb105edb
 def read_stopper(
     given: dict, # `early_terminate` of the YAML file
     metric: Metric, # what is measured

@@ -30,6 +30,7 @@ def _is_number(values): return all(isinstance(v, (int, float)) and not isinstanc
 
 def _is_log(sweep, name): return 'log' in sweep.by_name[name].distribution
 
+# %% ../nbs/06c_sweep_figures.ipynb #a45bff24
 def _scale(sweep, rows, name):
     "A parameter's values as numbers, and the ticks that name them: (numbers, {number: text}); logarithmic ones as exponents of 10"
     values = [r['values'].get(name) for r in rows]
@@ -59,6 +60,7 @@ def _parallel_plotly(sweep, axes, values):
     line = dict(color=values, colorscale='Viridis', reversescale=sweep.metric.lower, showscale=True)
     return go.Figure(go.Parcoords(line=line, dimensions=dimensions)).update_layout(title=_markup(f'{sweep.name}: n = {len(values)} trials'), height=400)
 
+# %% ../nbs/06c_sweep_figures.ipynb #e3a0e618
 def _parallel_static(sweep, axes, values):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(1.1*len(axes) + 1, 2.6), dpi=70)
@@ -97,6 +99,7 @@ def importance(
     table = pd.DataFrame({'importance': forest.feature_importances_, 'correlation': signs}, index=x.columns)
     return table.sort_values('importance', ascending=False).rename_axis('parameter')
 
+# %% ../nbs/06c_sweep_figures.ipynb #5376174c
 def plot_importance(
     sweep, # a `Sweep` with ended trials
     static: bool = False, # a matplotlib figure instead of a plotly one

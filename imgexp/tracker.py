@@ -23,6 +23,7 @@ def _has_login():
     except (OSError, netrc.NetrcParseError): saved = None
     return bool(os.environ.get('WANDB_API_KEY') or saved)
 
+# %% ../nbs/00e_tracker.ipynb #580d3cba
 def track_mode(
     track: str, # one of `TRACK`
 ) -> str:       # online, offline or off
@@ -85,6 +86,7 @@ def figure(
         self.wb.log({f'figures/{name}': wandb.Image(str(path))})
     if self.wb: self._try(send)
 
+# %% ../nbs/00e_tracker.ipynb #f7b9ab5b
 @patch
 def artifact(
     self: Tracker,
@@ -98,6 +100,7 @@ def artifact(
         self.wb.log_artifact(artifact)
     if self.wb: self._try(send)
 
+# %% ../nbs/00e_tracker.ipynb #7aa2222f
 @patch
 def finish(
     self: Tracker,

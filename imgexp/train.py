@@ -26,6 +26,7 @@ def _start(p, table, learn, observer=None):
     folder = of_first(first)
     return started[0] if started else Run(folder)
 
+# %% ../nbs/03_train.ipynb #c6fe8957
 def run_experiment(
     p: TrainParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''

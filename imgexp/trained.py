@@ -61,6 +61,7 @@ def own_data(
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: name the data to evaluate on (data=…)')
     return as_prepared(table, run.depends.get('prepared', ''), own=True)
 
+# %% ../nbs/02m_trained.ipynb #76c4b625
 def with_classes(
     table,         # `Images`
     classes: list, # of a trained network
@@ -80,6 +81,7 @@ def _table_for(trained, data, classes):
         return with_classes(own_data(trained.run), trained.classes)
     return as_prepared(with_classes(load_images(data, classes), trained.classes), trained.run.depends.get('prepared', ''))
 
+# %% ../nbs/02m_trained.ipynb #8cd3da61
 def _predict(trained, split, data, classes, bad):
     "Probabilities, the table, rows of it, names of the images left out"
     bad = bad or trained.run.params.get('bad', 'stop')
@@ -107,6 +109,7 @@ def predict_split(
     probs, table, rows, _ = _predict(self, split, data, classes, bad)
     return probs, table.labels[rows], Pictures(table, rows, self.size)
 
+# %% ../nbs/02m_trained.ipynb #ce415442
 @patch
 def evaluate(
     self: Trained,
@@ -129,6 +132,7 @@ def _folder_table(folder, classes):
     names, root = np.array(files, object), folder if folder.is_dir() else folder.parent
     return Images(names, np.zeros(len(names), np.int64), np.full(len(names), 2, np.int8), classes, root=root.resolve())
 
+# %% ../nbs/02m_trained.ipynb #ddf348b1
 @patch
 def predict(
     self: Trained,
@@ -199,6 +203,7 @@ def checkpoint_path(
     raise InputError(f'run {run.name} has no checkpoint {checkpoint!r}: '
                      + (f'choose one of {available}' if available else 'it finished no epoch yet'))
 
+# %% ../nbs/02m_trained.ipynb #eab37d5b
 def read_network(
     run,             # a `Run`
     checkpoint: str, # 'best', 'last', or a name
@@ -214,6 +219,7 @@ def read_network(
     model.load_state_dict(weights)
     return model, about
 
+# %% ../nbs/02m_trained.ipynb #a7def9b8
 def load_network(
     run,             # a `Run` of 03_train
     checkpoint: str = 'best', # or 'last', or a name

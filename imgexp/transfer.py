@@ -51,6 +51,7 @@ class TransferNetworkParams(Parameters, heading='network'):
     size: int = param(0, 'side of the images in px; 0 is what the weights are made for (224 for most, also for a file; 64 without weights)', (0, 1024))
     normalize: str = param('weights', 'images by what the weights were trained with; half (0.5 and 0.5), or data', NORMALIZE)
 
+# %% ../nbs/20_transfer.ipynb #6adce494
 class HeadParams(Parameters, heading='training'):
     epochs: int = param(10, 'passes over the features; logistic has its own', (1, 10_000))
     batch_size: int = param(64, 'images a step', (1, 65_536))
@@ -145,6 +146,7 @@ def _scale(x):
     mean = x.mean(0)
     return mean, (sum((part - mean).square().sum(0) for part in x.split(4096))/(len(x) - 1)).sqrt().clamp_min(1e-6)  # std would need as much memory again
 
+# %% ../nbs/20_transfer.ipynb #e08d0891
 @torch.no_grad()
 def _cross_entropy(weight, bias, x, y):
     "Mean cross-entropy of a linear layer, and its gradients, part by part: the second pass over a part finds it in the processor's cache"
@@ -198,6 +200,7 @@ class Decays(Part):
     order = 25
     def after_epoch(self): self.history.row |= {'lr': None, 'weight_decay': DECAYS[self.learn.epoch]}
 
+# %% ../nbs/20_transfer.ipynb #82d4f429
 def _linear(suffix):
     "Name of the linear layer that a suffix consists of; raises InputError for another one"
     own = [(n, m) for n, m in suffix.named_modules() if next(m.parameters(recurse=False), None) is not None]
@@ -213,6 +216,7 @@ def norm_of(
     if p.normalize == 'half': return (0.5,)*3, (0.5,)*3
     return IMAGENET if p.normalize == 'weights' and p.weights else normalization(table, p.size)
 
+# %% ../nbs/20_transfer.ipynb #f2a0bfa0
 def load_features(
     p: TransferParams,   # parameters
     table,       # `Images`, the subset that is used
@@ -238,6 +242,7 @@ class ToFloat(Part):
     "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
 
+# %% ../nbs/20_transfer.ipynb #df69d9ef
 def make_learner(
     p: TransferParams, # parameters
     table,     # `Images`, the subset that is used
@@ -287,6 +292,7 @@ class _Parted(torch.nn.Module):
 
 def _parted(p, model, precision): return _Parted(cut(model, p.retrain), precision, precision if p.retrain else 'fp32')
 
+# %% ../nbs/20_transfer.ipynb #6e9ea45d
 def predictor(
     p: TransferParams,  # parameters
     best: dict, # the best checkpoint
@@ -331,6 +337,7 @@ def fit_head(
 
 FIRST_LR = 0.01  # of the first block, relative to the head's, when everything is fine-tuned
 
+# %% ../nbs/20_transfer.ipynb #cc29e26c
 def finetune(
     run,       # a `Run` whose head is trained
     p: TransferParams, # parameters
@@ -376,6 +383,7 @@ def run_experiment(
         else: conclude(run, learn, best, predict=predict_split)
     return run
 
+# %% ../nbs/20_transfer.ipynb #e6e2cc22
 def _cut(p, model):
     parts = cut(model, p.retrain)
     if p.head == 'logistic': _linear(parts.suffix)
