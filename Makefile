@@ -106,6 +106,7 @@ export: ## after editing notebooks: write imgexp/ and README.md from them, and c
 	@$(call environment,all)
 	"$$bin/nbdev_clean"
 	"$$bin/nbdev_export"
+	"$$bin/python" tests/params_cells.py
 	"$$bin/python" tests/readme.py
 
 readme: ## write README.md from nbs/index.ipynb
