@@ -339,7 +339,7 @@ def training(folder):
     "{source: images a second of 30 steps}: ResNet-18 at 64 px, as in bench/train.py's hand-written loop"
     import torch, torchvision
     import torch.nn.functional as F
-    from imgexp.train import choose_precision, to_input
+    from imgexp.learner import choose_precision, to_input
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).train().to(memory_format=torch.channels_last)
     opt, bf16 = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), choose_precision('auto', 'cpu') == 'bf16'

@@ -75,19 +75,20 @@ def silent():
 # ---- imgexp
 
 def run_fit(task, part, epochs=1, pack='', augment='none', **options):
-    "`imgexp.train.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
+    "`imgexp.fit.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
     from imgexp.data import from_arrays
     from imgexp.loader import IMAGENET
     from imgexp.models import build_model
     from imgexp.packs import load_images
     from imgexp.start import start_run
-    from imgexp.train import fit, make_learner
+    from imgexp.fit import fit
+    from imgexp.learner import make_learner
     if pack:
         table = load_images(pack)
         table = table.take(np.r_[np.resize(table.split('train'), task.n), table.split('valid')[:task.batch]])
     else: table = from_arrays(task.pixels, task.targets, splits=np.arange(len(task.pixels)) >= task.n)
     model = build_model(task.arch, len(table.classes), size=task.size, stem='standard')
-    learn = make_learner(table, model, IMAGENET, task.size, task.batch, augment, device=task.device, **options)
+    learn = make_learner(table, model, IMAGENET, task.device, size=task.size, batch_size=task.batch, augment=augment, **options)
     learn.add_cb(part)
     with tempfile.TemporaryDirectory() as root, silent():
         with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
@@ -97,7 +98,7 @@ def run_fit(task, part, epochs=1, pack='', augment='none', **options):
 
 def imgexp_fit(task, **options):
     "One epoch as a run does it; validation and checkpoint are not timed."
-    from imgexp.train import Part
+    from imgexp.learner import Part
     class Ticks(Part):
         order, run_valid = 1000, False  # after every other part
         def after_batch(self): clock.tick()
@@ -107,7 +108,7 @@ def imgexp_fit(task, **options):
 
 def parts_seconds(task, epochs):
     "`fit` over some epochs -> (seconds of the call, {name of a part: seconds spent in it})"
-    from imgexp.train import Part
+    from imgexp.learner import Part
     spent, clock, call = {}, Clock(task), Part.__call__
     def timed(part, event):
         began = clock.now()

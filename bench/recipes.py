@@ -22,10 +22,11 @@ def main():
     parser.add_argument('--seeds', type=int, default=3, help='runs of each length (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='the first (%(default)s)')
     args = parser.parse_args()
-    from imgexp.train import over_seeds, train_seeds
+    from imgexp.seeds import over_seeds, train_seeds
+    from imgexp.train import EXPERIMENT
     for epochs in map(int, args.epochs.split(',')):
         given = dict(data=args.data, recipe=args.recipe, size=args.size, epochs=epochs, seed=args.seed, track='off')
-        runs = train_seeds(args.seeds, given, given)
+        runs = train_seeds(EXPERIMENT, EXPERIMENT.params.check(given), args.seeds)
         print(over_seeds(runs).to_string(na_rep=''))
         save(row(run, args, epochs) for run in runs)
 

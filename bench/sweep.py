@@ -24,18 +24,18 @@ SMALL = {'filters': {'values': [16, 32]}, 'strategy': {'values': ['same', 'half'
 
 class Report:
     "What a `Run` tells a sweep"
-    name, enough, params = 'nothing', '', {}
+    name, params = 'nothing', {}
     def __init__(self): self.rows = []
-    def _rows(self): return ['valid_loss'], self.rows
+    def history_rows(self): return ['valid_loss'], self.rows
 
 def nothing(**values):
     "A trial's program"
-    from imgexp.sweep import watch
+    from imgexp.sweep import observe
     run = Report()
     for epoch in range(7):
         row = {'valid_loss': values['x0'] + 1/(epoch + 1)}
         run.rows.append([str(v) for v in row.values()])
-        watch(run, row)
+        observe(run, row)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -193,7 +193,6 @@ def large(n, width, head, precision):
     from imgexp.data import Images
     from imgexp.features import Features, FeatureCache
     from imgexp.models import build_model
-    from imgexp.params import check_call
     from imgexp.start import start_run
     rng, kind = np.random.default_rng(0), torch.float32 if precision == 'fp32' else torch.bfloat16
     contents, labels = np.array([f'{i:032}' for i in range(n)], 'S32'), rng.integers(0, 10, n)
@@ -206,7 +205,7 @@ def large(n, width, head, precision):
     found = Features(cache, where, {}, 0)
     table = Images(np.arange(n), labels, (rng.random(n) < 0.1).astype(np.int8), [str(c) for c in range(10)], name='generated', pixels=np.zeros((n, 8, 8, 3), np.uint8))
     t.load_features = lambda *args: ([found], found)
-    p = check_call(t.train, dict(arch='resnet50', head=head, precision=precision, epochs=2, track='off'), t.ALLOWED)
+    p = t.TransferParams.check(dict(arch='resnet50', head=head, precision=precision, epochs=2, track='off'))
     model = build_model('resnet50', 10, size=64, retrain=0)
     with start_run('large', p) as run: t.fit_head(run, p, t.make_learner(p, table, model, ((0.5,)*3,)*2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3

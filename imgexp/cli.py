@@ -138,7 +138,7 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without 
     "Delete the runs that ended without an epoch or a checkpoint."
     names = prune_runs(dry=not yes)
     for name in names: print(name)
-    _say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp list_runs prune --yes deletes them'}" if names else 'nothing to prune')
+    _say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
 # %% ../nbs/90_cli.ipynb #479585a5
 data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)

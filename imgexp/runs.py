@@ -24,6 +24,8 @@ from .tracker import Tracker
 # %% ../nbs/00g_runs.ipynb #a5a7fe36
 HISTORY = ('epoch', 'step', 'images', 'seconds', 'lr', 'train_loss', 'train_top1', 'valid_loss', 'valid_top1',
            'valid_top5', 'img_per_s', 'peak_mem_mb')
+_NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack', 'recipe', 'max_minutes', 'keep_best', 'keep_every',
+              'keep_weights', 'upload', 'cache_gb')  # of runs from before params.json recorded it
 
 # %% ../nbs/00g_runs.ipynb #09a84332
 class Run:
@@ -38,7 +40,7 @@ class Run:
         self.notebook, self.id = info.get('notebook', ''), info.get('id', '')
         self.folder = info.get('folder', '.')  # where its relative paths begin
         self.resolved = info.get('resolved') or {}  # what `auto` meant when the run began
-        self.not_in_id = info.get('not_in_id') or []  # parameters that do not shape the result
+        self.not_in_id = info.get('not_in_id', list(_NOT_IN_ID))  # parameters that do not shape the result
         self.observer = self.tracker = None
         self.stop_reason = ''  # why the training should end early
         self._lock = self._beat = self._owner = None

@@ -1,7 +1,8 @@
-"Are the notebooks clean, and are imgexp/ and README.md what they say? Looks at a copy, changes nothing here."
+"Are the notebooks clean, and are imgexp/, the parameters cells and README.md what they say? Looks at a copy, changes nothing here."
 import os, shutil, subprocess, sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from params_cells import stale
 from readme import ROOT, readme
 
 _REMAKE = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_clean(); nbdev_export()'
@@ -29,6 +30,8 @@ def differences(root=ROOT):
         if name not in there: lines.append(f'{name} is exported by no notebook (mend: delete it, then make export)')
         elif name in here and name.endswith('.ipynb'): lines.append(f'{name} is not clean (mend: make export)')
         else: lines.append(f'{name} is not what its notebook exports (mend: make export)')
+    if not any(line.startswith('imgexp/') for line in lines):  # else the tables of parameters are not those of the notebooks
+        lines += [f'the parameters cell of {p.relative_to(root)} is not what its table says (mend: make export)' for p in stale(root)]
     for name, content in readme(root).items():
         path = root/name
         if not path.exists() or path.read_bytes() != content:
@@ -39,4 +42,4 @@ if __name__ == '__main__':
     try: lines = differences()
     except (RuntimeError, ValueError, OSError) as e: sys.exit(f'imgexp: {e}')
     if lines: sys.exit('\n'.join(f'imgexp: {line}' for line in lines))
-    print('imgexp: notebooks are clean, imgexp/ and README.md are up to date')
+    print('imgexp: notebooks are clean; imgexp/, parameters cells and README.md are up to date')

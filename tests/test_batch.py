@@ -58,7 +58,8 @@ def test_workers_go_when_the_parent_is_killed(launcher, jobs, project):
 PARAMETERS = "rate: float = 0.1  # any\nseed: int = 0  # any\nsteps: int = 2  # of a fifth of a second\nresume: str = 'auto'  # or reuse"
 EXPERIMENT = '''
 import time
-from imgexp.runs import *
+from imgexp.params import *
+from imgexp.start import *
 p = params()
 run = start_run('demo', p | {'track': 'off'})
 if not run.finished:
@@ -131,7 +132,7 @@ print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(in
         assert job.wait() == 0, job.err
         runs = [Run(told['run']) for told in json.loads(job.out)]
         assert [r.params['seed'] for r in runs] == list(seeds) and [r.state for r in runs] == ['done']*2
-        for r in runs: assert f'seed = {r.params['seed']}' in (r.dir/'notebook.ipynb').read_text()
+        for r in runs: assert f'seed = {r.params["seed"]}' in (r.dir/'notebook.ipynb').read_text()
 
 def test_dry_run(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')
@@ -146,7 +147,7 @@ def test_dry_run(launcher, demo):
     'wrong type': (['demo.ipynb', '-p', 'seed', '0,x'], "seed='x' is not a whole number"),
     'no values': (['demo.ipynb', '-p', 'seed'], '-p seed: give a name and its values'),
     'unknown notebook': (['03_trian'], "unknown notebook '03_trian': did you mean '03_train'?"),
-    'no experiment': (['00_runs'], 'has no cell with the tag "parameters"'),
+    'no experiment': (['00g_runs'], 'has no cell with the tag "parameters"'),
     'no jobs': (['demo.ipynb', '--jobs', '0'], 'imgexp batch --help'),
     'value that is refused': (['10_keras_cnn', '-p', 'activation', 'relu,tanh', '--dry-run'], "activation='tanh' is not known: choose one of relu, silu, gelu, mish"),
     'half a list': (['demo.ipynb', '-p', 'seed', '[0,1'], "seed='[0,1' begins like a JSON list"),

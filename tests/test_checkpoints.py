@@ -30,7 +30,7 @@ def runs(launcher, tmp_path_factory):
     data = tree(folder/'data', 20, CLASSES)
     for name in ('whole', 'killed'): (folder/name).mkdir()
     die = '''
-import imgexp.train as t
+import imgexp.parts as t
 real = t.History.before_train
 def before_train(self):
     if self.learn.epoch == 3: os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,8 @@ def measure(x): return {'valid_loss': x + random.random()*0 + statistics.mean([0
 '''
 NOTEBOOK = '''
 import random, statistics, filelock, mine
-from imgexp.runs import *
+from imgexp.params import *
+from imgexp.start import *
 p = params()
 run = start_run('demo', p | {'track': 'off'})
 if not run.finished: run.finish({'valid': {'top1': {'value': mine.measure(0.5)['valid_loss'], 'low': 0, 'high': 1, 'n': 10}}, 'seconds': 0.1})

@@ -123,18 +123,19 @@ def papermill(request, launcher, data, holding, tmp_path_factory):
 # -- imgexp train
 
 DIE = '''
-import imgexp.train as t
-class Die(t.Part):
+import imgexp.setup as s
+from imgexp.learner import Part
+class Die(Part):
     "At a step of the training, do something."
     order = 70
     def after_batch(self):
         if self.learn.training and hasattr(self.learn, 'schedule') and self.schedule.done == {step} - 1 and not self.learn.first_epoch: {act}
-real = t.make_learner
+real = s.make_learner
 def make_learner(*args, **kw):
     learn = real(*args, **kw)
     learn.add_cb(Die())
     return learn
-t.make_learner = make_learner
+s.make_learner = make_learner
 '''
 
 def at(step, act): return DIE.format(step=step, act=act)
@@ -160,7 +161,7 @@ def test_sigkill_after_a_checkpoint_within_an_epoch(launcher, project, data, und
 
 def test_sigkill_while_a_checkpoint_within_an_epoch_is_written(launcher, project, data, undisturbed):
     "Nobody writes that step again: what is left of it goes with the next checkpoint."
-    act = "setattr(t.torch, 'save', lambda *a: os.kill(os.getpid(), signal.SIGKILL)), self.learn.checkpoints.save(self.learn.epoch, self.learn.iter + 1)"
+    act = "setattr(__import__('torch'), 'save', lambda *a: os.kill(os.getpid(), signal.SIGKILL)), self.learn.checkpoints.save(self.learn.epoch, self.learn.iter + 1)"
     job = launcher.imgexp(*options(data), root=project, before=at(2*BATCHES + 4, act))
     assert job.wait() == -signal.SIGKILL, job.err
     assert list((the_run(project)/'checkpoints').glob('.*'))
@@ -191,7 +192,7 @@ def test_what_auto_meant_is_kept_and_a_change_of_threads_is_told(launcher, proje
     args = options(data, epochs=2)
     job = launcher.imgexp(*args, root=project, before=begin + at(BATCHES + 3, 'os.kill(os.getpid(), signal.SIGKILL)'))
     assert job.wait() == -signal.SIGKILL, job.err
-    job = launcher.imgexp(*args, root=project, before=go_on + "import imgexp.train as t; real = t.fit\ndef fit(run, learn, **kw): print('computes in', learn.precision); return real(run, learn, **kw)\nt.fit = fit\n")
+    job = launcher.imgexp(*args, root=project, before=go_on + "import imgexp.setup as s; real = s.fit\ndef fit(run, learn, **kw): print('computes in', learn.precision); return real(run, learn, **kw)\ns.fit = fit\n")
     assert job.wait() == 0, job.err
     run = the_run(project)
     assert 'computes in fp32' in job.out and json.loads((run/'params.json').read_text())['resolved'] == {'precision': 'fp32'}
@@ -202,7 +203,7 @@ def test_what_auto_meant_is_kept_and_a_change_of_threads_is_told(launcher, proje
 def test_sigkill_while_a_checkpoint_is_written(launcher, project, data, undisturbed, name):
     "At each of its files; what was half-written is passed over and cleared away."
     before = f'''
-import imgexp.files as f, safetensors.torch as st, torch
+import imgexp.files, imgexp.runs, safetensors.torch as st, torch
 from pathlib import Path
 def die(path):
     if os.path.basename(path) == {name!r} and len(list(Path(path).parent.parent.glob('**/COMMITTED.json'))) >= 3:
@@ -212,7 +213,7 @@ def wrapped(f, which):
     return g
 st.save_file = wrapped(st.save_file, 1)
 torch.save = wrapped(torch.save, 1)
-f.write_text = wrapped(f.write_text, 0)
+imgexp.files.write_text = imgexp.runs.write_text = wrapped(imgexp.files.write_text, 0)
 '''
     job = launcher.imgexp(*options(data), root=project, before=before)
     assert job.wait() == -signal.SIGKILL, job.err
@@ -252,13 +253,13 @@ def test_a_signal_from_outside(launcher, project, data, undisturbed):
 @pytest.mark.parametrize('where', ['load_learner', 'find_lr', 'predict'])
 def test_asked_to_stop_outside_the_loop(launcher, project, data, undisturbed, where):
     "Before there is a run there is none to mark; while the LR finder or the evaluation is at work the run is `stopped`."
-    args = options(data, lr=0 if where == 'find_lr' else 0.003)
+    args, module = options(data, lr=0 if where == 'find_lr' else 0.003), {'load_learner': 'train', 'predict': 'results'}.get(where)
     before = f'''
-import imgexp.train as t
+import imgexp.{module} as t
 def {where}(*args, **kw): os.kill(os.getpid(), signal.SIGTERM); signal.pause()
 t.{where} = {where}''' if where != 'find_lr' else '''
-import imgexp.train as t
-t._Sweep.before_batch = lambda self: os.kill(os.getpid(), signal.SIGTERM)'''
+import imgexp.lr_finder as t
+t._LRSweep.before_batch = lambda self: os.kill(os.getpid(), signal.SIGTERM)'''
     job = launcher.imgexp(*args, root=project, before=before)
     assert job.wait() == 75, job.err
     assert last_line(job.err).startswith('terminated')
@@ -285,7 +286,7 @@ def test_interrupting_the_kernel(project, data, holding, undisturbed):
             found = run(source)
             assert found['status'] == 'ok', found
         rest = [c.source for c in cells[first + 1:] if 'project.cleanup' not in c.source]
-        training = next(i for i, c in enumerate(rest) if re.search(r'(?m)^best = fit_as\(', c))
+        training = next(i for i, c in enumerate(rest) if re.search(r'(?m)^best = fit_run\(', c))
         for source in rest[:training]:
             found = run(source)
             assert found['status'] == 'ok', found
@@ -312,7 +313,7 @@ def test_interrupting_the_kernel(project, data, holding, undisturbed):
 def test_two_ask_at_once(launcher, project, data, undisturbed):
     "One gets the run; the other is told who has it."
     before = 'from functools import partial; imgexp.train.start_run = partial(imgexp.train.start_run, wait=0.5)\n'
-    hold = 'import time; real_fit = imgexp.train.fit\ndef fit(*a, **k):\n  while not os.path.exists("go"): time.sleep(.05)\n  return real_fit(*a, **k)\nimgexp.train.fit = fit'
+    hold = 'import time; real_fit = imgexp.setup.fit\ndef fit(*a, **k):\n  while not os.path.exists("go"): time.sleep(.05)\n  return real_fit(*a, **k)\nimgexp.setup.fit = fit'
     jobs = [launcher.imgexp(*options(data), root=project, before=before + hold) for _ in range(2)]
     until(lambda: any(j.ended() for j in jobs), 'one to be told')
     loser, winner = sorted(jobs, key=lambda j: not j.ended())

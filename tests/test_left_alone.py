@@ -42,7 +42,7 @@ def test_one_run(launcher, project, command):
     job = launcher.imgexp(*args(command, 4), '--resume', 'reuse', root=project)
     assert job.wait() == 0 and 'test top1' in job.out and result(trial)['n'] == 359, job.err
 
-NOTEBOOK = """from imgexp.runs import params
+NOTEBOOK = """from imgexp.params import params
 from imgexp.train import train
 train(size=12, batch_size=64, subset=0.1, epochs=1, track='off', **params())"""
 
@@ -61,7 +61,7 @@ def test_batch(launcher, project):
 
 def test_a_mean_says_of_how_many(project):
     "Where a value is missing all the same, the foot of the table tells of how many seeds the mean is."
-    from imgexp.train import over_seeds
+    from imgexp.seeds import over_seeds
     def top1(v, n): return {'top1': {'value': v, 'low': 0, 'high': 1, 'n': n}}
     metrics = [{'valid': top1(0.5, 10), 'test': None}, {'valid': top1(0.7, 10), 'test': top1(0.6, 20)}, {'valid': top1(0.6, 9), 'test': top1(0.8, 20)}]
     runs = [start_run('demo', dict(seed=s, track='off')).finish(m) for s, m in enumerate(metrics)]

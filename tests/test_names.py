@@ -10,7 +10,6 @@ import pytest
 from imgexp.data import Images, from_arrays, keep_classes, show_counts
 from imgexp.packs import load_images
 from imgexp.errors import InputError
-from imgexp.params import make_table
 from imgexp.start import find_run, start_run
 from pictures import tree
 
@@ -195,6 +194,11 @@ def _plan():
     from imgexp.batch import Plan
     return Plan(Path(HTML), [{'data': HTML, HTML: 1}], ['run'], [None], [None], 1)
 
+def _parameters():
+    from imgexp.params import Parameters, param
+    class Named(Parameters): data: str = param(HTML, HTML)
+    return Named.of({'data': HTML + HTML})
+
 def _table_of_runs():
     from imgexp.run_table import list_runs
     _run(data=HTML); _run(data='digits')
@@ -208,7 +212,7 @@ def _recipe():
     from imgexp.recipes import Recipe
     return Recipe({HTML: HTML}, HTML, HTML, HTML, HTML)
 
-CARDS = {'parameters': lambda: make_table({'data': HTML, HTML: 1})(), 'run': lambda: _run(data=HTML), 'runs': _table_of_runs, 'trained': _trained,
+CARDS = {'parameters': lambda: _parameters(), 'run': lambda: _run(data=HTML), 'runs': _table_of_runs, 'trained': _trained,
          'images': lambda: Images(np.array([HTML], object), np.zeros(1, int), np.zeros(1, np.int8), [HTML], name=HTML), 'weights': lambda: _network().report,
          'summary': _summary, 'block': _block, 'report': _report, 'batch': _plan, 'recipe': _recipe,
          'findings': lambda: _report().table(), 'kinds': lambda: _report().kinds(),

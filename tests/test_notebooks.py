@@ -1,5 +1,5 @@
 "Every notebook is what the design asks for, and the library is what the notebooks say."
-import ast, base64, io, json, os, re, subprocess, sys, tokenize
+import ast, base64, io, json, os, re, shutil, subprocess, sys, tokenize
 from pathlib import Path
 import nbformat, pytest
 from check import ROOT, differences
@@ -145,14 +145,28 @@ def test_each_notebook_owns_the_module_of_its_name():
 def test_clean_exported_and_readme():
     fail(differences())
 
+def test_a_stale_parameters_cell_is_told_and_mended(tmp_path, monkeypatch):
+    "With the command that mends it; what that writes is clean, and changes nothing else."
+    import check
+    from params_cells import stale
+    assert not stale()
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*', 'images', '_quarto.yml'))
+    path = tmp_path/'nbs/03_train.ipynb'
+    whole = path.read_text(encoding='utf-8')
+    path.write_text(whole.replace('epochs: int = 20', 'epochs: int = 21'), encoding='utf-8')
+    monkeypatch.setattr(check, 'remade', lambda root: {str(p.relative_to(root)): p.read_bytes() for p in check.files(root)})
+    monkeypatch.setattr(check, 'readme', lambda root: {})
+    assert differences(tmp_path) == ['the parameters cell of nbs/03_train.ipynb is not what its table says (mend: make export)']
+    assert stale(tmp_path) == {path: whole}
+
 def test_how_the_readme_is_made():
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
     png = new_output('display_data', {'image/png': base64.b64encode(b'PNG').decode(), 'text/plain': '<Figure>'})
     text, pictures = render(new_notebook(cells=[
-        new_markdown_cell('see [a](00_runs.ipynb), [b](../LICENSE), [c](https://x.org/y), `[d](e)`\n\n```\n[f](g)\n```'),
+        new_markdown_cell('see [a](00g_runs.ipynb), [b](../LICENSE), [c](https://x.org/y), `[d](e)`\n\n```\n[f](g)\n```'),
         new_code_cell('#| hide\nsecret()'), new_code_cell('#| echo: false\nplot()', outputs=[png]),
         new_code_cell('1 + 1', outputs=[new_output('execute_result', {'text/plain': '2'}, execution_count=1)])]))
-    assert 'see [a](nbs/00_runs.ipynb), [b](LICENSE), [c](https://x.org/y), `[d](e)`\n\n```\n[f](g)\n```' in text
+    assert 'see [a](nbs/00g_runs.ipynb), [b](LICENSE), [c](https://x.org/y), `[d](e)`\n\n```\n[f](g)\n```' in text
     assert 'secret' not in text and 'plot' not in text
     assert '```python\n1 + 1\n```\n\n```text\n2\n```' in text
     assert pictures == {'nbs/images/index-2-0.png': b'PNG'} and '![](nbs/images/index-2-0.png)' in text

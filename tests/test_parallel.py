@@ -13,20 +13,20 @@ EPOCHS, BATCHES = 3, 6  # 128 images to train on, the last batch ragged
 
 NET = '''
 
-import imgexp.train as t, torch
+import imgexp.setup, imgexp.train as t, torch
 from torch import nn
 def net(n):
     "Smooth: where rounding moves an activation across the corner of a ReLU, a gradient jumps"
     def norm(): return nn.BatchNorm2d(8) if {normed} else nn.Identity()
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2), norm(), nn.SiLU(), nn.Conv2d(8, 8, 3), norm(), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n))
-real = t.build_model
+real = imgexp.setup.build_model
 def build(arch, n, *args, **kw):
     known = real(arch, n, *args, **kw)
     torch.manual_seed(0)
     model = net(n)
     model.report, model.arch = known.report, known.arch
     return model
-t.build_model = build
+imgexp.setup.build_model = build
 '''
 
 def options(data, **given): return ['train', *(f'--{k.replace("_", "-")}={v}' for k, v in (GIVEN | {'data': data, 'workers': 0} | given).items())]
@@ -98,19 +98,19 @@ def test_batch_norm_sees_the_whole_batch(launcher, project, data, tmp_path):
     close(outcome(project), outcome(other))
 
 DIE = '''
-import imgexp.train as t, os, signal
-class Die(t.Part):
+import imgexp.learner, imgexp.setup, os, signal
+class Die(imgexp.learner.Part):
     order = 70
     def after_batch(self):
         if self.learn.training and self.schedule.done == {step} - 1:
             if {save}: self.learn.checkpoints.save(self.learn.epoch, self.dls.train.batch + 1)
             if int(os.environ['RANK']) == {rank}: {act}
-real_make = t.make_learner
+real_make = imgexp.setup.make_learner
 def make(*args, **kw):
     learn = real_make(*args, **kw)
     learn.add_cb(Die())
     return learn
-t.make_learner = make
+imgexp.setup.make_learner = make
 '''
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -174,7 +174,7 @@ def test_bad_input_is_refused_by_all(launcher, project, data):
     assert not list((project/'runs').glob('2*'))
 
 def test_a_run_that_another_has_is_refused_by_all(launcher, project, data):
-    hold = "imgexp.train.fit_as = lambda *a: __import__('time').sleep(1000)\n"
+    hold = "imgexp.train.fit_run = lambda *a: __import__('time').sleep(1000)\n"
     owner, = start(launcher, 1, project, data, more=hold)
     until(lambda: list((project/'runs').glob('2*/status.json')), 'the run to begin')
     jobs = start(launcher, 2, project, data, more='from functools import partial; t.start_run = partial(t.start_run, wait=0.5)\n')

@@ -22,7 +22,7 @@ def measure(x, kind='a', epochs=3, wait=0., deaths=0, fails=False):
         time.sleep(wait)
         run.log(dict(epoch=epoch + 1, step=epoch + 1, valid_loss=(x - 0.3)**2 + (kind == 'a') + 1/(epoch + 1)))
         if epoch == 1 and run.status['continued'] < deaths: os.kill(os.getpid(), signal.SIGKILL)
-        if run.enough: break
+        if run.stop_reason: break
     return run.finish({})
 def memory(x):
     import psutil

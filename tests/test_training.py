@@ -90,7 +90,7 @@ def test_a_recipe_and_what_the_user_says(launcher, project, data):
 
 def test_a_default_given_explicitly_wins_over_the_recipe(launcher, project, data):
     "20 epochs are the default of `epochs`, and not those of the recipe."
-    stop = 'import imgexp.train as t\ndef load(p, table): raise t.InputError(f"{p.epochs} epochs, rate {p.lr}")\nt.load_learner = load'
+    stop = 'import imgexp.train as t\nfrom imgexp.errors import InputError\ndef load(p, table): raise InputError(f"{p.epochs} epochs, rate {p.lr}")\nt.load_learner = load'
     job = launcher.imgexp('train', '--recipe', 'scratch-small', '--data', str(data), '--epochs', '20', '--lr', '0.003', root=project, before=stop)
     assert job.wait() == 2 and last_line(job.err) == 'imgexp: 20 epochs, rate 0.003'
 
@@ -138,7 +138,7 @@ def test_a_kill_of_an_extended_run_of_another_size(launcher, project, data, tmp_
     shutil.copytree(project/'runs', other/'runs')
     args = ['train', '--extend', parent.name[:15], '--data', str(data), '--epochs', '2', '--size', '16', '--track', 'off', '--workers', '0']
     kill = '''
-import imgexp.train as t
+import imgexp.parts as t
 real = t.History.before_train
 def before_train(self):
     if self.learn.epoch == 3: os.kill(os.getpid(), signal.SIGKILL)
@@ -166,7 +166,8 @@ def test_averaged_statistics_fit_averaged_weights(project):
     from imgexp.loader import normalization
     from imgexp.models import build_model
     from imgexp.start import start_run
-    from imgexp.train import fit, make_learner, to_input
+    from imgexp.fit import fit
+    from imgexp.learner import make_learner, to_input
     table = keep_subset(digits(), 0.5, seed=0)
     norm = normalization(table, 16)
     def learner(): return make_learner(table, build_model('compact_resnet', 10, size=16), norm, size=16, batch_size=32, device='cpu', precision='fp32')

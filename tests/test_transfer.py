@@ -12,14 +12,16 @@ import pytest
 import torch
 from imgexp.data import keep_subset
 from imgexp.evaluate import load_run
+from imgexp.fit import fit
+from imgexp.experiments import stored_params
 from imgexp.features import View, cut, features, features_dir, module_id
 from imgexp.learner import make_learner as through_images
 from imgexp.models import build_model
 from imgexp.packs import load_images
+from imgexp.results import predict_split as predict_images
 from imgexp.runs import Run
 from imgexp.start import start_run
-from imgexp.train import fit, predict_split as predict_images
-from imgexp.transfer import compare, norm_of, train
+from imgexp.transfer import TransferParams, compare, norm_of, train
 from launch import last_line
 from pictures import tree
 
@@ -33,12 +35,12 @@ SMALL = dict(size=32, epochs=3, precision='fp32', track='off', subset=0.2)
 def test_features_give_what_images_give(project, arch, retrain, head):
     "Same order, same seed: logits equal to 1e-5, the same predictions, the frozen part as it was, batch norm's statistics included."
     run = train(arch=arch, retrain=retrain, head=head, **SMALL)
-    p = run.params
+    p = stored_params(run, TransferParams)
     table = keep_subset(load_images('digits'), p.subset, p.seed)
     net = build_model(arch, 10, '', retrain, p.size, head=head)
     frozen = module_id(cut(net, retrain).prefix)
-    learn = through_images(table, net, norm_of(p, table), p.size, p.batch_size, 'none', 'fp32', seed=p.seed)
-    with start_run('images', dict(track='off')) as other: best = fit(other, learn, p.epochs, 'adam', p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1)
+    learn = through_images(table, net, norm_of(p, table), size=p.size, batch_size=p.batch_size, augment='none', precision='fp32', seed=p.seed)
+    with start_run('images', dict(track='off')) as other: best = fit(other, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1)
     ours = load_run(run.name)
     assert module_id(cut(net, retrain).prefix) == frozen == module_id(cut(ours.model, retrain).prefix)
     assert best['epoch'] == run.metrics['epoch']
@@ -57,7 +59,7 @@ def test_bf16_hardly_changes_predictions(project):
     from imgexp.learner import _native_bf16
     if not _native_bf16('cpu'): pytest.skip('this processor computes bf16 by emulation, at a tenth of the speed')
     data, weights = clothing()
-    run = train(data, arch='mobilenet_v2', weights=weights, size=224, subset=0.1, head='logistic', precision='fp32', track='off')
+    run = train(data=data, arch='mobilenet_v2', weights=weights, size=224, subset=0.1, head='logistic', precision='fp32', track='off')
     table, found = load_images(data), load_run(run.name)
     parts, test = cut(found.model.cpu()), table.split('test')
     view = View(224, tuple(map(tuple, found.about['norm'])))
@@ -76,7 +78,7 @@ def test_logistic_sees_all_views_at_once(project):
     "And tells which weight decay it chose."
     from imgexp.transfer import WholeLoader, load_features
     run = train(head='logistic', views=3, **SMALL)
-    p, seen = run.params, run.history
+    p, seen = stored_params(run, TransferParams), run.history
     assert (seen.images.diff().dropna() == 3*len(keep_subset(load_images('digits'), p.subset, p.seed).split('train'))).all()
     assert np.allclose(seen.weight_decay, 10.**np.arange(0, -5.5, -0.5)) and 'lr' not in seen, 'there is no learning rate'
     table = keep_subset(load_images('digits'), p.subset, p.seed)
@@ -158,8 +160,7 @@ def test_fine_tuning_begins_with_the_best_head(project):
 def test_told_enough_before_fine_tuning(project, monkeypatch):
     "A sweep ends a trial while its head is trained: it is not fine-tuned either."
     watcher = types.ModuleType('watcher')
-    def look(run, row): run.enough = 'half of the others are better'
-    watcher.look = look
+    watcher.look = lambda run, row: 'half of the others are better'
     monkeypatch.setitem(sys.modules, 'watcher', watcher)
     monkeypatch.setenv('IMGEXP_OBSERVER', 'watcher:look')
     run = train(finetune_epochs=1, arch='compact_resnet', **SMALL)

@@ -48,7 +48,7 @@ EXPERIMENTS = {  # other experiments: which, and what it is given
 ROWS = [*FEATURES, *EXPERIMENTS]
 
 POINTS = '''
-import imgexp.files as r, os, signal
+import imgexp.files, imgexp.runs, os, signal
 from pathlib import Path
 fatal, seen = {fatal}, dict(moment=0, file=0)  # the kind of point, and which of them
 def point(kind, before_death=lambda: None):
@@ -67,15 +67,15 @@ def half(f, which):
         return f(*args, **kw)
     return g
 def features(path): return 'features' in Path(path).parts and Path(path).suffix == '.part'
-r.write_text = half(r.write_text, 0)
+imgexp.files.write_text = imgexp.runs.write_text = half(imgexp.files.write_text, 0)
 '''
 WATCH = POINTS + '''
-import imgexp.train as t, imgexp.transfer as tr, imgexp.checkpoints as c, hashlib, safetensors.torch as st, torch
+import imgexp.fit, imgexp.setup as s, imgexp.transfer as tr, imgexp.checkpoints as c, hashlib, safetensors.torch as st, torch
 torch.set_num_threads({threads})
 st.save_file, torch.save = half(st.save_file, 1), half(torch.save, 1)
 c.shutil.copyfile, remove = half(c.shutil.copyfile, 1), c.shutil.rmtree
 c.shutil.rmtree = lambda path, **kw: (point('file'), remove(path, **kw)) if Path(path).exists() else None
-class Watch(t.Part):
+class Watch(tr.Part):
     "Counts the moments of a step, and writes down what each batch holds."
     order, run_valid = 70, False
     def before_batch(self):
@@ -90,9 +90,9 @@ def watched(real):
         learn.add_cb(Watch())
         return learn
     return make
-t.make_learner, tr.make_learner, tr.through_images = map(watched, (t.make_learner, tr.make_learner, tr.through_images))
-find_lr = t.find_lr
-t.find_lr = lambda *args, **kw: find_lr(*args, steps=20, **kw)
+s.make_learner, tr.make_learner, tr.through_images = map(watched, (s.make_learner, tr.make_learner, tr.through_images))
+find_lr = imgexp.fit.find_lr
+imgexp.fit.find_lr = lambda *args, **kw: find_lr(*args, steps=20, **kw)
 wanted = c.Checkpoints._wanted
 c.Checkpoints._wanted = lambda self, due=False: max(wanted(self), int(due and self.schedule.done % 3 == 0))
 import imgexp.features
