@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from fastcore.basics import patch
 
 from .errors import InputError, Stopped, stop_requests, unknown_name
 from .files import project_root, read_json, short_path, to_plain, writing
@@ -119,14 +120,16 @@ class _Worker:
             try: p.kill()
             except psutil.NoSuchProcess: pass
 
-    def death(self):
-        "How it ended, and the last thing it said"
-        code = self.process.returncode
-        how = f'was killed by {signal.Signals(-code).name}' + ', perhaps for lack of memory'*(code == -signal.SIGKILL) if code < 0 else f'ended with status {code}'
-        size = os.fstat(self.log.fileno()).st_size
-        lines = os.pread(self.log.fileno(), 2000, max(0, size - 2000)).decode(errors='replace').split('\n')
-        last = next((line.strip() for line in reversed(lines) if line.strip()), '')
-        return f'its process {how}' + f' after: {last}'*bool(last)
+# %% ../nbs/05_batch.ipynb #4a8e8391
+@patch
+def death(self: _Worker):
+    "How it ended, and the last thing it said"
+    code = self.process.returncode
+    how = f'was killed by {signal.Signals(-code).name}' + ', perhaps for lack of memory'*(code == -signal.SIGKILL) if code < 0 else f'ended with status {code}'
+    size = os.fstat(self.log.fileno()).st_size
+    lines = os.pread(self.log.fileno(), 2000, max(0, size - 2000)).decode(errors='replace').split('\n')
+    last = next((line.strip() for line in reversed(lines) if line.strip()), '')
+    return f'its process {how}' + f' after: {last}'*bool(last)
 
 # %% ../nbs/05_batch.ipynb #311fb640
 def gpus() -> list: # of text, as CUDA_VISIBLE_DEVICES names them
@@ -184,15 +187,20 @@ class Local:
     def _forget(self, worker):
         if self.workers.get(worker.slot) is worker: del self.workers[worker.slot]
 
-    def stop(self, hard: bool = False):
-        "Ask all jobs to write a checkpoint and stop; `hard` ends them at once."
-        for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
-    def close(self):
-        "Let the workers end."
-        for w in list(self.workers.values()): w.end()
-        for w in list(self.workers.values()):
-            try: w.process.wait(5)
-            except subprocess.TimeoutExpired: w.kill()
+# %% ../nbs/05_batch.ipynb #f65f3572
+@patch
+def stop(self: Local, hard: bool = False):
+    "Ask all jobs to write a checkpoint and stop; `hard` ends them at once."
+    for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
+
+# %% ../nbs/05_batch.ipynb #e6df84f3
+@patch
+def close(self: Local):
+    "Let the workers end."
+    for w in list(self.workers.values()): w.end()
+    for w in list(self.workers.values()):
+        try: w.process.wait(5)
+        except subprocess.TimeoutExpired: w.kill()
 
 # %% ../nbs/05_batch.ipynb #5df5b44c
 class Interrupted(Stopped):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from fastcore.basics import patch
 
 from .fetch import (
     BadArchive, FetchError, Remote, _place, _say, _tar_files, download, each, room, unlike, unpack)
@@ -49,24 +50,29 @@ class Entry:
         return out | {'files': [dict(file=r.name, url=r.url, bytes=r.size or None, checksum=r.checksum, size=s)
                                 for s, files in self.sizes.items() for r in files]}
 
-    def _lines(self):
-        f = self.facts()
-        counts = ', '.join(f"{'?' if f[s] is None else format(f[s], ',')} {s}" for s in _SPLITS if f[s] != 0)
-        yield 'holds', f'{self.n_classes:,} classes: {counts}'
-        for k in ('license', 'citation', 'page', 'note', 'each class', 'files listed at'):
-            if f.get(k): yield k, f[k]
-        for r in f['files']:
-            what = r['url'] if r['url'].endswith(r['file']) else r['file']
-            size = file_size(r['bytes']) if r['bytes'] else 'size not published'
-            yield f"file {r['size']}".strip(), f"{what} ({size}; {r['checksum'] or 'no checksum published'})"
-        here = ', '.join(_place(p) for s in self.sizes if (p := where(self.name, s)))
-        yield 'here', here or (f'no: `{self.command()}` brings it' if self.sizes else 'embedded')
-
     def __repr__(self): return '\n'.join([self.name, *(f'  {k:<16}{v}' for k, v in self._lines())])
-    def _repr_html_(self):
-        cell = "<td style='text-align:left'>"
-        rows = ''.join(f'<tr>{cell}{escape(k)}</td>{cell}{escape(v)}</td></tr>' for k, v in self._lines())
-        return f"<table><tr><th></th><th style='text-align:left'>{escape(self.name)}</th></tr>{rows}</table>"
+
+# %% ../nbs/01_catalog.ipynb #ceea3346
+@patch
+def _lines(self: Entry):
+    f = self.facts()
+    counts = ', '.join(f"{'?' if f[s] is None else format(f[s], ',')} {s}" for s in _SPLITS if f[s] != 0)
+    yield 'holds', f'{self.n_classes:,} classes: {counts}'
+    for k in ('license', 'citation', 'page', 'note', 'each class', 'files listed at'):
+        if f.get(k): yield k, f[k]
+    for r in f['files']:
+        what = r['url'] if r['url'].endswith(r['file']) else r['file']
+        size = file_size(r['bytes']) if r['bytes'] else 'size not published'
+        yield f"file {r['size']}".strip(), f"{what} ({size}; {r['checksum'] or 'no checksum published'})"
+    here = ', '.join(_place(p) for s in self.sizes if (p := where(self.name, s)))
+    yield 'here', here or (f'no: `{self.command()}` brings it' if self.sizes else 'embedded')
+
+# %% ../nbs/01_catalog.ipynb #e8871dbb
+@patch
+def _repr_html_(self: Entry):
+    cell = "<td style='text-align:left'>"
+    rows = ''.join(f'<tr>{cell}{escape(k)}</td>{cell}{escape(v)}</td></tr>' for k, v in self._lines())
+    return f"<table><tr><th></th><th style='text-align:left'>{escape(self.name)}</th></tr>{rows}</table>"
 
 # %% ../nbs/01_catalog.ipynb #bb30a06f
 _TERMS = 'ImageNet terms: non-commercial research and education'
@@ -484,28 +490,34 @@ class _Job:
         remote = _at(replace(remote, page=remote.page or self.entry.page), self.base_url)
         return download(remote, self.downloads, stop=stop, **self.net)
 
-    def unpack(self, path, folder, **kw):
-        "Unpack an archive once; a damaged one that was fetched is removed"
-        done = folder/f'.done-{path.name}'
-        if done.exists(): return
-        if not folder.exists(): room(folder, path.stat().st_size)
-        try: unpack(path, folder, **kw)
-        except BadArchive as e:
-            if path.name in self.local: raise
-            path.unlink()
-            raise BadArchive(f'{e}: it was removed, the same command fetches it again') from None
-        done.touch()
+# %% ../nbs/01_catalog.ipynb #fd95fa9c
+@patch
+def unpack(self: _Job, path, folder, **kw):
+    "Unpack an archive once; a damaged one that was fetched is removed"
+    done = folder/f'.done-{path.name}'
+    if done.exists(): return
+    if not folder.exists(): room(folder, path.stat().st_size)
+    try: unpack(path, folder, **kw)
+    except BadArchive as e:
+        if path.name in self.local: raise
+        path.unlink()
+        raise BadArchive(f'{e}: it was removed, the same command fetches it again') from None
+    done.touch()
 
-    def drop(self, path):
-        "Remove a fetched archive unless it is to be kept"
-        if not self.keep and path.parent == self.downloads: path.unlink(missing_ok=True)
+# %% ../nbs/01_catalog.ipynb #8b8620e5
+@patch
+def drop(self: _Job, path):
+    "Remove a fetched archive unless it is to be kept"
+    if not self.keep and path.parent == self.downloads: path.unlink(missing_ok=True)
 
-    def clear(self):
-        "Remove what is left of the work"
-        shutil.rmtree(self.raw, ignore_errors=True)
-        if not self.keep: shutil.rmtree(self.downloads, ignore_errors=True)
-        try: self.downloads.parent.rmdir()
-        except OSError: pass
+# %% ../nbs/01_catalog.ipynb #c659ef01
+@patch
+def clear(self: _Job):
+    "Remove what is left of the work"
+    shutil.rmtree(self.raw, ignore_errors=True)
+    if not self.keep: shutil.rmtree(self.downloads, ignore_errors=True)
+    try: self.downloads.parent.rmdir()
+    except OSError: pass
 
 # %% ../nbs/01_catalog.ipynb #d4d112b9
 @contextmanager

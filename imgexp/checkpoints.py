@@ -168,14 +168,6 @@ class Checkpoints(Part):
         self.most, self.every, self.alone, self.end, self.spent = best, every, alone, end, 0.
     def before_fit(self): self.wrote = time.monotonic()
 
-    def _wanted(self, due=False):
-        "0 go on, 1 write a checkpoint, 2 write it and stop: the same for all processes"
-        now = time.monotonic()
-        if now > self.end and not self.asked: self.asked.append('the time allowed by max_minutes is over')
-        found = most(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
-        if found == 2 and not self.asked: self.asked.append('another process was asked to stop')
-        return found
-
     def after_batch(self):
         batch = self.dls.train.batch + 1
         if batch < self.dls.train.batches.n and self._wanted(due=True): self.save(self.learn.epoch, batch)
@@ -183,6 +175,16 @@ class Checkpoints(Part):
     def after_epoch(self):
         self._wanted()
         self.save(self.learn.epoch + 1, 0, self.history.row)
+
+# %% ../nbs/02g_checkpoints.ipynb #cb117399
+@patch
+def _wanted(self: Checkpoints, due=False):
+    "0 go on, 1 write a checkpoint, 2 write it and stop: the same for all processes"
+    now = time.monotonic()
+    if now > self.end and not self.asked: self.asked.append('the time allowed by max_minutes is over')
+    found = most(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
+    if found == 2 and not self.asked: self.asked.append('another process was asked to stop')
+    return found
 
 # %% ../nbs/02g_checkpoints.ipynb #0a84e56a
 @patch

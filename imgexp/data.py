@@ -24,6 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
+from fastcore.basics import patch
 
 from .catalog import SUFFIXES
 from .errors import InputError, RunFailed, unknown_name
@@ -103,19 +104,23 @@ class Images:
         np.add.at(out, (self.labels, self.splits), 1)
         return out
 
-    def __repr__(self):
-        each = ', '.join(f'{n:,} {s}' for s, n in zip(SPLITS, self.counts().sum(0)) if n)
-        return f'{self.name}: {len(self):,} images ({each}), {len(self.classes)} classes'
+# %% ../nbs/01b_data.ipynb #b2ba0f9a
+@patch
+def __repr__(self: Images):
+    each = ', '.join(f'{n:,} {s}' for s, n in zip(SPLITS, self.counts().sum(0)) if n)
+    return f'{self.name}: {len(self):,} images ({each}), {len(self.classes)} classes'
 
-    def _repr_html_(self):
-        counts, shown = self.counts(), 12
-        rows = ''.join(f"<tr><td style='text-align:left'>{escape(c)}</td>{''.join(f'<td>{n:,}</td>' for n in r)}</tr>"
-                       for c, r in list(zip(self.classes, counts))[:shown])
-        more = f'<tr><td>… {len(counts) - shown} more</td></tr>' if len(counts) > shown else ''
-        total = ''.join(f'<td><b>{n:,}</b></td>' for n in counts.sum(0))
-        head = ''.join(f'<th>{s}</th>' for s in SPLITS)
-        return (f'<div>{escape(repr(self))}<table><tr><th>class</th>{head}</tr>{rows}{more}'
-                f'<tr><td><b>all</b></td>{total}</tr></table></div>')
+# %% ../nbs/01b_data.ipynb #31601baa
+@patch
+def _repr_html_(self: Images):
+    counts, shown = self.counts(), 12
+    rows = ''.join(f"<tr><td style='text-align:left'>{escape(c)}</td>{''.join(f'<td>{n:,}</td>' for n in r)}</tr>"
+                   for c, r in list(zip(self.classes, counts))[:shown])
+    more = f'<tr><td>… {len(counts) - shown} more</td></tr>' if len(counts) > shown else ''
+    total = ''.join(f'<td><b>{n:,}</b></td>' for n in counts.sum(0))
+    head = ''.join(f'<th>{s}</th>' for s in SPLITS)
+    return (f'<div>{escape(repr(self))}<table><tr><th>class</th>{head}</tr>{rows}{more}'
+            f'<tr><td><b>all</b></td>{total}</tr></table></div>')
 
 # %% ../nbs/01b_data.ipynb #f8e87bc2
 def ranks(

@@ -20,6 +20,7 @@ import PIL
 import safetensors.torch
 import simplejpeg
 import torch
+
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch import fx, nn
@@ -308,20 +309,22 @@ class Features:
         try: return _load(self.paths[k])['features']
         except FileNotFoundError: return self.values[k]  # another process made room
 
-    def take(
-        self,
-        rows,          # int [n], of the table
-    ) -> torch.Tensor: # [n, …]
-        "Features of these rows."
-        files, at = self.where[rows].T
-        if len(files) and files.min() < 0: raise KeyError('an image without features')
-        out = torch.empty((len(files), *self.values[0].shape[1:]), dtype=self.values[0].dtype)
-        for k in np.unique(files):
-            here = np.flatnonzero(files == k)
-            chosen = self._file(k, len(files)).index_select(0, torch.from_numpy(at[here]))
-            if len(here) == len(files): out = chosen
-            else: out.index_copy_(0, torch.from_numpy(here), chosen)
-        return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
+# %% ../nbs/15_features.ipynb #fd59e0ee
+@patch
+def take(
+    self: Features,
+    rows,          # int [n], of the table
+) -> torch.Tensor: # [n, …]
+    "Features of these rows."
+    files, at = self.where[rows].T
+    if len(files) and files.min() < 0: raise KeyError('an image without features')
+    out = torch.empty((len(files), *self.values[0].shape[1:]), dtype=self.values[0].dtype)
+    for k in np.unique(files):
+        here = np.flatnonzero(files == k)
+        chosen = self._file(k, len(files)).index_select(0, torch.from_numpy(at[here]))
+        if len(here) == len(files): out = chosen
+        else: out.index_copy_(0, torch.from_numpy(here), chosen)
+    return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
 
 # %% ../nbs/15_features.ipynb #15fe0018
 FILE_MB, FILE_SECONDS = 256, 20  # a file of features is closed when it is so large, or took so long

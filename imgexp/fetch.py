@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
+from fastcore.basics import patch
 
 from .errors import RunFailed
 from .files import read_json, short_path, write_json
@@ -95,12 +96,14 @@ class Progress:
         left = f', {(self.total - done)/rate/60:.0f} min left' if self.total else ''
         _say(f'{self.name}: {file_size(done)}{left}')
 
-    def close(self, whole):
-        "The end: how much it was, and how fast"
-        if self.bar: self.bar.close()
-        seconds = max(time.monotonic() - self.began, 1e-3)
-        if whole: _say(f'{self.name}: {file_size(self.done)} in {seconds:.0f} s, '
-                       f'{file_size(int(max(self.done - self.first, 0)/seconds))}/s')
+# %% ../nbs/00b_fetch.ipynb #d6ff0913
+@patch
+def close(self: Progress, whole):
+    "The end: how much it was, and how fast"
+    if self.bar: self.bar.close()
+    seconds = max(time.monotonic() - self.began, 1e-3)
+    if whole: _say(f'{self.name}: {file_size(self.done)} in {seconds:.0f} s, '
+                   f'{file_size(int(max(self.done - self.first, 0)/seconds))}/s')
 
 # %% ../nbs/00b_fetch.ipynb #3263b873
 class _Again(Exception):

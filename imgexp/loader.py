@@ -113,11 +113,13 @@ class Maker:
             except BadImage as e: bad[i] = str(e); held.append((None, None))
         return held, bad
 
-    def _part(self, image, size, box, u):
-        "The part of an image that is to be seen"
-        if size is not None: return _cut(image, size, box, self.size)
-        image = shrink(decode(image, self.table.presize, self.table.presize), self.table.presize)
-        return _cut(image, image.shape[:2], self._boxes([image.shape[:2]], u)[0], self.size)
+# %% ../nbs/01e_loader.ipynb #01919dbf
+@patch
+def _part(self: Maker, image, size, box, u):
+    "The part of an image that is to be seen"
+    if size is not None: return _cut(image, size, box, self.size)
+    image = shrink(decode(image, self.table.presize, self.table.presize), self.table.presize)
+    return _cut(image, image.shape[:2], self._boxes([image.shape[:2]], u)[0], self.size)
 
 # %% ../nbs/01e_loader.ipynb #180e2021
 @patch
@@ -249,16 +251,18 @@ class Loader:
     @property
     def n(self): return len(self.batches.rows)
 
-    def at(
-        self,
-        epoch: int,     # 0 and up
-        start: int = 0, # batch of the epoch to begin with
-        size: int = 0,  # side in px from now on; 0 leaves it
-    ):
-        "This loader, to be read from batch `start` of `epoch`."
-        self.batches.epoch, self.batches.start = epoch, start
-        if size: self.make = self.of_size(size)
-        return self
+# %% ../nbs/01e_loader.ipynb #6bb53708
+@patch
+def at(
+    self: Loader,
+    epoch: int,     # 0 and up
+    start: int = 0, # batch of the epoch to begin with
+    size: int = 0,  # side in px from now on; 0 leaves it
+):
+    "This loader, to be read from batch `start` of `epoch`."
+    self.batches.epoch, self.batches.start = epoch, start
+    if size: self.make = self.of_size(size)
+    return self
 
 # %% ../nbs/01e_loader.ipynb #7bc60155
 @patch

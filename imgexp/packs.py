@@ -68,13 +68,15 @@ class Pack:
         held = data[ends[k]:ends[k + 1]]
         return held.reshape(self.heights[i], self.widths[i], 3) if self.raw else held.tobytes()
 
-    def contents(
-        self,
-        places, # int [n]
-    ) -> list:  # bytes [n]
-        "sha-256 of the files that the images come from; b'' for one that couldn't be read."
-        raw = self.index['sha256'].combine_chunks().buffers()[1].to_pybytes()
-        return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in places]
+# %% ../nbs/01d_packs.ipynb #4e5c1855
+@patch
+def contents(
+    self: Pack,
+    places, # int [n]
+) -> list:  # bytes [n]
+    "sha-256 of the files that the images come from; b'' for one that couldn't be read."
+    raw = self.index['sha256'].combine_chunks().buffers()[1].to_pybytes()
+    return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in places]
 
 # %% ../nbs/01d_packs.ipynb #2209a1ba
 def _shard_name(k): return f'images-{k:05d}.arrow'

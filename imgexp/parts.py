@@ -171,13 +171,16 @@ class Finite(Part):
     def _what(self):
         images = self.xb[0][:self.learn.micro_batch or None]
         return not_finite(self.learn.suffix or self.model, images, autocast(self.learn.precision, self.dls.device))
-    def check_weights(self):
-        "Raise `RunFailed` where a weight is not finite."
-        self.check()
-        own = [p.detach() for p in self.model.state_dict().values() if p.is_floating_point()]
-        if not torch.stack(torch._foreach_norm(own)).isfinite().all():
-            raise RunFailed(f"{self._what()} not finite after step {self.schedule.done} in epoch {self.learn.epoch + 1}: "
-                            'try a smaller lr, clip=1, or precision=fp32')
+
+# %% ../nbs/02f_parts.ipynb #f5c061d8
+@patch
+def check_weights(self: Finite):
+    "Raise `RunFailed` where a weight is not finite."
+    self.check()
+    own = [p.detach() for p in self.model.state_dict().values() if p.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(own)).isfinite().all():
+        raise RunFailed(f"{self._what()} not finite after step {self.schedule.done} in epoch {self.learn.epoch + 1}: "
+                        'try a smaller lr, clip=1, or precision=fp32')
 
 # %% ../nbs/02f_parts.ipynb #c0026332
 HIGHER = {'valid_top1': True, 'valid_loss': False, 'ema_top1': True, 'ema_loss': False}  # whether more is better
@@ -262,10 +265,6 @@ class History(Part):
         self.row |= dict(valid_top5=sums['valid'][2]/sums['valid'][3], img_per_s=round(self.speed, 1),
                          peak_mem_mb=most(round(peak_memory(self.dls.device))))
 
-    def skipped(self):
-        "Images that could not be decoded, and why, of all processes"
-        own = json.dumps([self.dls.train.skipped, self.dls.valid.skipped])
-        return [{k: v for text in gather(own) for k, v in json.loads(text)[i].items()} for i in (0, 1)]
     def state(self):
         return {'sums': {k: total(v) for k, v in self.sums.items()}, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
     def load(self, state):
@@ -273,6 +272,13 @@ class History(Part):
         self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
         self.images, self.seconds = state['images'], state['seconds']
         for loader, names in zip((self.dls.train, self.dls.valid), state['skipped']): loader.skipped.update(names)
+
+# %% ../nbs/02f_parts.ipynb #0486e1c9
+@patch
+def skipped(self: History):
+    "Images that could not be decoded, and why, of all processes"
+    own = json.dumps([self.dls.train.skipped, self.dls.valid.skipped])
+    return [{k: v for text in gather(own) for k, v in json.loads(text)[i].items()} for i in (0, 1)]
 
 # %% ../nbs/02f_parts.ipynb #869f3f24
 class Progress(Part):
@@ -288,11 +294,6 @@ class Progress(Part):
             from tqdm import tqdm
             done = self.learn.first_batch
             self.bar = tqdm(total=len(self.dls.train) + done, initial=done, leave=False, desc=f'epoch {self.learn.epoch + 1}/{self.learn.n_epoch}')
-
-    def left(self):
-        "Seconds to the end, at the speed since the start"
-        done, since = self.schedule.done - self.first[0], time.perf_counter() - self.first[1]
-        return since/max(done, 1)*(self.schedule.total - self.schedule.done)
 
     def after_batch(self):
         if not self.learn.training: return
@@ -311,6 +312,13 @@ class Progress(Part):
         self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid {r['valid_loss']:.3f}), "
                   f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
+
+# %% ../nbs/02f_parts.ipynb #83cbd356
+@patch
+def left(self: Progress):
+    "Seconds to the end, at the speed since the start"
+    done, since = self.schedule.done - self.first[0], time.perf_counter() - self.first[1]
+    return since/max(done, 1)*(self.schedule.total - self.schedule.done)
 
 # %% ../nbs/02f_parts.ipynb #f07c55b6
 class Bottleneck(Part):

@@ -250,17 +250,23 @@ class Sweep:
     def choices(self): return {p.name: _as_optuna(p, self.grid) for p in self.space}
     @cached_property
     def study(self): return self._study(_pure_sampler(self))
-    def _study(self, sampler):
-        return _optuna().create_study(storage=self.storage, study_name=f'{self.name}-{self.id}', sampler=sampler, load_if_exists=True,
-                                   direction='minimize' if self.metric.lower else 'maximize')
     def reached(self, value): return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
     def trials(self): return self.study.get_trials(deepcopy=False)
-    def of(self, number):
-        "One trial"
-        return self.storage.get_trial(self._id(number))
     def _id(self, number): return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
     @cached_property
     def _study_id(self): return self.storage.get_study_id_from_name(self.study.study_name)
+
+# %% ../nbs/06b_sweep.ipynb #2736a6f1
+@patch
+def _study(self: Sweep, sampler):
+    return _optuna().create_study(storage=self.storage, study_name=f'{self.name}-{self.id}', sampler=sampler, load_if_exists=True,
+                               direction='minimize' if self.metric.lower else 'maximize')
+
+# %% ../nbs/06b_sweep.ipynb #5535be53
+@patch
+def of(self: Sweep, number):
+    "One trial"
+    return self.storage.get_trial(self._id(number))
 
 # %% ../nbs/06b_sweep.ipynb #a07c1b3e
 @patch

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
+from fastcore.basics import patch
 
 from .augment import augment_id, policy
 from .checkpoints import read_index, stands_at
@@ -105,16 +106,19 @@ class FeatureLoader(Loader):
         "This loader, to be read from batch `start` of `epoch`"
         self.batches.epoch, self.batches.start = epoch, start
         return self
-    def _jobs(self):
-        chosen, batches, size = self.sets[self.batches.epoch % len(self.sets)], iter(self.batches), self.batches.batch_size
-        if self._keeps(chosen):
-            if self.held is None: self.held = chosen.take(self.batches.rows)
-            for k, rows in enumerate(batches, self.batches.start): yield _Taken(self.held[k*size:k*size + len(rows)], rows)
-        while several := [*islice(batches, self._at_once(chosen))]:  # few long reads are faster than many short ones
-            parts = chosen.take(np.concatenate(several)).split([len(rows) for rows in several])
-            yield from map(_Taken, parts, several)
     def _keeps(self, chosen): return not self.batches.shuffle and len(self.sets) == 1 and len(self.batches.rows)*_bytes(chosen) < KEPT_MB*1e6
     def _at_once(self, chosen): return max(1, int(AT_ONCE_MB*1e6)//max(1, self.batches.batch_size*_bytes(chosen)))
+
+# %% ../nbs/20_transfer.ipynb #75b3dad6
+@patch
+def _jobs(self: FeatureLoader):
+    chosen, batches, size = self.sets[self.batches.epoch % len(self.sets)], iter(self.batches), self.batches.batch_size
+    if self._keeps(chosen):
+        if self.held is None: self.held = chosen.take(self.batches.rows)
+        for k, rows in enumerate(batches, self.batches.start): yield _Taken(self.held[k*size:k*size + len(rows)], rows)
+    while several := [*islice(batches, self._at_once(chosen))]:  # few long reads are faster than many short ones
+        parts = chosen.take(np.concatenate(several)).split([len(rows) for rows in several])
+        yield from map(_Taken, parts, several)
 
 # %% ../nbs/20_transfer.ipynb #56d2d642
 class WholeLoader(FeatureLoader):
