@@ -30,11 +30,11 @@ def _row(folder):
 
 _FIRST = ['run', 'state', 'minutes', 'epochs', 'valid_top1', 'test_top1', 'disk_mb']  # epochs: finished ones
 
-# %% ../nbs/00i_run_table.ipynb #0b13d4f4
-def _varying(params):
-    "Names of the parameters that differ between runs"
+# %% ../nbs/00i_run_table.ipynb #466a9dc4
+def _shown(params, columns):
+    "Names of the parameters that differ between runs, and of those in `columns`"
     names = dict.fromkeys(k for p in params for k in p)
-    return [k for k in names if k not in _FIRST and len({repr(p.get(k)) for p in params if p}) > 1]
+    return [k for k in names if k not in _FIRST and (k in columns or len({repr(p.get(k)) for p in params if p}) > 1)]
 
 # %% ../nbs/00i_run_table.ipynb #de682d7e
 def list_runs(
@@ -46,7 +46,7 @@ def list_runs(
     folder = Path(root or project_root())/'runs'
     folders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name != 'sweeps') if folder.is_dir() else []
     rows = [row for row in map(_row, folders) if row]
-    shown = [*columns, *(k for k in _varying([params for _, params in rows]) if k not in columns)]
+    shown = _shown([params for _, params in rows], columns)
     table = pd.DataFrame([row | {k: params[k] for k in shown if k in params} for row, params in rows],
                          columns=[*_FIRST, *shown, 'error'])
     return table.set_index('run').round({'minutes': 1, 'valid_top1': 4, 'test_top1': 4, 'disk_mb': 1})
@@ -77,7 +77,7 @@ def _is_empty(run):
     here = run.status.get('machine') == machine_id()
     return run.state != 'died' or here or seconds_since_write(run.dir/'status.json') > ABSENT
 
-# %% ../nbs/00i_run_table.ipynb #03d64183
+# %% ../nbs/00i_run_table.ipynb #4487333d
 def prune_runs(
     root: str | Path | None = None,  # the project; found by default
     dry: bool = True,  # only list them
