@@ -189,7 +189,10 @@ class Local:
 
 # %% ../nbs/05_batch.ipynb #f65f3572
 @patch
-def stop(self: Local, hard: bool = False):
+def stop(
+    self: Local,
+    hard: bool = False, # kill them
+):
     "Ask all jobs to write a checkpoint and stop; `hard` ends them at once."
     for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
 
@@ -409,8 +412,10 @@ def _keep(out, run, reused, notebook, error):
     return short_path(place)
 
 # %% ../nbs/05_batch.ipynb #41923f3c
-def runs_of(notebook):
-    "Runs of a notebook, newest first, without those that a search ended early"
+def runs_of(
+    notebook: str | Path,
+) -> list: # of `Run`
+    "Runs of a notebook, newest first, without those that a search ended early."
     folder = runs_dir()
     found = (Run(d) for d in sorted(folder.glob(f'*-{Path(notebook).stem}-*'), reverse=True) if (d/'params.json').is_file())
     return [r for r in found if not r.metrics.get('ended')]

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
 
-from .fetch import (
-    BadArchive, FetchError, Remote, _place, _say, _tar_files, download, each, room, unlike, unpack)
+from .fetch import BadArchive, FetchError, Remote, download, each, room, tar_files, unlike, unpack
+from .files import display_path
+from .text import message
 from .text import file_size
 from .errors import InputError, unknown_name
 from .files import project_root, read_json, write_json
@@ -64,7 +65,7 @@ def _lines(self: Entry):
         what = r['url'] if r['url'].endswith(r['file']) else r['file']
         size = file_size(r['bytes']) if r['bytes'] else 'size not published'
         yield f"file {r['size']}".strip(), f"{what} ({size}; {r['checksum'] or 'no checksum published'})"
-    here = ', '.join(_place(p) for s in self.sizes if (p := where(self.name, s)))
+    here = ', '.join(display_path(p) for s in self.sizes if (p := where(self.name, s)))
     yield 'here', here or (f'no: `{self.command()}` brings it' if self.sizes else 'embedded')
 
 # %% ../nbs/01_catalog.ipynb #e8871dbb
@@ -259,7 +260,7 @@ def located(
     if (place := where(entry, size)) or not entry.sizes: return place
     command = entry.command() + (f' --size {size}' if size else '')
     begun = 'was not fetched to the end' if (_root(entry, size, None)/'.imgexp.json').exists() else 'is not fetched yet'
-    raise InputError(f'data={name!r} {begun}: `{command}` brings it to {_place(data_dir())}')
+    raise InputError(f'data={name!r} {begun}: `{command}` brings it to {display_path(data_dir())}')
 
 # %% ../nbs/01_catalog.ipynb #317689b3
 def catalog():
@@ -528,7 +529,7 @@ def _alone(root):
     lock = FileLock(root.parent/f'.{root.name}.lock')
     try: lock.acquire(timeout=0)
     except Timeout:
-        _say(f'{root.name}: another process is fetching it; waiting')
+        message(f'{root.name}: another process is fetching it; waiting')
         lock.acquire()
     try: yield
     finally: lock.release()
@@ -538,7 +539,7 @@ def _listed(job):
     "Files that the hub lists, each with size and sha-256"
     try: rows = json.loads(job.get(Remote(job.entry.listing, file='listing.json')).read_text())
     except ValueError:
-        here = _place(job.downloads/'listing.json')
+        here = display_path(job.downloads/'listing.json')
         raise FetchError(f'{here} is no list of files: remove it to fetch it again from {job.entry.listing}') from None
     base = job.entry.listing.replace('/api/', '/').replace('/tree/', '/resolve/').removesuffix('/data')
     return tuple(Remote(f"{base}/{r['path']}", r['size'], f"sha256:{r['lfs']['oid']}")
@@ -556,7 +557,7 @@ def _whole(job):
     job.raw.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         if name.endswith(('.tgz', '.tar', '.tar.gz', '.zip')):
-            _say(f'{name}: unpacking')
+            message(f'{name}: unpacking')
             job.unpack(path, job.raw)
     try:
         classes, items = LAYOUTS[job.entry.layout](job.raw, files)
@@ -593,13 +594,13 @@ def _official_train(job, path):
     "ILSVRC2012_img_train.tar: an archive of one archive a class"
     seen, links = set(), []
     with open(path, 'rb') as f:
-        for name, _, read in _tar_files(f, links):
+        for name, _, read in tar_files(f, links):
             wnid = name.removesuffix('.tar')
             if job.wanted and wnid not in job.wanted: continue
             seen.add(wnid)
             if (job.root/'train'/wnid).is_dir(): continue
             _class_folder(job, wnid, lambda raw: unpack(read(), raw, name=name))
-    if links: _say(f'{path.name}: links left out: {len(links):,} (the first is {links[0]})')
+    if links: message(f'{path.name}: links left out: {len(links):,} (the first is {links[0]})')
     for wnid in job.wanted:
         if wnid not in seen: raise InputError(f'class {wnid} is none of the {len(seen) or 1000} in {path.name}')
 
@@ -638,12 +639,12 @@ def _given(entry, size, archives):
     known, out = {r.name: r for r in entry.files(size)}, {}
     for path in map(Path, archives):
         path = path.expanduser().absolute()
-        if not path.is_file(): raise InputError(f'{_place(path)}: no such file')
+        if not path.is_file(): raise InputError(f'{display_path(path)}: no such file')
         free = r'n\d{8}\.tar' if entry.by_class else r'.*\.parquet' if entry.listing else r'(?!)'
         remote = known.get(path.name) or re.fullmatch(free, path.name) and Remote('')
         if not remote: raise unknown_name(path.name, list(known) or ['*.parquet'], f'archive of {entry.name}')
-        if path.stat().st_size > 1e9: _say(f'{path.name}: verifying')
-        if why := unlike(path, remote): raise FetchError(f'{_place(path)} is not the published file: {why}')
+        if path.stat().st_size > 1e9: message(f'{path.name}: verifying')
+        if why := unlike(path, remote): raise FetchError(f'{display_path(path)} is not the published file: {why}')
         out[path.name] = path
     return out
 
@@ -670,10 +671,10 @@ def _finish(job):
     write_json(job.root/'.imgexp.json', dict(name=job.entry.name, size=job.size, complete=complete, counts=counts,
                                               archives=archives))
     found = {s: sum(counts.get(s, {}).values()) for s in _SPLITS}
-    _say(f"{name}: {', '.join(f'{n:,} {s}' for s, n in found.items() if n)} images in {_place(job.root)}")
+    message(f"{name}: {', '.join(f'{n:,} {s}' for s, n in found.items() if n)} images in {display_path(job.root)}")
     for s, published in zip(_SPLITS, job.entry.splits):
         if complete and not job.entry.by_class and published is not None and found[s] != published:
-            _say(f'{name}: {s} has {found[s]:,} images where {published:,} are published')
+            message(f'{name}: {s} has {found[s]:,} images where {published:,} are published')
 
 # %% ../nbs/01_catalog.ipynb #24203416
 def fetch(
@@ -690,7 +691,7 @@ def fetch(
     "Bring a data set into class folders, finishing an earlier call; raises `InputError`, `FetchError` with one line."
     entry, size = _find(name, size)
     if not entry.sizes:
-        _say(f'{entry.name} is embedded: nothing to fetch, it is used by its name')
+        message(f'{entry.name} is embedded: nothing to fetch, it is used by its name')
         return None
     wanted = [c.strip() for c in (classes.split(',') if isinstance(classes, str) else classes) if c.strip()]
     if entry.by_class: wanted = _imagenet_ids(wanted, lambda: _class_index(base_url, **net))
@@ -698,13 +699,13 @@ def fetch(
     if entry.by_class: _imagenet_asked(entry, wanted, local)
     job = _Job(entry, size, root, wanted, local, base_url, keep, jobs, net)
     with _alone(root):
-        if _there(root, wanted, local if entry.by_class else ()): _say(f'{root.name} is there already: {_place(root)}')
+        if _there(root, wanted, local if entry.by_class else ()): message(f'{root.name} is there already: {display_path(root)}')
         else:
             root.mkdir(exist_ok=True)
             write_json(root/'.imgexp.json', (read_json(root/'.imgexp.json') or {}) | {'unfinished': True})
             try: (_imagenet_job if entry.by_class else _whole)(job)
             except OSError as e:
-                why = f'{e.strerror or e} in {_place(root)}'
+                why = f'{e.strerror or e} in {display_path(root)}'
                 raise FetchError(f'{root.name}: {why}; the same command continues') from None
             _finish(job)
         job.clear()

@@ -6,8 +6,9 @@
 __all__ = ['SPLITS', 'VALID', 'SPLIT_NAMES', 'SHAPES', 'TEXTURES', 'CLOCK', 'ZEROS', 'hashes', 'uniforms', 'order', 'Images',
            'ranks', 'nested_subset', 'with_valid', 'keep_classes', 'keep_subset', 'from_arrays', 'read_idx', 'from_idx',
            'without_warnings', 'open_image', 'image_kind', 'image_suffixes', 'tell_once', 'image_files', 'from_folders',
-           'digits', 'draw_shape', 'shapes', 'cache_dir', 'file_state', 'settled', 'contents', 'fingerprint',
-           'table_id', 'BadImage', 'jpeg_size', 'decode', 'resize', 'shrink', 'stored', 'read', 'show_counts']
+           'check_trainable', 'digits', 'draw_shape', 'shapes', 'cache_dir', 'known_contents', 'size_and_time',
+           'file_state', 'settled', 'remember_contents', 'contents', 'fingerprint', 'table_id', 'BadImage', 'jpeg_size',
+           'decode', 'resize', 'shrink', 'stored', 'read', 'show_counts']
 
 # %% ../nbs/01b_data.ipynb #7cef74e8
 import gzip, hashlib, io, os, re, sqlite3, struct, sys, time, warnings, zlib
@@ -406,7 +407,7 @@ def from_folders(
             found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
             items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split, np.int8))
     left.tell(root)
-    table = _trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept, name=printable(root.name), root=root))
+    table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept, name=printable(root.name), root=root))
     _tell_loose(root, parts)
     return table
 
@@ -421,8 +422,10 @@ def _tell_loose(root, parts):
     if beside: tell_once(f'{short_path(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
 
 # %% ../nbs/01b_data.ipynb #3f3f96c6
-def _trainable(table):
-    "Raises InputError unless there are two classes and every class has a training image"
+def check_trainable(
+    table, # `Images`
+):
+    "Raise `InputError` unless there are two classes and every class has a training image."
     where = short_path(table.root) if table.root else table.name
     if not len(table): raise InputError(f'no images in {where}: it must hold one folder of images a class '
                                         '(perhaps below train/, valid/, test/), or idx files')
@@ -525,18 +528,24 @@ def cache_dir() -> Path:
     with writing(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
-def _remembered(root, place=None, known=True):
-    "The table of known contents, or an in-memory one where the cache can't be used; and what it knows of files below `root`"
+def known_contents(
+    root: str, # folder, as `printable` writes it
+    place=None, # SQLite file; in the cache folder by default
+    known: bool = True, # read what is known of files below `root`
+) -> tuple:    # the SQLite connection (in memory where the cache cannot be used), {path: (state, sha-256)}
+    "The cache of file contents, and what it knows of files below `root`."
     try:
         db = sqlite3.connect(place or cache_dir()/'contents.sqlite', timeout=30)
         db.execute('create table if not exists files (path text primary key, state text, sha blob) without rowid')
         rows = db.execute('select path, state, sha from files where path between ? and ?', (f'{root}/', f'{root}0')) if known else ()
         return db, {p: (s, h) for p, s, h in rows}
-    except (OSError, sqlite3.Error, RunFailed): return _remembered(root, ':memory:', known)
+    except (OSError, sqlite3.Error, RunFailed): return known_contents(root, ':memory:', known)
 
 # %% ../nbs/01b_data.ipynb #cf4f01bc
-def _stamp(path):
-    "Size and time of a file; None where there is none (a link to nowhere)"
+def size_and_time(
+    path: str | Path,
+) -> tuple | None: # bytes, nanoseconds; None where there is no file (a link to nowhere)
+    "Size and time of the last change of a file."
     try: s = os.stat(path)
     except OSError: return None
     return s.st_size, s.st_mtime_ns
@@ -571,15 +580,18 @@ def _digest(path):
     raise RunFailed(f'{short_path(path)} changes while it is read: wait until it is written to its end')
 
 # %% ../nbs/01b_data.ipynb #1553b148
-def _remember(db, rows):
-    "Keep (path, state, sha-256) for the next time; files that couldn't be read or aren't settled aside"
+def remember_contents(
+    db,   # of `known_contents`
+    rows, # of (path, state, sha-256); those without state or hash are left out
+):
+    "Keep contents for the next time."
     with suppress(sqlite3.Error), db:  # it is only a cache
         db.executemany('insert or replace into files values (?, ?, ?)', [r for r in rows if r[1] and r[2]])
 
 # %% ../nbs/01b_data.ipynb #4d3cb8d2
 def _content_hashes(paths, root):
     "sha-256 of each file, read at most once while its state is the same; b'' for one that can't be read"
-    db, known = _remembered(printable(root))
+    db, known = known_contents(printable(root))
     keys, states = [printable(f) for f in paths], [file_state(f) for f in paths]
     out = [b'' if s is None else found[1] if (found := known.get(k)) and found[0] == s else None for k, s in zip(keys, states)]
     new = [i for i, h in enumerate(out) if h is None]
@@ -588,7 +600,7 @@ def _content_hashes(paths, root):
             chunk = new[start:start + 4096]
             rows = [(keys[i], *found) for i, found in zip(chunk, pool.map(_digest, (paths[i] for i in chunk)))]
             for i, (_, _, sha) in zip(chunk, rows): out[i] = sha or b''
-            _remember(db, rows)
+            remember_contents(db, rows)
     db.close()
     return out
 

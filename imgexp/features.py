@@ -27,12 +27,12 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id
-from .data import SPLITS, _stamp, cache_dir, contents, file_state, settled
+from .data import SPLITS, cache_dir, contents, file_state, settled, size_and_time
 from .text import file_size
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
 from .models import blocks
-from .packs import Bar, _path, preparation
+from .packs import Bar, image_path, preparation
 from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
 from .runs import STALE
@@ -268,7 +268,7 @@ def add(
 # %% ../nbs/15_features.ipynb #15fe0015
 def _make_room(cache_gb, keep):
     "Delete the files that were used least recently, until the rest fits; never those in `keep`"
-    files = sorted((used, size, p) for d in _folders() for p in _files(d) for size, used in [_stamp(p) or (0, 0)])
+    files = sorted((used, size, p) for d in _folders() for p in _files(d) for size, used in [size_and_time(p) or (0, 0)])
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= cache_gb*1e9: break
@@ -356,14 +356,14 @@ def _loader(table, keys, view, batch_size, device, workers, bad):
 def _states(table):
     "State of each image's file, '' of one that was written just now; None where the images do not come from files of their own"
     if table.pixels is not None or table.pack is not None: return None
-    since, states = time.time_ns(), [file_state(_path(table, r)) for r in range(len(table))]
+    since, states = time.time_ns(), [file_state(image_path(table, r)) for r in range(len(table))]
     return [s if settled(s, since) else '' for s in states]
 
 # %% ../nbs/15_features.ipynb #6bf6b44b
 def _unchanged(table, rows, keys, states):
     "Which images still come from the files whose contents are `keys`; what was written just now is read again to know"
     if states is None: return np.ones(len(rows), bool)
-    out, young = np.array([file_state(_path(table, r)) == states[r] for r in rows]), np.array([not states[r] for r in rows])
+    out, young = np.array([file_state(image_path(table, r)) == states[r] for r in rows]), np.array([not states[r] for r in rows])
     if young.any(): out[young] = np.array(contents(table.take(rows[young])), 'S32') == keys[rows[young]]
     return out
 
@@ -477,7 +477,7 @@ def cached():
     import pandas as pd
     def row(folder):
         paths = _files(folder)
-        files = [s for p in paths if (s := _stamp(p))]
+        files = [s for p in paths if (s := size_and_time(p))]
         about = read_json(folder/'about.json') or {}
         view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
         return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
@@ -522,7 +522,7 @@ def _clear(folder, tell):
         try:
             with _lock(folder.name).acquire(timeout=0):
                 for path in list(folder.iterdir()):
-                    size = (_stamp(path) or (0, 0))[0]
+                    size = (size_and_time(path) or (0, 0))[0]
                     path.unlink(missing_ok=True)  # others make room
                     freed += size
                 folder.rmdir()

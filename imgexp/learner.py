@@ -115,9 +115,13 @@ def make_optimizer(
 
 # %% ../nbs/02e_learner.ipynb #155cb411
 class Loaders:
-    "What a Learner asks for: the two loaders and the device"
+    "Training and validation loader, as fastai's Learner expects them."
     n_inp, path = 1, '.'
-    def __init__(self, train, valid): self.train, self.valid, self.device = train, valid, train.device
+    def __init__(
+        self,
+        train, # `Loader` of the training images
+        valid, # `Loader` of the validation images
+    ): self.train, self.valid, self.device = train, valid, train.device
     def __getitem__(self, i): return (self.train, self.valid)[i]
 
 # %% ../nbs/02e_learner.ipynb #c3901b6b

@@ -176,8 +176,15 @@ def share(
 
 # %% ../nbs/01e_loader.ipynb #5ebb2b16
 class Batches:
-    "This process's rows of each batch of an epoch, from batch `start` on"
-    def __init__(self, rows, batch_size, seed, shuffle, process):
+    "Rows of each batch of an epoch that belong to this process, from batch `start` on."
+    def __init__(
+        self,
+        rows,            # int [n], rows of the table
+        batch_size: int, # images, of all processes together
+        seed: int,       # of the order
+        shuffle: bool,   # in each epoch
+        process: tuple,  # number of this process, and how many share each batch
+    ):
         self.rows, self.batch_size, self.seed, self.shuffle, self.process = rows, batch_size, seed, shuffle, process
         self.epoch = self.start = 0
         n = len(rows)

@@ -436,8 +436,11 @@ def _least_size(arch):
     if arch.startswith('maxvit'): return 224, 224
     return (32 if arch.startswith('swin') else _published(arch).meta['min_size'][0]), 1
 
-def check_size(arch, size):
-    "Refuse image sizes that the architecture cannot take."
+def check_size(
+    arch: str, # one of `archs()`
+    size: int, # side of the images in px
+):
+    "Raise `InputError` for an image size that the architecture cannot take."
     low, step = _least_size(arch)
     if size >= low and size % step == 0: return
     allowed = f'at least {low} px' if step == 1 else f'a multiple of {step} px'

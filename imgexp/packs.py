@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMAT', 'REMOTE', 'LOOK', 'EMBEDDED', 'QUALITY', 'Pack', 'from_pack', 'source', 'load_images', 'DataParams',
-           'PackParams', 'packs_dir', 'Bar', 'pack', 'packs', 'enough', 'Resident', 'packed', 'in_memory',
+           'PackParams', 'image_path', 'packs_dir', 'Bar', 'pack', 'packs', 'enough', 'Resident', 'packed', 'in_memory',
            'preparation', 'as_prepared']
 
 # %% ../nbs/01d_packs.ipynb #28d2e243
@@ -19,8 +19,10 @@ import simplejpeg
 from fastcore.basics import patch
 
 from .catalog import data_dir, located
-from .data import (BadImage, Images, _remember, _remembered, _stamp, _trainable, contents, decode, digits, file_state, fingerprint, from_folders, from_idx,
-                         jpeg_size, keep_classes, read, settled, shapes, shrink, stored, with_valid)
+from imgexp.data import (
+    BadImage, Images, check_trainable, contents, decode, digits, file_state, fingerprint, from_folders, from_idx,
+    jpeg_size, keep_classes, known_contents, read, remember_contents, settled, shapes, shrink, size_and_time, stored,
+    with_valid)
 from .params import Parameters, param
 from .text import file_size
 from .errors import InputError, RunFailed, unknown_name
@@ -179,7 +181,7 @@ def load_images(
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
 ) -> Images:
     "The table for `data`, with a validation split; raises `InputError` where there is nothing to train on."
-    return with_valid(_trainable(source(data, classes)))
+    return with_valid(check_trainable(source(data, classes)))
 
 # %% ../nbs/01d_packs.ipynb #37c613a7
 class DataParams(Parameters, heading='data'):
@@ -212,9 +214,14 @@ def _jpeg(image):
 # %% ../nbs/01d_packs.ipynb #2705734f
 def _stamps(table, rows):
     "What a file of images is made from: name, label, split and state of each"
-    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))] for r in rows]
+    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(image_path(table, r))] for r in rows]
 
-def _path(table, row): return f'{table.root}{os.sep}{table.items[row]}'
+def image_path(
+    table,    # `Images` of files
+    row: int, # of the table
+) -> str:
+    "Path of an image file."
+    return f'{table.root}{os.sep}{table.items[row]}'
 
 # %% ../nbs/01d_packs.ipynb #27d3bdf9
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
@@ -275,8 +282,8 @@ def _make_shard(part, table, kind, build, k, rows, pool, tick):
     if _stamps(table, rows) != stamps: raise RunFailed(f'{short_path(table.root)} changed while it was packed: give the command again')
     states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '' is made again, and read again
     write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
-    db, _ = _remembered(printable(table.root), known=False)  # hashed once for all that asks later
-    _remember(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s, h in zip(rows, states, held)])
+    db, _ = known_contents(printable(table.root), known=False)  # hashed once for all that asks later
+    remember_contents(db, [(printable(image_path(table, r)), s, h[3] if any(h[3]) else None) for r, s, h in zip(rows, states, held)])
     db.close()
     return sha
 
@@ -287,7 +294,7 @@ def packs_dir() -> Path:
 
 def _image_bytes(table, kind):
     "Bytes of a packed image, from a sample of 32"
-    if not table.presize: return np.mean([(_stamp(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
+    if not table.presize: return np.mean([(size_and_time(image_path(table, r)) or (0, 0))[0] for r in range(len(table))])
     rows = np.linspace(0, len(table) - 1, 32).astype(int)
     return np.mean([len(_packed_image(table, r, kind)[0]) for r in rows])
 

@@ -264,8 +264,11 @@ def _study(self: Sweep, sampler):
 
 # %% ../nbs/06b_sweep.ipynb #5535be53
 @patch
-def of(self: Sweep, number):
-    "One trial"
+def of(
+    self: Sweep,
+    number: int, # of a trial
+):
+    "One trial, as Optuna holds it."
     return self.storage.get_trial(self._id(number))
 
 # %% ../nbs/06b_sweep.ipynb #a07c1b3e

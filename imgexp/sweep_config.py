@@ -143,7 +143,10 @@ class Space:
         return {p.name: p.value(draw_share(seed, k, p.name)) for p in self}
 
 # %% ../nbs/06_sweep_config.ipynb #8b8425e7
-def all_values(p):
+def all_values(
+    p, # a `Parameter`
+):     # list or range; raises `InputError` for a continuous distribution
+    "All values of a parameter, for a grid."
     s = p.settings
     if p.distribution == 'constant': return [s['value']]
     if 'probabilities' in s: raise InputError(f'parameter {p.name}: a grid takes each value once: leave probabilities out')
@@ -156,7 +159,12 @@ def _key(value):
     "1 and 1.0 are one value"
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
-def draw_share(seed, k, name):
+def draw_share(
+    seed: int, # of the sweep
+    k: int,    # number of the point
+    name: str, # of the parameter
+) -> float:    # 0 to 1
+    "The share of its distribution that a parameter has at a point: a hash, the same in any order."
     digest = hashlib.sha256(f'{seed} {k} {name}'.encode()).digest()
     return int.from_bytes(digest[:8], 'big')/2**64
 

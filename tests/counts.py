@@ -11,10 +11,10 @@ LONG_CELL, LONG_LINE, LARGE_MODULE = 40, 120, 400
 def modules(root=ROOT): return {p.stem: p for p in sorted((root/'imgexp').glob('[!_]*.py'))}
 
 def cells(root=ROOT):
-    "(notebook, number of the cell, source) of every code cell"
+    "(notebook, number of the cell, source) of every code cell, but for parameters cells, which are generated"
     for path in sorted((root/'nbs').glob('*.ipynb')):
         for k, cell in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells']):
-            if cell['cell_type'] == 'code': yield path.stem, k, ''.join(cell['source'])
+            if cell['cell_type'] == 'code' and 'parameters' not in cell['metadata'].get('tags', []): yield path.stem, k, ''.join(cell['source'])
 
 def _imports(tree):
     "Imports of imgexp's own modules: (module, name)"
