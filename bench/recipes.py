@@ -3,7 +3,7 @@
     python bench/recipes.py path/to/fashion-mnist --epochs 1,4,12,30 --seeds 3
 
 Runs go to runs/ like all others, finished ones are not repeated, and a killed one continues. Writes `results/recipes.csv`,
-a row a run, and keeps the rows of other runs; nbs/02h_recipes.ipynb draws it. Times are those of training and validation, from the
+a row a run, and keeps the rows of other runs; nbs/02j_recipes.ipynb draws it. Times are those of training and validation, from the
 run's history; close everything else first.
 """
 import argparse, csv

@@ -31,7 +31,7 @@ from .data import SPLITS, cache_dir, contents, file_state, settled, size_and_tim
 from .text import file_size
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
-from .models import blocks
+from .networks import blocks
 from .packs import Bar, image_path, preparation
 from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing

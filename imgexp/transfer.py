@@ -27,7 +27,8 @@ from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, LearnerParams, Part, TrainEvalCallback, Loaders, best_device, choose_precision, make_learner as through_images
 from .loader import IMAGENET, LoadParams, Loader, Batches, normalization
 from .metrics import left_out
-from .models import HEADS, build_model, keep_statistics, own_size, set_retrain
+from .models import build_model, own_size
+from .networks import HEADS, keep_statistics, set_retrain
 from .packs import DataParams, load_images, packed, preparation
 from .parallel import launched, say
 from .errors import InputError

@@ -12,9 +12,12 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import VisionTransformer
 from torchvision.ops import StochasticDepth
 
-from imgexp import models
-from imgexp.models import (CompactResNet, archs, blocks, build_model, compact_resnet, drop_probs, param_groups,
-                           set_drop_path, set_retrain, summary, trained_params, weights_id)
+from imgexp import models, networks
+from imgexp import weights as w
+from imgexp.cost import summary
+from imgexp.models import build_model, param_groups, trained_params
+from imgexp.networks import CompactResNet, archs, blocks, compact_resnet, drop_probs, set_drop_path, set_retrain
+from imgexp.weights import weights_id
 from imgexp.errors import InputError
 
 WEIGHTS = Path(__file__).resolve().parents[2]/'shared'/'weights'
@@ -32,12 +35,12 @@ class Shapes(TorchFunctionMode):
 def shapes(*args, **kwargs):
     with Shapes(): return build_model(*args, **kwargs)
 
-def published(arch): return models._published(arch).meta
+def published(arch): return w.published_weights(arch).meta
 
 def size_of(arch):
     "The image size that torchvision counted at."
     if arch == 'compact_resnet': return 28
-    return getattr(models._published(arch).transforms, 'keywords', {}).get('crop_size', 224)
+    return getattr(w.published_weights(arch).transforms, 'keywords', {}).get('crop_size', 224)
 
 def one_line(message):
     "Assert that an error's text is one line of readable length."
@@ -293,7 +296,7 @@ def hub(tmp_path, monkeypatch):
     Thread(target=server.serve_forever, daemon=True).start()
     def publish(name):
         fake = type('Fake', (), dict(url=f'http://127.0.0.1:{server.server_port}/{name}', meta=published('resnet18')))
-        monkeypatch.setattr(models, '_published', lambda arch, weights='imagenet': fake)
+        for module in (models, w): monkeypatch.setattr(module, 'published_weights', lambda arch, weights='imagenet': fake)
     publish.names, publish.folder = sorted(p.name for p in site.iterdir()), tmp_path/'hub'/'checkpoints'
     yield publish
     server.shutdown()
@@ -451,7 +454,7 @@ def passes(model, x, seed=0):
     "What residual branches give in a forward pass, in order, and the logits."
     seen = []
     handles = [m.register_forward_hook(lambda m, args, out: seen.append(out.clone())) # `+=` may follow
-               for ends in models._residuals(model).values() for m in ends]
+               for ends in networks._residuals(model).values() for m in ends]
     torch.manual_seed(seed)
     with torch.no_grad(): logits = model(x)
     for h in handles: h.remove()
@@ -470,13 +473,13 @@ def test_a_dropped_block_is_its_shortcut(arch, size, monkeypatch):
     model, seen = (small.get(arch) or build_model(arch, 3, size=size)).train(), []
     for m in model.modules():
         if isinstance(m, NORMS): nn.init.ones_(m.weight), nn.init.ones_(m.bias) # or branches may be zero anyway
-    for name, ends in models._residuals(model).items():
-        for m in ends: models._drop(m, 1 - 1e-9)
+    for name, ends in networks._residuals(model).items():
+        for m in ends: networks._drop(m, 1 - 1e-9)
         model.get_submodule(name).register_forward_hook(lambda m, x, y: seen.append((type(m), x[0].clone(), y)))
     with torch.no_grad(): model(torch.randn(2, 3, size, size))
     whole = [(kind, x.equal(y)) for kind, x, y in seen if x.shape == y.shape]
     assert all(same for _, same in whole)
-    assert {kind for kind, _ in whole} == {type(m) for m in model.modules()} & set(models._BRANCHES)
+    assert {kind for kind, _ in whole} == {type(m) for m in model.modules()} & set(networks._BRANCHES)
 
 def test_drop_path_is_by_image_scaled_and_seeded():
     model, x = build_model('resnet18', 10, size=32, drop_path=0.5).train(), torch.randn(16, 3, 32, 32)
@@ -486,7 +489,7 @@ def test_drop_path_is_by_image_scaled_and_seeded():
     assert not lost(other[0][-1]).equal(lost(once[0][-1]))
     block, z = model.layer4[1], torch.randn(16, 512, 4, 4)
     dropped = passes(nn.Sequential(block), z)[0][0]
-    models._drop(block.bn2, 0.)
+    networks._drop(block.bn2, 0.)
     stays, whole = ~lost(dropped), passes(nn.Sequential(block), z)[0][0]
     assert 0 < stays.sum() < 16 and torch.allclose(dropped[stays], 2*whole[stays])
 

@@ -174,7 +174,7 @@ def _network():
     return build_model('compact_resnet', 2, weights=f'{HTML}.pth')
 
 def _summary():
-    from imgexp.models import summary
+    from imgexp.cost import summary
     net = _network()
     net.arch = HTML
     return summary(net)
@@ -205,7 +205,7 @@ def _table_of_runs():
     return list_runs()
 
 def _block():
-    from imgexp.models import Block, Blocks
+    from imgexp.networks import Block, Blocks
     return Blocks([Block(HTML, [SimpleNamespace()], [])])
 
 def _recipe():

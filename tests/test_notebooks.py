@@ -8,7 +8,7 @@ from readme import _LINK, render
 
 EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01b']                            # others that may have a parameters cell
-HEAVY_MODULES = 'models weights cost mixtures parallel learner parts checkpoints recipes lr_finder fit results setup train features heads transfer'.split()  # import torch
+HEAVY_MODULES = 'networks weights models cost mixtures parallel learner parts checkpoints recipes lr_finder fit results setup train features heads transfer'.split()  # import torch
 HEAVY = 'torch tensorflow keras wandb optuna ray gradio'.split()
 
 NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
