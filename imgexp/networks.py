@@ -26,7 +26,10 @@ def archs() -> list[str]: # sorted
     return sorted([*torchvision.models.list_models(module=torchvision.models), 'compact_resnet'])
 
 # %% ../nbs/02_networks.ipynb #76e218cd
-def check_arch(arch):
+def check_arch(
+    arch: str, # as the user gave it
+):
+    "Raise `InputError` for an unknown architecture; it suggests near names."
     if arch in archs(): return
     close = difflib.get_close_matches(str(arch), archs(), n=3)
     hint = f'did you mean {" or ".join(close)}?' if close else 'resnet18, for one, is.'
@@ -95,8 +98,10 @@ class MLP(nn.Module):
     def forward(self, x): return self.out(self.dropout(self.relu(self.hidden(x))))
 
 # %% ../nbs/02_networks.ipynb #c22d3352
-def find_head(model):
-    "Name and module of the final classifier layer."
+def find_head(
+    model, # nn.Module
+) -> tuple: # name, module
+    "The final classifier layer."
     return [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 
 # %% ../nbs/02_networks.ipynb #2963b86a
@@ -123,12 +128,18 @@ class Blocks(list):
     def __repr__(self): return rows_text(self.head, shorten_rows(self.rows()))
     def _repr_html_(self): return rows_html(self.head, shorten_rows(self.rows()))
 
-def shorten_rows(rows, n=24):
+def shorten_rows(
+    rows: list, # of tuples
+    n: int = 24, # rows that are kept at most
+) -> list:
     "Leave out the middle of a long table."
     return rows if len(rows) <= n else rows[:n//2] + [('…',) * len(rows[0])] + rows[-n//2:]
 
 # %% ../nbs/02_networks.ipynb #f8219f81
-def rows_text(head, rows):
+def rows_text(
+    head: list, # titles of the columns
+    rows: list, # of tuples
+) -> str:
     "A table in plain text; numbers stand on the right."
     rows = [[str(c) for c in r] for r in [head, *rows]]
     widths = [max(map(len, c)) for c in zip(*rows)]
@@ -136,7 +147,10 @@ def rows_text(head, rows):
     return '\n'.join(line(r).rstrip() for r in rows)
 
 # %% ../nbs/02_networks.ipynb #d4fe11b4
-def rows_html(head, rows):
+def rows_html(
+    head: list, # titles of the columns
+    rows: list, # of tuples
+) -> str:
     "A table; numbers stand on the right."
     def tr(tag, cells):
         side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]

@@ -44,7 +44,10 @@ def _tensors(obj, path, id):
 # %% ../nbs/02a_weights.ipynb #6e447acf
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0][:120]
 
-def read_state(path, id=''):
+def read_state(
+    path: Path,
+    id: str = '', # as `weights_id` gives it; by default the hash of the content
+):                # with `state`, `id`, `name`
     "The state dict in a .safetensors or PyTorch file, read once for its content and its `id`; nothing is ever unpickled."
     name = repr(str(path))
     try:
@@ -60,8 +63,10 @@ def read_state(path, id=''):
     return _tensors(obj, path, id or f'sha256:{hashlib.sha256(raw).hexdigest()[:16]}')
 
 # %% ../nbs/02a_weights.ipynb #2a875f9a
-def find_weights_file(weights):
-    "The local file that `weights` names."
+def find_weights_file(
+    weights: str, # path
+) -> Path:
+    "The local file that `weights` names; raises `InputError` where there is none."
     path = Path(weights).expanduser()
     if path.is_file(): return path
     what = 'is a folder' if path.is_dir() else 'is no file'
@@ -70,11 +75,16 @@ def find_weights_file(weights):
                      'or the path of a .pth or .safetensors file.')
 
 # %% ../nbs/02a_weights.ipynb #366ef981
-def is_published(weights):
-    "Whether `weights` is a name of torchvision's"
+def is_published(
+    weights: str, # as the user gave it
+) -> bool:
+    "Whether `weights` is one of torchvision's names."
     return str(weights) == 'imagenet' or str(weights).startswith('IMAGENET1K')
 
-def published_weights(arch, weights='imagenet'):
+def published_weights(
+    arch: str, # one of `archs()`
+    weights: str = 'imagenet', # or a name like IMAGENET1K_V1
+):
     "torchvision's weights for an architecture, by default the ones it takes itself: address and metadata."
     check_arch(arch)
     if arch == 'compact_resnet':
@@ -86,7 +96,10 @@ def published_weights(arch, weights='imagenet'):
     raise InputError(f"weights={weights!r}: of {arch} there are {', '.join(names)}, and 'imagenet', which is {known.DEFAULT.name}.")
 
 # %% ../nbs/02a_weights.ipynb #729a3c7f
-def download_weights(url, weights='imagenet'):
+def download_weights(
+    url: str, # of torchvision's file
+    weights: str = 'imagenet', # as the user gave it, for messages
+) -> Path:
     "The published file in torch.hub's folder, fetched if it is not there, its sha-256 compared with its name."
     name = url.rsplit('/', 1)[-1]
     path = Path(torch.hub.get_dir())/'checkpoints'/name
