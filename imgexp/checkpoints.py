@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 
 from .learner import CancelFitException, Part
-from .parallel import most, of_first, rank, say
+from .parallel import all_max, from_first, rank, say
 from .parts import HIGHER, better
 from .errors import InputError, RunFailed
 from .params import Parameters, param
@@ -182,7 +182,7 @@ def _wanted(self: Checkpoints, due=False):
     "0 go on, 1 write a checkpoint, 2 write it and stop: the same for all processes"
     now = time.monotonic()
     if now > self.end and not self.asked: self.asked.append('the time allowed by max_minutes is over')
-    found = most(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
+    found = all_max(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
     if found == 2 and not self.asked: self.asked.append('another process was asked to stop')
     return found
 
@@ -208,7 +208,7 @@ def save(
         self.settle(path, row)
     self.wrote = time.monotonic()
     if self.asked:
-        most(0)  # the others wait until it is written: the first to end may end them all
+        all_max(0)  # the others wait until it is written: the first to end may end them all
         raise CancelFitException
 
 # %% ../nbs/02i_checkpoints.ipynb #de0da61b
@@ -352,7 +352,7 @@ def restore(
     tell=say, # told where it continues
 ) -> bool:  # whether there was something to continue
     "Continue from the newest whole checkpoint; raises `RunFailed` where all are damaged."
-    name = of_first(lambda: getattr(newest_checkpoint(run), 'name', ''))
+    name = from_first(lambda: getattr(newest_checkpoint(run), 'name', ''))
     if not name:
         if rank() == 0: run.rewind(0)
         return False

@@ -18,7 +18,7 @@ from .learner import OPTIMIZERS, make_optimizer
 from .lr_finder import find_lr
 from .parallel import rank, say, world
 from .params import Parameters, SeedParams, param, set_seed, takes
-from .parts import HIGHER, Averages, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
+from .parts import Bottleneck, EMA, EarlyStop, Finite, HIGHER, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
 
 # %% ../nbs/02l_fit.ipynb #4199c53a
@@ -81,7 +81,7 @@ def _callbacks(run, learn, p, requests):
         Checkpoints(run, _weights_metadata(learn), requests, best_by, best=p.keep_best, every=p.keep_every,
                     alone=parse_epochs(p.keep_weights), end=deadline)]
     if any(mix.values()): callbacks.append(Mixtures(len(learn.table.classes), learn.dls.train.make.seed, **mix))
-    if p.ema: callbacks.append(Averages(p.ema))
+    if p.ema: callbacks.append(EMA(p.ema))
     return callbacks
 
 # %% ../nbs/02l_fit.ipynb #5f27c19b

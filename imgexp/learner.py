@@ -26,7 +26,7 @@ from .augment import AugmentParams
 from .data import hashes
 from .loader import LoadParams, Loader, SizeParams, share
 from .models import param_groups
-from .parallel import rank, share_gradients, sync_batch_norm, total, world
+from .parallel import all_sum, rank, share_gradients, sync_batch_norm, world
 from .errors import InputError, RunFailed
 from .params import Parameters, SplitSeedParams, param, seeds, takes
 
@@ -202,7 +202,7 @@ def _do_one_batch(self: ImageLearner):
 def _train_batch(self: ImageLearner):
     loader, (x,), (y,) = self.dls.train, self.xb, self.yb
     self._draw_from(int(hashes(self.seed, self.epoch, [loader.batch*world() + rank()])[0] >> 1))
-    self.n = max(1, int(total(torch.tensor(len(x))))) if loader.bad == 'skip' else loader.whole
+    self.n = max(1, int(all_sum(torch.tensor(len(x))))) if loader.bad == 'skip' else loader.whole
     self.pred, self.loss = self._gradients(x, y, self.n)
     self('after_pred'); self('after_loss')
     self._with_events(self._step, 'step', CancelStepException)

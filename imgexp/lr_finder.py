@@ -14,7 +14,7 @@ import torch
 from .checkpoints import generators, set_generators
 from .errors import RunFailed, Stopped
 from .learner import CancelFitException, CancelValidException, Part
-from .parallel import most, total
+from .parallel import all_max, all_sum
 from .style import GRAY, styled
 from fastai.callback.schedule import steep, valley  # after the learner, which silences its warnings
 
@@ -28,10 +28,10 @@ class _LRSweep(Part):
         self.rates.append(self.low*(self.high/self.low)**(len(self.rates)/(self.steps - 1)))
         self.opt.set_hypers(lr=self.rates[-1])
     def after_batch(self):
-        if most(len(self.stop_requests)):
+        if all_max(len(self.stop_requests)):
             raise Stopped(f"{[*self.stop_requests, 'another process was asked to stop'][0]}; the same command continues")
         previous, k = self.losses[-1] if self.losses else 0., len(self.losses) + 1
-        smooth = 0.98*previous*(1 - 0.98**(k - 1)) + 0.02*total(self.learn.loss).item()
+        smooth = 0.98*previous*(1 - 0.98**(k - 1)) + 0.02*all_sum(self.learn.loss).item()
         self.losses.append(smooth/(1 - 0.98**k))
         if k == self.steps or not self.losses[-1] < 4*min(self.losses): raise CancelFitException
     def before_validate(self): raise CancelValidException

@@ -7,7 +7,7 @@ __all__ = ['EXPERIMENT', 'run_experiment', 'train']
 
 # %% ../nbs/03_train.ipynb #49a2d619
 from .experiments import METRICS, Experiment
-from .parallel import of_first, say, together
+from .parallel import distributed, from_first, say
 from .params import takes
 from .results import conclude
 from .runs import Run
@@ -23,7 +23,7 @@ def _start(p, table, learn, observer=None):
         started.append(start_run('03_train', p, dependencies(p, table, learn.model), resolved={'precision': learn.precision},
                                  observer=observer))
         return str(started[0].dir)
-    folder = of_first(first)
+    folder = from_first(first)
     return started[0] if started else Run(folder)
 
 # %% ../nbs/03_train.ipynb #c6fe8957
@@ -33,7 +33,7 @@ def run_experiment(
 ) -> Run:          # finished
     "Train, evaluate, and finish one run."
     p, messages = resolve(p), []  # until there is a run: what is refused leaves nothing on stdout
-    with together():
+    with distributed():
         table = load_table(p, messages.append)
         learn = load_learner(p, table)
         with _start(p, table, learn, observer) as run:
