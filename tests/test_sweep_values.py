@@ -6,6 +6,8 @@ import pytest
 from imgexp.errors import InputError
 from imgexp.sweep_config import read_parameter, read_space
 
+pytestmark = pytest.mark.fast
+
 NOTED = json.loads(Path(__file__).with_name('sweeps_values.json').read_text())
 SHARES = NOTED['shares']
 PARAMETERS = [pytest.param(p, id=json.dumps(p['given'])) for p in NOTED['parameters']]
