@@ -208,7 +208,8 @@ def _packed(folder, kind, size):
 
 def imgexp_folders(folder, full=False):
     import imgexp.loader
-    from imgexp.data import decode, from_folders
+    from imgexp.decoding import decode
+    from imgexp.folders import from_folders
     if full: imgexp.loader.decode = lambda raw, height=0, width=0, *more, **kw: decode(raw, 0, 0, *more, **kw)
     return _imgexp(from_folders(folder))
 
@@ -218,7 +219,7 @@ def imgexp_raw(folder): return _imgexp(_packed(folder, 'raw', 256))
 # ---- Contenders whose images are in memory, RESIDENT px
 
 def imgexp_resident(folder, pack='memory-64', workers=0, augment='crop-flip'):
-    from imgexp.data import from_folders
+    from imgexp.folders import from_folders
     from imgexp.packs import packed
     return _imgexp(packed(from_folders(folder), RESIDENT, pack, tell=lambda line: None), RESIDENT, workers, augment)
 

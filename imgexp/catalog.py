@@ -200,7 +200,7 @@ _digits = Entry(
     citation='Alpaydin, Kaynak 1998, Optical Recognition of Handwritten Digits, UCI',
     page='https://archive.ics.uci.edu/dataset/80')
 _shapes = Entry(
-    'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01b_data.ipynb',
+    'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01c_data.ipynb',
     note='drawn by code, at any size')
 
 # %% ../nbs/01_catalog.ipynb #e86a359a

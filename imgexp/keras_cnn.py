@@ -21,7 +21,10 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-from .data import BadImage, keep_subset, order, read, resize, table_id, uniforms
+from .contents import table_id
+from .data import keep_subset, read
+from .decoding import BadImage, resize
+from .randomness import order, uniforms
 from .evaluate import evaluate_test
 from .trained import Trained, checkpoint_path
 from .loader import BadImageParams, SizeParams, center_boxes

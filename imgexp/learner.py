@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .augment import AugmentParams
-from .data import hashes
+from .randomness import hashes
 from .loader import LoadParams, Loader, SizeParams, share
 from .models import param_groups
 from .parallel import all_sum, rank, share_gradients, sync_batch_norm, world

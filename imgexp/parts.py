@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import cutmix as _cutmix, erase as _erase, mixup as _mixup
-from .data import uniforms
+from .randomness import uniforms
 from .learner import CancelFitException, Part, autocast
 from .metrics import ranks, true_probs
 from .parallel import all_max, all_sum, gather, rank, say

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .augment import augment_id
 from .checkpoints import end_id
-from .data import keep_subset, table_id
+from .contents import table_id
+from .data import keep_subset
 from .errors import InputError
 from .experiments import RENAMED
 from .fit import FitParams, best_column, fit, parse_epochs

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .data import Images, image_files, table_id
+from .contents import table_id
+from .data import Images
+from .folders import image_files
 from .errors import InputError
 from .loader import Loader, Pictures
 from .metrics import left_out, score

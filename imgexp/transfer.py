@@ -21,7 +21,8 @@ from fastcore.basics import patch
 
 from .augment import augment_id, policy
 from .checkpoints import read_index, stands_at
-from .data import keep_subset, table_id
+from .contents import table_id
+from .data import keep_subset
 from .evaluate import evaluate_test
 from .features import View, cut, features
 from .learner import PRECISION, ImageLearner, LearnerParams, Part, TrainEvalCallback, Loaders, best_device, choose_precision, make_learner as through_images

@@ -6,9 +6,10 @@ from readme import ROOT
 def stale(root=ROOT):
     "{path of a notebook: its text with the parameters cell that its table gives}, where the cell is another one."
     from imgexp.experiments import EXPERIMENTS, find_experiment
-    out = {}
-    for notebook in EXPERIMENTS:
-        path, source = root/'nbs'/f'{notebook}.ipynb', find_experiment(notebook).cell_params.cell()
+    from imgexp.look import LookParams
+    out, tables = {}, {'01k_look': LookParams} | {notebook: find_experiment(notebook).cell_params for notebook in EXPERIMENTS}
+    for notebook, table in tables.items():
+        path, source = root/'nbs'/f'{notebook}.ipynb', table.cell()
         content = json.loads(path.read_text(encoding='utf-8'))
         cell = next(c for c in content['cells'] if 'parameters' in c['metadata'].get('tags', []))
         if ''.join(cell['source']) == source: continue

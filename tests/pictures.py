@@ -1,7 +1,7 @@
 "Small trees of images for tests."
 from pathlib import Path
 import cv2
-from imgexp.data import shapes
+from imgexp.samples import shapes
 
 CLASSES = ('circle', 'square', 'star5', 'cross')
 

@@ -539,7 +539,7 @@ def test_layout(net, data, name, capsys):
     capsys.readouterr()
     assert bring(entry) == place and len(net.log) == asked
     assert capsys.readouterr().err.startswith(f'{name} is there already: ')
-    from imgexp.data import from_folders
+    from imgexp.folders import from_folders
     table = from_folders(place)
     assert table.counts().sum(0).tolist() == [sum(tree(place).get(s, {}).values()) for s in ('train', 'valid', 'test')]
 

@@ -9,7 +9,10 @@ from sklearn.datasets import load_sample_images
 import imgexp.check as c
 from imgexp.check import (KINDS, NEAR, channel_means, check, duplicates, far, leaks, near_groups, phash, show_sizes,
                           survey)
-from imgexp.data import Images, decode, from_arrays, from_folders, shapes
+from imgexp.data import Images, from_arrays
+from imgexp.decoding import decode
+from imgexp.folders import from_folders
+from imgexp.samples import shapes
 from imgexp.packs import load_images
 from imgexp.errors import InputError
 

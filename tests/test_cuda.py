@@ -6,7 +6,8 @@ import torch
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')]
 
 def learner(device, precision='fp32', **kw):
-    from imgexp.data import digits, keep_subset
+    from imgexp.data import keep_subset
+    from imgexp.samples import digits
     from imgexp.learner import make_learner
     from imgexp.loader import normalization
     from imgexp.models import build_model
@@ -23,7 +24,7 @@ def trained(project, device, name, **kw):
     return run, learn
 
 def test_the_loader_gives_the_same_batches_as_on_the_processor():
-    from imgexp.data import shapes
+    from imgexp.samples import shapes
     from imgexp.loader import Loader
     here, there = (Loader(shapes(200), 'train', 32, 16, augment='crop-flip', workers=2, device=d, seed=3) for d in ('cpu', 'cuda'))
     for (a, y), (b, z) in zip(here.at(1), there.at(1)): assert b.is_cuda and torch.equal(a, b.cpu()) and torch.equal(y, z.cpu())

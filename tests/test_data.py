@@ -5,8 +5,12 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from PIL import Image
 
-import imgexp.data as d
-from imgexp.data import BadImage, decode, fingerprint, from_folders, keep_subset, read, shapes
+import imgexp.contents as d
+from imgexp.contents import fingerprint
+from imgexp.data import keep_subset, read
+from imgexp.decoding import BadImage, decode
+from imgexp.folders import from_folders
+from imgexp.samples import shapes
 from imgexp.loader import Loader, normalization
 from imgexp.packs import load_images
 from imgexp.errors import InputError, RunFailed

@@ -130,7 +130,7 @@ def test_a_cache_of_somebody_else_can_be_read(parts, monkeypatch):
 @pytest.mark.parametrize('how', ['rewritten', 'exchanged', 'written just now'])
 def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatch, how):
     "Its features would stand under the content that it had before; also where size and time stay, and where a coarse clock shows no change at all."
-    import imgexp.data as d
+    import imgexp.contents as d
     import imgexp.features as f
     folder, contents, state = tree(tmp_path/'images'), f.item_contents, f.file_state
     one, two = sorted((folder/'circle').iterdir())[1:3]
@@ -157,7 +157,7 @@ def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatc
 
 def test_images_that_exchange_their_names(parts, tmp_path, monkeypatch):
     "Of one size and time: each has its own features afterwards, and none is computed again."
-    import imgexp.data as d
+    import imgexp.contents as d
     monkeypatch.setattr(d, 'CLOCK', -1)
     folder = tree(tmp_path/'images')
     one, two = sorted((folder/'circle').iterdir())[1:3]

@@ -5,9 +5,11 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from PIL import Image, features
 
-import imgexp.data as data
+import imgexp.decoding as data
 from imgexp.check import check
-from imgexp.data import BadImage, decode, from_folders, image_files, image_suffixes, read
+from imgexp.data import read
+from imgexp.decoding import BadImage, decode
+from imgexp.folders import from_folders, image_files, image_suffixes
 from imgexp.fetch import unpack
 from imgexp.packs import load_images, pack
 from imgexp.start import find_run

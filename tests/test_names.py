@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from imgexp.data import Images, from_arrays, keep_classes, show_counts
+from imgexp.data import Images, from_arrays, keep_classes
+from imgexp.look import show_counts
 from imgexp.packs import load_images
 from imgexp.errors import InputError
 from imgexp.start import find_run, start_run
@@ -92,7 +93,7 @@ def test_no_name_is_a_formula(project, launcher):
     run.finish({})
     before = '''
 import imgexp.evaluate, pandas
-from imgexp.data import image_files
+from imgexp.folders import image_files
 def predict(self, folder): return pandas.DataFrame({'file': sorted(image_files(folder)), 'predicted': '=cmd', 'probability': -0.5, 'error': None})
 imgexp.evaluate.load_run = lambda *args: type('Run', (), {'predict': predict})()
 '''

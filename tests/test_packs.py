@@ -7,7 +7,10 @@ import cv2, numpy as np, pytest
 from PIL import Image
 
 import imgexp.packs as packs
-from imgexp.data import BadImage, file_state, fingerprint, from_folders, keep_subset, read, stored
+from imgexp.contents import file_state, fingerprint
+from imgexp.data import keep_subset, read, stored
+from imgexp.decoding import BadImage
+from imgexp.folders import from_folders
 from imgexp.loader import Loader
 from imgexp.packs import Pack, as_prepared, enough, from_pack, load_images, pack, packed, preparation
 from imgexp.errors import InputError, RunFailed
@@ -146,10 +149,10 @@ def test_a_network_is_evaluated_on_images_treated_likewise(photos):
     assert same(batches(as_prepared(table, 'jpeg-96', own=True)), batches(load_images(path)))
 
 def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch):
-    import imgexp.data
-    monkeypatch.setattr(imgexp.data, 'CLOCK', -1)
+    import imgexp.contents
+    monkeypatch.setattr(imgexp.contents, 'CLOCK', -1)
     path = pack(photos, 128, 'raw', tell=quiet)
-    monkeypatch.setattr(imgexp.data, '_digest', lambda path: pytest.fail(f'{path} was read again'))
+    monkeypatch.setattr(imgexp.contents, '_digest', lambda path: pytest.fail(f'{path} was read again'))
     assert packed(load_images(photos), 100).pack.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
@@ -296,7 +299,7 @@ def test_a_picture_too_long_for_jpeg(photos):
     assert read(table, list(table.items).index('cat/long.png')).shape[0] == 8
 
 def test_damaged_progressive_jpegs_never_show_another_image(photos):
-    from imgexp.data import decode
+    from imgexp.decoding import decode
     rng, odd = np.random.default_rng(0), 0
     f = photos/'p.jpg'
     photo(3, (128, 96)).save(f, progressive=True)
@@ -312,7 +315,7 @@ def test_damaged_progressive_jpegs_never_show_another_image(photos):
 
 # -- whole or not there
 
-OLD = 'import imgexp.data; imgexp.data.CLOCK = -1\n'  # as if the photos were older than two seconds
+OLD = 'import imgexp.contents; imgexp.contents.CLOCK = -1\n'  # as if the photos were older than two seconds
 SLOW = '''
 import imgexp.packs, time
 real = imgexp.packs._packed_image
@@ -357,7 +360,7 @@ def test_a_photo_that_changed_between_two_attempts(launcher, project, photos, ho
         f.write_bytes(raw[:2] + b'\xff\xfe' + (fill := 60_000 - len(raw) - 2).to_bytes(2, 'big') + bytes(fill - 2) + raw[2:])
         os.utime(f, ns=(10**18, 10**18))
     assert one.stat().st_size == two.stat().st_size == 60_000
-    job = packing(launcher, project, photos, SLOW + 'imgexp.data.CLOCK = 1e9'*(how == 'saved just now'))
+    job = packing(launcher, project, photos, SLOW + 'imgexp.contents.CLOCK = 1e9'*(how == 'saved just now'))
     until(lambda: len(list(parts(project)[0].parent.glob('images-*.json')) if parts(project) else []) >= 1, 'a file of images')
     job.send(signal.SIGKILL); job.wait()
     side = next((project/'cache/imgexp/data/packs').glob('.*.part/images-00000.json'))

@@ -162,7 +162,8 @@ def test_wrong_words_with_seeds(launcher, project, data, given, says):
 def test_averaged_statistics_fit_averaged_weights(project):
     "As well as statistics measured anew with the averaged weights; those of the raw network do worse."
     import torch
-    from imgexp.data import digits, keep_subset
+    from imgexp.data import keep_subset
+    from imgexp.samples import digits
     from imgexp.loader import normalization
     from imgexp.models import build_model
     from imgexp.start import start_run
