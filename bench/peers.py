@@ -75,7 +75,7 @@ def silent():
 # ---- imgexp
 
 def run_fit(task, part, epochs=1, pack='', augment='none', **options):
-    "`imgexp.fit.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
+    "`imgexp.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
     from imgexp.data import from_arrays
     from imgexp.loader import IMAGENET
     from imgexp.models import build_model
@@ -291,7 +291,7 @@ Peer = namedtuple('Peer', 'run imports')  # Task -> seconds a step; the modules 
 def peers(task, pack=''):
     "{name: Peer}; the others are compared with the first"
     own, plain, trainer = 'imgexp.train imgexp.packs', 'torch torchvision', 'lightning torchvision'
-    found = {'imgexp.train.fit': Peer(imgexp_fit, own),
+    found = {'imgexp.fit': Peer(imgexp_fit, own),
              'plain fp32 loop': Peer(reference, plain),
              'hand-written loop, same precision': Peer(handwritten, plain),
              'fastai Learner': Peer(fastai, 'fastai.vision.all torchvision'),
@@ -304,11 +304,11 @@ def peers(task, pack=''):
         found['Keras 3 on torch, mixed_bfloat16'] = Peer(partial(keras_on_torch, bf16=True), 'keras torchvision')
         if task.device == 'cpu': found['Keras 3 on TensorFlow, mixed_bfloat16'] = Peer(partial(keras_on_tensorflow, bf16=True), '')
     if task.device == 'cuda':
-        found = {'imgexp.train.fit, compile': Peer(partial(imgexp_fit, compile=True), own),
+        found = {'imgexp.fit, compile': Peer(partial(imgexp_fit, compile=True), own),
                  'hand-written loop, same precision, compile': Peer(partial(handwritten, compile=True), plain)} | found
     if pack:
         faster = {'compile': True} if task.device == 'cuda' else {}
-        name = ', '.join(['imgexp.train.fit', *faster, 'from a pack'])
+        name = ', '.join(['imgexp.fit', *faster, 'from a pack'])
         found[name] = Peer(partial(imgexp_fit, pack=pack, augment='crop-flip', **faster), own)
     return found
 

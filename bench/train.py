@@ -20,8 +20,8 @@ RESULTS = ROOT/'bench'/'results'/'train.csv'
 def table_step(args):
     task = Task('resnet18', 64, 64, args.steps, args.device, 'adamw')
     seconds = measure('step', {'hand-written loop, same precision': partial(handwritten, task),
-                               'imgexp.train.fit': partial(imgexp_fit, task)}, args)
-    return compare('step', seconds, {'imgexp.train.fit': 'ratio <= 1.05'})
+                               'imgexp.fit': partial(imgexp_fit, task)}, args)
+    return compare('step', seconds, {'imgexp.fit': 'ratio <= 1.05'})
 
 ALONE = 'import torch, torchvision, pandas, matplotlib.pyplot, cv2; from fastai.learner import Learner'
 

@@ -325,7 +325,7 @@ def load_network(
 
 # %% ../nbs/20_transfer.ipynb #20aa000e
 def resolve(
-    p: TransferParams, # of `params` or `check_call`
+    p: TransferParams, # as the user gave them
 ) -> TransferParams:
     "Fill in the image size that the weights are made for, and an epoch for each weight decay of `logistic`."
     return p.replace(size=p.size or own_size(p.arch, p.weights), epochs=len(DECAYS) if p.head == 'logistic' else p.epochs)

@@ -3,7 +3,7 @@ import json, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-from launch import environment, until
+from launch import environment, last_line, until
 from imgexp.runs import Run
 
 pytest.importorskip('keras')
@@ -38,6 +38,31 @@ def test_killed_and_continued_without_torch(launcher, project, tmp_path):
     assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
     assert hit.history.drop(columns=['seconds', 'img_per_s', 'peak_mem_mb']).equals(run_of(other).history.drop(columns=['seconds', 'img_per_s', 'peak_mem_mb']))
     assert hit.metrics['test'] == run_of(other).metrics['test']
+
+COMMAND = '''
+import sys
+from imgexp.cli import main
+code = main(['keras-cnn', *sys.argv[1:]])
+assert 'torch' not in sys.modules, 'Keras and torch in one process'
+sys.exit(code)
+'''
+
+def test_the_command(launcher, project):
+    "Asked to stop it ends with 75, the same command goes on; several seeds end in a table; bad input is refused in one line."
+    args = [f'--{k.replace("_", "-")}={v}' for k, v in GIVEN.items()]
+    job = launcher.python('-c', COMMAND, *args, root=project)
+    until(lambda: list(project.glob('runs/2*/checkpoints/epoch-0001/COMMITTED.json')), 'an epoch')
+    job.send(signal.SIGTERM)
+    assert job.wait() == 75 and last_line(job.err) == 'terminated; the same command continues', job.err
+    run = run_of(project)
+    assert run.state == 'stopped'
+    job = launcher.python('-c', COMMAND, *args, '--seeds', '2', root=project)
+    assert job.wait() == 0 and f'continuing {run.name} at epoch' in job.out and run.finished, job.err
+    assert [line.split()[0] for line in job.out.splitlines()[-4:]] == ['0', '1', 'mean', 'sd'] and '2 seeds, 360 valid, 359 test' in job.out
+    for given, says in (('--blocks=9', 'blocks=9: an image of 16 px has room for 4'), ('--dropout=1', 'dropout=1.0 is out of range'),
+                        ('--arch=resnet18', 'No such option')):
+        job = launcher.python('-c', COMMAND, *args, given, root=project)
+        assert job.wait() == 2 and job.err.count('\n') == 1 and says in job.err, job.err
 
 def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypatch):
     "And only its best trial has seen the test images, until somebody asks for another one by itself."
