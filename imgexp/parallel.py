@@ -58,7 +58,7 @@ def all_sum(
 
 # %% ../nbs/02f_parallel.ipynb #2dde1276
 def all_max(
-    value: int,
+    value: int, # of this process
 ) -> int:
     "Maximum over all processes."
     if world() == 1: return value

@@ -245,7 +245,7 @@ def undocumented(source):
     def params(f, name, method):
         a = f.args
         all_ = [*a.posonlyargs, *a.args, *a.kwonlyargs][1 if method else 0:]
-        plain = [x for x in all_ if not x.arg.startswith('_') and not (x.annotation and re.search(r'\bPath\b|Params$|^BaseException$', ast.unparse(x.annotation)))]  # a type that says all
+        plain = [x for x in all_ if not x.arg.startswith('_') and not (x.annotation and re.search(r'\bPath\b|^[A-Z]\w+$', ast.unparse(x.annotation)))]  # a type that says all
         if any('.command(' in ast.unparse(d) for d in f.decorator_list): return  # typer's help= documents these
         crowded = sum(x.lineno == f.lineno for x in all_) > 1  # several parameters in the line of `def`; a pair like h, w may share one
         bare = [x.arg for x in plain if x.lineno not in comments or crowded and x.lineno == f.lineno]
