@@ -1,7 +1,17 @@
 "Write the parameters cells of the experiments' notebooks from their tables of parameters: `python tests/params_cells.py`, part of `make export`."
-import json, sys
+import json, subprocess, sys
 from pathlib import Path
 from readme import ROOT
+
+_CELLS = '''import json
+from imgexp.experiments import EXPERIMENTS, find_experiment
+print(json.dumps({n: find_experiment(n).cell_params.cell() for n in EXPERIMENTS}))'''
+
+def cells():
+    "{notebook: its parameters cell}, told by a process of its own: torch is not imported beside TensorFlow."
+    done = subprocess.run([sys.executable, '-c', _CELLS], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError('the tables of parameters cannot be read:\n' + done.stderr.strip())
+    return json.loads(done.stdout.splitlines()[-1])
 
 def stale(root=ROOT):
     "{path of a notebook: its text with the parameters cell that its table gives}, where the cell is another one."
