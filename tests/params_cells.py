@@ -5,7 +5,9 @@ from readme import ROOT
 
 _CELLS = '''import json
 from imgexp.experiments import EXPERIMENTS, find_experiment
-print(json.dumps({n: find_experiment(n).cell_params.cell() for n in EXPERIMENTS}))'''
+from imgexp.look import LookParams
+tables = {'01k_look': LookParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
+print(json.dumps({n: table.cell() for n, table in tables.items()}))'''
 
 def cells():
     "{notebook: its parameters cell}, told by a process of its own: torch is not imported beside TensorFlow."
@@ -15,11 +17,9 @@ def cells():
 
 def stale(root=ROOT):
     "{path of a notebook: its text with the parameters cell that its table gives}, where the cell is another one."
-    from imgexp.experiments import EXPERIMENTS, find_experiment
-    from imgexp.look import LookParams
-    out, tables = {}, {'01k_look': LookParams} | {notebook: find_experiment(notebook).cell_params for notebook in EXPERIMENTS}
-    for notebook, table in tables.items():
-        path, source = root/'nbs'/f'{notebook}.ipynb', table.cell()
+    out = {}
+    for notebook, source in cells().items():
+        path = root/'nbs'/f'{notebook}.ipynb'
         content = json.loads(path.read_text(encoding='utf-8'))
         cell = next(c for c in content['cells'] if 'parameters' in c['metadata'].get('tags', []))
         if ''.join(cell['source']) == source: continue
