@@ -22,7 +22,7 @@ def _experiment_of(run):
     if run.notebook not in EXPERIMENTS:
         raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be loaded here: '
                          f'choose a run of {", ".join(EXPERIMENTS)}')
-    if run.notebook != '10_keras_cnn' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
+    if EXPERIMENTS[run.notebook][1] == 'torch' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
         raise InputError(f'run {run.name} needs torch, which cannot be imported any more where TensorFlow is: '
                          'load it in a new process (restart the kernel)')
     return find_experiment(run.notebook)

@@ -9,6 +9,7 @@ __all__ = ['EXPERIMENTS', 'METRICS', 'RENAMED', 'Experiment', 'find_experiment',
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,10 @@ from .errors import InputError
 from .params import Parameters
 
 # %% ../nbs/00k_experiments.ipynb #69391dd8
-EXPERIMENTS = {  # module of each experiment, by its notebook
-    '03_train': 'imgexp.train',
-    '10_keras_cnn': 'imgexp.keras_cnn',
-    '20_transfer': 'imgexp.transfer'}
+EXPERIMENTS = {  # module of each experiment and the framework of its networks, by its notebook
+    '03_train': ('imgexp.train', 'torch'),
+    '10_keras_cnn': ('imgexp.keras_cnn', 'tensorflow'),
+    '20_transfer': ('imgexp.transfer', 'torch')}
 
 # %% ../nbs/00k_experiments.ipynb #8d45f586
 METRICS = ('valid_top1', 'valid_loss', 'valid_top5', 'train_top1', 'train_loss')
@@ -44,13 +45,14 @@ def find_experiment(
     notebook: str, # '03_train'
 ) -> Experiment:
     "The record of an experiment; imports its module. Raises `InputError` for an unknown one."
-    if notebook in EXPERIMENTS: return import_module(EXPERIMENTS[notebook]).EXPERIMENT
+    if notebook in EXPERIMENTS: return import_module(EXPERIMENTS[notebook][0]).EXPERIMENT
     raise InputError(f'{notebook or "a run without a notebook"} is not an experiment of imgexp: choose one of {", ".join(EXPERIMENTS)}')
 
+@cache
 def commands() -> dict: # {'train': ('03_train', 'One network, one data set, …')}
     "Command of each experiment, with its notebook and the first line of its module."
     def first_line(module): return ast.get_docstring(ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8')))
-    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module)) for notebook, module in EXPERIMENTS.items()}
+    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module)) for notebook, (module, _) in EXPERIMENTS.items()}
 
 # %% ../nbs/00k_experiments.ipynb #8b410a7c
 RENAMED = {}  # {notebook: {old name: new name}}

@@ -105,6 +105,8 @@ class Parameters(Mapping):
 
     def __init_subclass__(cls, heading='', **kw):
         super().__init_subclass__(**kw)
+        taken = [n for n in cls.__dict__.get('__annotations__', {}) if hasattr(Parameters, n)]
+        if taken: raise InputError(f'a parameter cannot be named {taken[0]!r}, as a method of every table is: choose another name, say {taken[0]}_')
         cls.heading = heading
         dataclass(cls, repr=False, eq=False, kw_only=True)
 
@@ -199,10 +201,10 @@ def _html_rows(values, table):
 # %% ../nbs/00f_params.ipynb #31984473
 @patch
 def _repr_html_(self: Parameters):
-    table, changed = type(self).table(), self.changed()
-    rest = {n: v for n, v in self.items() if n not in changed}
-    head = f'<table>{_html_rows(changed, table)}</table>' if changed else ''
-    return f"{head}<details><summary>{len(rest)} parameters at their defaults</summary><table>{_html_rows(rest, table)}</table></details>"
+    table, first = type(self).table(), self.given | self.changed().keys()
+    shown, rest = ({n: v for n, v in self.items() if (n in first) == wanted} for wanted in (True, False))
+    head = f'<table>{_html_rows(shown, table)}</table>' if shown else ''
+    return f"{head}<details><summary>defaults ({len(rest)})</summary><table>{_html_rows(rest, table)}</table></details>"
 
 # %% ../nbs/00f_params.ipynb #b7cf95d7
 @patch(cls_method=True)
@@ -242,12 +244,12 @@ def _table_of_cell(scope, allowed):
 
 # %% ../nbs/00f_params.ipynb #96953b78
 def params(
-    table=None, # a subclass of `Parameters`, or what has one as `params`; by default made from the cell
+    table=None, # a subclass of `Parameters`, or an `Experiment`; by default made from the cell
     **allowed,  # without a table: range of a parameter, as `check_range` takes it
 ) -> Parameters: # the values; they are also written back to the notebook's variables
     "Check the values of the notebook's parameters cell; call it in the cell after."
     scope = sys._getframe(1).f_globals
-    table = getattr(table, 'params', table) or _table_of_cell(scope, allowed)
+    table = getattr(table, 'cell_params', table) or _table_of_cell(scope, allowed)
     injected = _injected(scope.get('In', []))
     values = {n: scope[n] for n in table.table() if n in scope}
     edited = [n for n, v in values.items() if v != table.table()[n].default]

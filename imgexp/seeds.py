@@ -8,13 +8,14 @@ __all__ = ['train_seeds', 'over_seeds']
 # %% ../nbs/04b_seeds.ipynb #c47476ac
 import os, time
 from contextlib import nullcontext
+from functools import partial
 
 from .errors import Stopped
 
 # %% ../nbs/04b_seeds.ipynb #71f835aa
 def _collectives():
     "`distributed`, `say` and `all_max` of `imgexp.parallel`, which imports torch; one process needs no torch for them"
-    if int(os.environ.get('WORLD_SIZE') or 1) == 1: return nullcontext, print, int
+    if int(os.environ.get('WORLD_SIZE') or 1) == 1: return nullcontext, partial(print, flush=True), int
     from imgexp.parallel import all_max, distributed, say
     return distributed, say, all_max
 

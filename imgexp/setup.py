@@ -41,13 +41,14 @@ class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitPar
 def find_parent(
     p, # `TrainParams`
 ): # the finished `Run` that is trained further, or None
-    "The run that `extend` names; raises `InputError` where there is none, or it is not finished."
+    "The run that `extend` names; raises `InputError` where there is none, or it is not finished, or not one of 03_train."
     if not p.extend: return None
     named = [] if (Path(p.extend)/'params.json').is_file() else [Run(d) for d in runs_dir().glob(f'*{p.extend}*') if (d/'params.json').is_file()]
     finished = [r for r in named if r.finished and not r.params.get('extend', '').endswith(p.extend)]  # its children carry its name too
     run = finished[0] if len(finished) == 1 else _find(p.extend)
-    if run.finished: return run
-    raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: give its own parameters again, and it continues')
+    if not run.finished: raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: give its own parameters again, and it continues')
+    if run.notebook == '03_train': return run
+    raise InputError(f'extend={p.extend!r}: run {run.name} is one of {run.notebook}: only a run of 03_train can be trained further')
 
 def _find(name):
     try: return find_run(name)

@@ -5,6 +5,8 @@
 import ast, json, re, statistics, sys
 from pathlib import Path
 
+from imgexp.experiments import EXPERIMENTS
+
 ROOT = Path(__file__).resolve().parent.parent
 LONG_CELL, LONG_LINE, LARGE_MODULE = 40, 120, 400
 
@@ -78,8 +80,8 @@ def names_of(module, root=ROOT):
 def mentions(notebook, root=ROOT):
     "Modules that name an experiment's notebook in their code, its own aside: places that a new experiment would have to touch"
     own = next(p.stem for p in modules(root).values() if f'nbs/{notebook}.ipynb' in p.read_text(encoding='utf-8'))
-    def code(path): return '\n'.join(line for line in path.read_text(encoding='utf-8').splitlines() if not line.lstrip().startswith('#'))
-    return [name for name, path in modules(root).items() if name not in (own, 'setup') and re.search(rf"['\"]{notebook}['\"]", code(path))]
+    def texts(path): return {n.value for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, ast.Constant)}
+    return [name for name, path in modules(root).items() if name not in (own, 'setup') and notebook in texts(path)]
 
 def declared(root=ROOT):
     "{parameter of 03_train: how often a default is written by hand for it}"
@@ -98,7 +100,8 @@ def table(root=ROOT):
     yield f'modules over {LARGE_MODULE} lines of code', len(large), ', '.join(f'{n} {k}' for n, k in sorted(large.items(), key=lambda v: -v[1]))
     yield 'names that 03_train imports', names, f'from {of} modules'
     yield 'public names in several modules', len(repeated_names(root)), ', '.join(f'{k} ({", ".join(v)})' for k, v in repeated_names(root).items())
-    yield 'modules that name an experiment', len(mentions('20_transfer', root)), ', '.join(mentions('20_transfer', root))
+    named = sorted({module for notebook in EXPERIMENTS for module in mentions(notebook, root)})
+    yield 'modules that name an experiment', len(named), ', '.join(named)
     yield 'code lines in all', sum(map(code_lines, modules(root).values())), f'{len(modules(root))} modules'
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from PIL import Image, features
 
-import imgexp.decoding as data
+from imgexp import decoding
 from imgexp.check import check
 from imgexp.data import read
 from imgexp.decoding import BadImage, decode
@@ -121,7 +121,7 @@ def coded(value, codes):
 def striped(sampling, colors):
     "A JPEG of 8 x 4 MCUs of such a sampling; each block is even, and its brightness random: the tables are Pillow's."
     plain, rng, bits, before = encoded(Image.new('RGB', (8, 8)), subsampling=0), random.Random(0), '', [0]*3
-    tables = data._blocks(plain)[2]
+    tables = decoding._blocks(plain)[2]
     end = {c: next(k for k, v in tables[c][1].items() if v == 0) for c in (0, 1)}
     for _ in range(32):
         for c, n in ((0, sampling[0]*sampling[1]), (1, 1), (2, 1)):
@@ -247,14 +247,14 @@ def test_heic_is_read_where_its_plugin_is_installed(project, monkeypatch, capsys
     plugin = types.ModuleType('pillow_heif')
     plugin.register_heif_opener, plugin.__spec__ = register_heif_opener, types.SimpleNamespace(name='pillow_heif')
     monkeypatch.setitem(sys.modules, 'pillow_heif', plugin)
-    for f in (data._reads_heic, image_suffixes): f.cache_clear()
+    for f in (decoding.reads_heic, image_suffixes): f.cache_clear()
     try:
         table = from_folders(make(project, circle__a_heic=HEIC[:24] + encoded(PHOTO)))
         assert (read(table, 3) == decode(encoded(PHOTO))).all() and not capsys.readouterr().err
     finally:
         monkeypatch.undo()
         Image.OPEN.pop('HEIF', None); Image.ID.remove('HEIF')
-        for f in (data._reads_heic, image_suffixes): f.cache_clear()
+        for f in (decoding.reads_heic, image_suffixes): f.cache_clear()
 
 def test_no_other_file_is_taken_for_an_image(project, capsys):
     folder = tree(project/'data', 3)

@@ -77,6 +77,12 @@ def test_a_finished_run_is_extended(launcher, project, data):
     (stopped.dir/'params.json').write_text(json.dumps({'params': {}}))
     job = launcher.imgexp('train', '--extend', stopped.name, root=project)
     assert job.wait() == 2 and 'is not finished' in last_line(job.err)
+    other = Run(project/'runs'/'20200101-000000-20_transfer-00000000')
+    other.dir.mkdir()
+    (other.dir/'params.json').write_text(json.dumps({'notebook': '20_transfer', 'params': {}}))
+    (other.dir/'status.json').write_text(json.dumps({'state': 'done'}))
+    job = launcher.imgexp('train', '--extend', other.name, root=project)
+    assert job.wait() == 2 and 'is one of 20_transfer: only a run of 03_train can be trained further' in last_line(job.err), job.err
 
 def test_a_recipe_and_what_the_user_says(launcher, project, data):
     job = launcher.imgexp('train', '--recipe', 'scratch-small', '--data', str(data), '--size', '12', '--epochs', '1', '--batch-size', '32', '--workers', '0',
