@@ -8,7 +8,7 @@
 import argparse, csv, json, random, statistics
 from pathlib import Path
 
-from tables import alone, compare, machine, save, show
+from tables import alone, machine, save, show
 
 RESULTS = Path(__file__).resolve().parent/'results'
 CURVES, BUDGET = RESULTS/'curves.csv', RESULTS/'budget.csv'
@@ -28,10 +28,10 @@ def record(args):
     from imgexp.keras_cnn import SPACE
     from imgexp.runs import Run
     from imgexp.start import runs_dir
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep, run_sweep
     parameters = SPACE | {'data': {'value': args.data}, 'subset': {'value': 0.2}, 'size': {'value': 28}, 'track': {'value': 'off'}, 'epochs': {'value': EPOCHS}}
     config = {'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': '10_keras_cnn', 'parameters': parameters}
-    sweep = run(init(config, 'curves', trials=args.trials).name, args.jobs)
+    sweep = run_sweep(make_sweep(config, 'curves', trials=args.trials).name, args.jobs)
     rows = []
     for r in sweep.rows():
         if r['state'] != 'done': continue

@@ -7,11 +7,11 @@
 Needs imgexp and its requirements in this Python, whatever torch it has; `step` also needs lightning. Rows go to bench/results/gpu.csv (and those
 of `step` to train.csv), with the machine. See bench/README.md.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
-from tables import alone, compare, forget, in_turn, machine, save, show
+from tables import alone, forget, in_turn, machine, save, show
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
 RESULTS = HERE/'results'/'gpu.csv'

@@ -30,7 +30,7 @@ class Report:
 
 def nothing(**values):
     "A trial's program"
-    from imgexp.sweep import observe
+    from imgexp.trials import observe
     run = Report()
     for epoch in range(7):
         row = {'valid_loss': values['x0'] + 1/(epoch + 1)}
@@ -61,12 +61,12 @@ def main():
         forget(name)
 
 def measure(name, given, storage, args):
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep, run_sweep
     with tempfile.TemporaryDirectory() as root:
         os.environ['IMGEXP_ROOT'] = root
         config = given | {'metric': {'name': 'val_loss'}, 'program': 'sweep:nothing', 'parameters': PARAMETERS}
-        sweep, began = init(config, 'nothing', trials=args.trials, storage=storage), time.perf_counter()
-        run('nothing', args.jobs, tell=lambda text: None)
+        sweep, began = make_sweep(config, 'nothing', trials=args.trials, storage=storage), time.perf_counter()
+        run_sweep('nothing', args.jobs, say=lambda text: None)
         wall = time.perf_counter() - began
         own = [1000*r['seconds'] for r in sweep.rows()]
         assert len(own) == args.trials
@@ -86,12 +86,12 @@ def memory(trials=50):
     "One worker, networks of all kinds; the first ten trials bring in what stays"
     from imgexp.keras_cnn import SPACE
     from imgexp.start import runs_dir
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep, run_sweep
     with tempfile.TemporaryDirectory() as root:
         os.environ['IMGEXP_ROOT'] = root
         parameters = SPACE | {k: {'value': v} for k, v in dict(size=16, subset=0.3, epochs=2, filters=32, track='off').items()}
-        init({'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': 'sweep:keras_trial', 'parameters': parameters}, 'memory', trials=trials)
-        run('memory', 1)
+        make_sweep({'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': 'sweep:keras_trial', 'parameters': parameters}, 'memory', trials=trials)
+        run_sweep('memory', 1)
         held = [float(line) for line in (runs_dir()/'memory').read_text().split()]
     return [*compare(MEMORY, {'trials 11 to 20': held[10:20], f'trials {trials - 9} to {trials}': held[-10:]}, {f'trials {trials - 9} to {trials}': 'ratio <= 1.05'})]
 
@@ -113,9 +113,9 @@ class Serving:
 
 def trials_an_hour(args):
     "The same trials in turn, as many as there are workers: in a sweep whose workers stay, in scripts that stay with the images in memory, and in a script a trial"
-    from imgexp.batch import Local
+    from imgexp.workers import Local
     from imgexp.keras_cnn import SPACE, layer_type
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep, run_sweep
     class Staying(Local):
         def __exit__(self, *_): pass
     images = str(Path(args.images).resolve())
@@ -123,13 +123,13 @@ def trials_an_hour(args):
     config = {'method': 'random', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'program': '10_keras_cnn', 'parameters': parameters}
     with tempfile.TemporaryDirectory() as root:
         os.environ['IMGEXP_ROOT'] = root
-        def sweep_of(number): return init(config, f'hour-{number}', trials=args.jobs, seed=number)
+        def sweep_of(number): return make_sweep(config, f'hour-{number}', trials=args.jobs, seed=number)
         workers = Staying(args.jobs, sweep_of(0).threads)
         policies = ['mixed_bfloat16', 'float32'] if layer_type('auto') == 'mixed_bfloat16' else ['float32']
         served = {f'{args.jobs} scripts that stay, images cached, {policy}': Serving(images, args.jobs, policy) for policy in policies}
         def points(number): return [sweep_of(number).point(k) for k in range(args.jobs)]
         def ours(number):
-            run(sweep_of(number).name, args.jobs, executor=workers, tell=lambda text: None)
+            run_sweep(sweep_of(number).name, args.jobs, executor=workers, say=lambda text: None)
             return [r['value'] for r in sweep_of(number).rows()]
         ways = {'imgexp sweep': ours} | {k: lambda number, run=run: run(points(number)) for k, run in served.items()} | {
             'a script a trial': lambda number: [usual_trial(images, p) for p in points(number)]}

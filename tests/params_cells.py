@@ -1,6 +1,5 @@
 "Write the parameters cells of the experiments' notebooks from their tables of parameters: `python tests/params_cells.py`, part of `make export`."
 import json, subprocess, sys
-from pathlib import Path
 from readme import ROOT
 
 _CELLS = '''import json

@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
-from launch import last_line, until
+from launch import last_line
 from pictures import tree
 
 pytestmark = pytest.mark.usefixtures('project')

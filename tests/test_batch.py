@@ -27,7 +27,7 @@ def work(name, seconds=0, deaths=0):
 @pytest.fixture
 def jobs(project, monkeypatch):
     "Makes jobs of a module that workers find in the working folder"
-    from imgexp.batch import Job
+    from imgexp.workers import Job
     monkeypatch.chdir(project)
     (project/'slow_job.py').write_text(SLOW_JOB)
     return lambda *many: [Job('slow_job:work', values, values['name']) for values in many]
@@ -35,13 +35,13 @@ def jobs(project, monkeypatch):
 def began(): return Path('began').read_text().split() if Path('began').exists() else []
 
 def test_results_come_in_order(jobs):
-    from imgexp.batch import run
-    found = run(jobs(dict(name='a', seconds=0.5), dict(name='b'), dict(name='c')), n=2)
+    from imgexp.workers import run_jobs
+    found = run_jobs(jobs(dict(name='a', seconds=0.5), dict(name='b'), dict(name='c')), n=2)
     assert [r.value for r in found] == ['a', 'b', 'c'] and {r.state for r in found} == {'done'}
 
 def test_a_worker_that_dies_is_replaced(jobs):
-    from imgexp.batch import run
-    found = run(jobs(dict(name='a', deaths=2), dict(name='b', deaths=3), dict(name='c')), n=2)
+    from imgexp.workers import run_jobs
+    found = run_jobs(jobs(dict(name='a', deaths=2), dict(name='b', deaths=3), dict(name='c')), n=2)
     assert [r.state for r in found] == ['done', 'failed', 'done']
     assert found[1].error.startswith('its process was killed by SIGKILL')
     assert began().count('a') == 3 and began().count('b') == 3
@@ -49,7 +49,7 @@ def test_a_worker_that_dies_is_replaced(jobs):
 def test_workers_go_when_the_parent_is_killed(launcher, jobs, project):
     "They stop as if asked to: a training would write a checkpoint."
     jobs()
-    code = 'import sys; sys.path.insert(0, "."); from imgexp.batch import Job, run; run([Job("slow_job:work", dict(name=n, seconds=60)) for n in "ab"], n=2)'
+    code = 'import sys; sys.path.insert(0, "."); from imgexp.workers import Job, run_jobs; run_jobs([Job("slow_job:work", dict(name=n, seconds=60)) for n in "ab"], n=2)'
     job = launcher.python('-c', code, root=project)
     until(lambda: len(began()) == 2, 'both jobs to begin')
     job.send(signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_two_machines_whose_processes_have_the_same_number(launcher, demo):
     "As in two containers: each job is credited with its own run, and has its own notebook."
     code = """import json, os, sys
 os.getpid = lambda: 1
-from imgexp.batch import execute
+from imgexp.notebooks import execute
 print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(int, sys.argv[1:])]))"""
     jobs = {seeds: launcher.python('-c', code, *seeds, root=demo) for seeds in [(31, 33), (32, 34)]}
     for seeds, job in jobs.items():
@@ -136,11 +136,11 @@ print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(in
 
 def test_dry_run(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')
-    assert job.wait() == 0 and '2 jobs: 2 to run; no finished run tells yet' in job.err and not found(demo)
+    assert job.wait() == 0 and '2 jobs: 2 to run; time unknown until' in job.err and not found(demo)
     assert batch(launcher, demo).wait() == 0
     job = batch(launcher, demo, '-p', 'seed', '0,1,2', '-p', 'steps', '2,20', '--dry-run', '--json')
     assert job.wait() == 0 and '6 jobs: 5 to run, 1 finished; 5 ×' in job.err
-    assert [r['does'] for r in json.loads(job.out)] == ['reuse', *['run']*5] and len(found(demo)) == 1
+    assert [r['action'] for r in json.loads(job.out)] == ['reuse', *['run']*5] and len(found(demo)) == 1
 
 @pytest.mark.parametrize('args, told', {
     'unknown parameter': (['demo.ipynb', '-p', 'rat', '1'], "unknown parameter 'rat': did you mean 'rate'?"),
@@ -159,6 +159,6 @@ def test_bad_input(launcher, demo, args, told):
 
 def test_threads_and_gpus_are_shared_out(monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    from imgexp.batch import shares
-    assert [s['CUDA_VISIBLE_DEVICES'] for s in shares(3, 8, ['0', '1'])] == ['0', '1', '0']
-    assert {s['OMP_NUM_THREADS'] for s in shares(3, 8, [])} == {'2'} and 'CUDA_VISIBLE_DEVICES' not in shares(1, 8, [])[0]
+    from imgexp.workers import worker_environments
+    assert [s['CUDA_VISIBLE_DEVICES'] for s in worker_environments(3, 8, ['0', '1'])] == ['0', '1', '0']
+    assert {s['OMP_NUM_THREADS'] for s in worker_environments(3, 8, [])} == {'2'} and 'CUDA_VISIBLE_DEVICES' not in worker_environments(1, 8, [])[0]

@@ -9,8 +9,6 @@ import imgexp.contents as d
 from imgexp.contents import fingerprint
 from imgexp.data import keep_subset, read
 from imgexp.decoding import BadImage, decode
-from imgexp.folders import from_folders
-from imgexp.samples import shapes
 from imgexp.loader import Loader, normalization
 from imgexp.packs import load_images
 from imgexp.errors import InputError, RunFailed

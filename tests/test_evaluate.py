@@ -1,10 +1,9 @@
 "A finished run is evaluated as it was trained and judged: the same figures, whatever experiment made it, and whatever data and machine are like today."
 import json, shutil, subprocess, sys
-from pathlib import Path
 
 import pytest
 from launch import environment, last_line
-from pictures import CLASSES, tree
+from pictures import tree
 from imgexp.evaluate import evaluate_test, load_run
 from imgexp.errors import InputError
 from imgexp.runs import Run
@@ -117,9 +116,9 @@ def test_a_search_without_test_images(project, data):
 
 def test_a_sweep_of_runs_that_skip_ends_well(project, data, launcher):
     "Its best trial is evaluated on the test images that can be decoded."
-    from imgexp.sweep import init
+    from imgexp.sweep import make_sweep
     fixed = {k: {'value': v} for k, v in (SMALL | dict(data=str(data), bad='skip', epochs=1)).items()}
-    init({'name': 's', 'program': '03_train', 'method': 'random', 'metric': {'name': 'val_loss'}, 'parameters': fixed | {'lr': {'values': [0.001, 0.01]}}}, trials=1)
+    make_sweep({'name': 's', 'program': '03_train', 'method': 'random', 'metric': {'name': 'val_loss'}, 'parameters': fixed | {'lr': {'values': [0.001, 0.01]}}}, trials=1)
     job = launcher.python('-m', 'imgexp.cli', 'sweep', 'run', 's', root=project)
     assert job.wait() == 0, job.err
     assert json.loads((project/'runs/sweeps/s/best.json').read_text())['test']['top1']['n'] == 5

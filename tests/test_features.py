@@ -275,8 +275,8 @@ def test_images_are_made_as_the_key_says(tmp_path):
     assert np.abs(digit - [[0, 196, 186, 193, 26], [36, 184, 5, 143, 48], [46, 127, 4, 156, 46], [18, 193, 135, 146, 0]]).max() <= 2
 
 def test_a_search_over_heads(project, parts):
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep, run_sweep
     space = {k: {'value': v} for k, v in dict(subset=0.2, size=32, epochs=2, precision='fp32', track='off').items()} | {'head': {'values': ['linear', 'logistic', 'mlp']}}
-    sweep = run(init({'program': '20_transfer', 'method': 'grid', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'parameters': space, 'name': 'heads'}).name, tell=lambda text: None)
+    sweep = run_sweep(make_sweep({'program': '20_transfer', 'method': 'grid', 'metric': {'name': 'val_accuracy', 'goal': 'maximize'}, 'parameters': space, 'name': 'heads'}).name, say=lambda text: None)
     assert {r['state'] for r in sweep.rows()} == {'done'}, [r['error'] for r in sweep.rows()]
     assert len(list(features_dir().glob('*'))) == 1, 'all heads see the same features'

@@ -1,5 +1,5 @@
 "A run's id holds everything that its result depends on, and nothing else."
-import inspect, json, os, subprocess, sys
+import inspect, json, subprocess, sys
 from importlib import import_module
 from importlib.util import find_spec
 import pytest
@@ -112,7 +112,6 @@ def test_another_function_is_another_run(mine, project):
 
 def test_a_run_that_extends_another_holds_its_weights(project):
     "The parent counts by what it ended with, not by its name."
-    from imgexp.runs import Run
     from imgexp.train import train
     parent = train(**SMALL)
     child = train(**SMALL | dict(extend=parent.name))

@@ -1,6 +1,5 @@
 "The Keras CNN as a process: killed at any moment, without torch, the same bits on any number of workers."
 import json, signal, subprocess, sys
-from pathlib import Path
 
 import pytest
 from launch import environment, last_line, until
@@ -66,13 +65,13 @@ def test_the_command(launcher, project):
 
 def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypatch):
     "And only its best trial has seen the test images, until somebody asks for another one by itself."
-    from imgexp.sweep import init, run
+    from imgexp.sweep import make_sweep
     space = {k: {'value': v} for k, v in (GIVEN | {'epochs': 2}).items()} | {'lr': {'distribution': 'log_uniform_values', 'min': 1e-3, 'max': 1e-2}}
     config = {'program': '10_keras_cnn', 'method': 'random', 'metric': {'name': 'val_loss'}, 'parameters': space}
     found = []
     for jobs in (1, 2):
         monkeypatch.setenv('IMGEXP_ROOT', str(project/str(jobs)))
-        sweep = init(config | {'name': 's'}, trials=3)
+        sweep = make_sweep(config | {'name': 's'}, trials=3)
         done = subprocess.run([sys.executable, '-m', 'imgexp.cli', 'sweep', 'run', 's', '--jobs', str(jobs)], capture_output=True, text=True,
                               env=environment(project/str(jobs)), cwd=project)
         assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 "Killed, stopped, interrupted, asked for twice: the run goes on where it was, and ends as if nothing had happened."
 import json, os, re, signal, socket, time
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import nbformat, pandas as pd, pytest
 from launch import SLOW, TRAIN, environment, gone, kill, last_line, until

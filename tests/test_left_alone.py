@@ -53,7 +53,7 @@ def test_batch(launcher, project):
     kernel = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project/'03_train.ipynb')
     job = launcher.imgexp('batch', '03_train.ipynb', '-p', 'seed', '4', '--json', root=project)
-    assert job.wait() == 0 and '1 finished by a search, to evaluate on test images' in job.err, job.err
+    assert job.wait() == 0 and '1 finished by a sweep, to evaluate on test images' in job.err, job.err
     row, = json.loads(job.out)
     assert row['run'] == trial.name and row['test_top1'] == pytest.approx(result(trial)['value'], abs=1e-4)
     job = launcher.imgexp('batch', '03_train.ipynb', '-p', 'seed', '4', '--dry-run', root=project)

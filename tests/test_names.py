@@ -75,7 +75,7 @@ def test_a_terminal_obeys_no_name(images, project, launcher):
 
 def test_a_table_that_follows_a_sweep_has_names_as_they_are():
     "What rich takes for a style is a name."
-    from imgexp.cli import _live
+    from imgexp.cli_sweep import _live
     table = pd.DataFrame({'state': ['done'], 'top1': [1.], 'trained': [1], '[/b]': ['[/red]']})
     live = _live(SimpleNamespace(table=lambda: table, best=lambda: {'value': 1.}, metric=SimpleNamespace(name='top1'), varying=['[/b]'], limit=1))
     live.console.file, live.console.width = io.StringIO(), 120

@@ -1,5 +1,5 @@
 "Packs: the same batches as their source, found by content, whole or not there, continued after a kill."
-import json, os, re, shutil, signal, time
+import json, os, re, shutil, signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,8 @@ import imgexp.packs as packs
 from imgexp.contents import file_state, fingerprint
 from imgexp.data import keep_subset, read, stored
 from imgexp.decoding import BadImage
-from imgexp.folders import from_folders
 from imgexp.loader import Loader
-from imgexp.packs import Pack, as_prepared, enough, from_pack, load_images, pack, packed, preparation
+from imgexp.packs import Pack, as_prepared, enough, load_images, pack, packed, preparation
 from imgexp.errors import InputError, RunFailed
 from launch import until
 
@@ -156,7 +155,6 @@ def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch
     assert packed(load_images(photos), 100).pack.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
-    import resource
     monkeypatch.setattr(packs, '_rows_each', lambda *args: 1)
     table = load_images(pack(photos, 96, 'raw', tell=quiet))
     inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')

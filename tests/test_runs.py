@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 import pytest
 import imgexp.runs as r
 from imgexp.files import write_text
-from imgexp.errors import InputError, RunBusy
+from imgexp.errors import RunBusy
 from imgexp.run_table import list_runs, prune_runs, remove_run
 from imgexp.runs import Run
-from imgexp.start import find_run, start_run
+from imgexp.start import start_run
 
 P = dict(lr=0.1, track='off')
 

@@ -1,9 +1,9 @@
 "Sweeps as real processes: killed, stopped, failing, on other storages; every trial once, nothing lost."
 import json, os, random, signal, sys, threading, time, types
 from contextlib import contextmanager
-from pathlib import Path
 
-import pandas as pd, psutil, pytest
+import psutil
+import pytest
 from launch import kill, last_line, until
 from imgexp.runs import Run
 
@@ -43,13 +43,13 @@ def place(project, monkeypatch):
     return project
 
 def make(config=BASE, name='s', **kw):
-    from imgexp.sweep import init
-    return init(config | {'name': name}, **kw)
+    from imgexp.sweep import make_sweep
+    return make_sweep(config | {'name': name}, **kw)
 
 def with_values(**values): return BASE | {'parameters': BASE['parameters'] | {k: {'value': v} for k, v in values.items()}}
 def quietly(name='s', **kw):
-    from imgexp.sweep import run
-    return run(name, tell=lambda text: None, **kw)
+    from imgexp.sweep import run_sweep
+    return run_sweep(name, say=lambda text: None, **kw)
 def outcome(sweep): return [(r['values'], r['value'], r['state']) for r in sweep.rows()]
 def in_process(launcher, place, *args): return launcher.python('-m', 'imgexp.cli', 'sweep', *args, root=place, PYTHONPATH=os.environ['PYTHONPATH'])
 
@@ -149,7 +149,7 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(launcher, place):
 
 def test_a_full_disk(launcher, disk, monkeypatch):
     "What cannot be written is tried again, then told; with room again the same command goes on."
-    (disk.path/'program.py').write_text('import imgexp.sweep\nimgexp.sweep.PATIENCE = 2.\n' + PROGRAM)
+    (disk.path/'program.py').write_text('import imgexp.journal\nimgexp.journal.PATIENCE = 2.\n' + PROGRAM)
     for k, v in {'IMGEXP_ROOT': disk.path, 'PYTHONPATH': paths(disk.path)}.items(): monkeypatch.setenv(k, str(v))
     monkeypatch.syspath_prepend(str(disk.path))
     monkeypatch.delitem(sys.modules, 'program', raising=False)
@@ -168,7 +168,8 @@ def test_a_full_disk(launcher, disk, monkeypatch):
 def test_a_locked_journal_is_waited_for_and_told(place, storage, monkeypatch):
     import sqlite3
     from filelock import FileLock
-    from imgexp import sweep as engine
+    from imgexp import journal
+    from imgexp.study import Sweep
     sweep = make(trials=1, storage=storage)
     @contextmanager
     def locked():
@@ -179,19 +180,19 @@ def test_a_locked_journal_is_waited_for_and_told(place, storage, monkeypatch):
             db.execute('begin immediate')
             try: yield
             finally: db.rollback(); db.close()
-    monkeypatch.setattr(engine, 'PATIENCE', 0.5)
-    patient = engine.Sweep(sweep.dir)
-    patient.tell(patient.study.ask().number, a=1)
-    with locked(), pytest.raises(engine.StorageFailed, match='lock.*the same command continues'): patient.tell(0, a=2)
-    monkeypatch.setattr(engine, 'PATIENCE', 30.)
-    patient = engine.Sweep(sweep.dir)
+    monkeypatch.setattr(journal, 'PATIENCE', 0.5)
+    patient = Sweep(sweep.dir)
+    patient.set_attrs(patient.study.ask().number, a=1)
+    with locked(), pytest.raises(journal.StorageFailed, match='lock.*the same command continues'): patient.set_attrs(0, a=2)
+    monkeypatch.setattr(journal, 'PATIENCE', 30.)
+    patient = Sweep(sweep.dir)
     with locked() as held:
-        later = threading.Thread(target=patient.tell, args=(0,), kwargs={'a': 3})
+        later = threading.Thread(target=patient.set_attrs, args=(0,), kwargs={'a': 3})
         later.start()
         time.sleep(0.5)
         assert later.is_alive()
     later.join(10)
-    assert patient.told(0, 'a') == 3
+    assert patient.attr(0, 'a') == 3
 
 def test_asked_to_stop(launcher, place):
     sweep = make(with_values(wait=0.1, epochs=30), trials=3)
@@ -213,20 +214,20 @@ def test_a_torn_line_of_the_journal(place):
     whole = journal.read_bytes()
     for cut in (len(whole) - 7, len(whole) - 1):
         journal.write_bytes(whole[:cut])
-        from imgexp.sweep import Sweep, _here
-        _here.cache_clear()
+        from imgexp.trials import _open_sweep
+        _open_sweep.cache_clear()
         again = quietly()
         assert [r['values'] for r in again.rows()] == [r['values'] for r in sweep.rows()]
         assert {r['state'] for r in again.rows()} == {'done'}
 
 def test_three_failures_end_it_and_retry_repeats_them(place):
     from imgexp.errors import RunFailed
-    from imgexp.sweep import retry
+    from imgexp.sweep import retry_failed
     sweep = make(with_values(fails=True), trials=10)
-    with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; mend that'): quietly()
+    with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; fix that'): quietly()
     assert [r['state'] for r in sweep.rows()] == ['failed']*3
     (place/'mended').touch()
-    assert retry(sweep) == 3 and retry(sweep) == 0, 'each is repeated once'
+    assert retry_failed(sweep) == 3 and retry_failed(sweep) == 0, 'each is repeated once'
     quietly(jobs=2)
     rows = sweep.rows()
     assert len(rows) == 13 and [r['state'] for r in rows[3:]] == ['done']*10
@@ -237,11 +238,11 @@ def test_a_common_cause_ends_it_although_another_trial_runs(place):
     sweep = make(trials=40)
     running, *failing = [sweep.ask() for _ in range(4)]
     for number, *_ in failing:
-        assert not sweep.over()
+        assert not sweep.end_reason()
         sweep.fail(number, 'the same')
-    assert sweep.over() == 'the first 3 trials failed'
+    assert sweep.end_reason() == 'the first 3 trials failed'
     sweep.report(running[0], 1, 0.5)
-    assert not sweep.over(), 'what has measured something does not fail like the others'
+    assert not sweep.end_reason(), 'what has measured something does not fail like the others'
 
 def test_a_run_that_was_killed_before_it_began_is_taken(place, monkeypatch):
     import program
@@ -267,19 +268,19 @@ def test_successive_halving_and_bayes(place):
 def test_the_target_ends_it(place):
     sweep = make(BASE | {'metric': BASE['metric'] | {'target': 1.0}}, trials=50)
     quietly()
-    assert len(sweep.trials()) < 50 and sweep.best()['value'] <= 1.0 and sweep.over() == 'the target is reached' and sweep.left() > 0
+    assert len(sweep.trials()) < 50 and sweep.best()['value'] <= 1.0 and sweep.end_reason() == 'the target is reached' and sweep.remaining() > 0
 
 def test_extended_and_stopped(place):
-    from imgexp.sweep import extend, stop
+    from imgexp.sweep import extend_sweep, stop_sweep
     sweep = make(trials=2)
     quietly()
-    extend(sweep, 3)
+    extend_sweep(sweep, 3)
     quietly()
     assert [r['values'] for r in sweep.rows()] == [sweep.point(k) for k in range(5)]
-    extend(sweep, 3)
-    stop(sweep)
-    from imgexp.sweep import trial
-    assert trial(str(sweep.dir)) == {'over': 'it was stopped'}
+    extend_sweep(sweep, 3)
+    stop_sweep(sweep)
+    from imgexp.trials import run_trial
+    assert run_trial(str(sweep.dir)) == {'over': 'it was stopped'}
 
 def test_the_same_point_twice_at_once(place):
     "They have the same run: one trains it, the other waits for it."
@@ -313,11 +314,11 @@ def test_through_wandb(place, monkeypatch):
     fake = types.SimpleNamespace(sweep=lambda config, **kw: made.append((config, kw)) or 'abc', init=Own, log=logged.append,
                                  agent=lambda id, function, count, **kw: [function() for _ in range(2)])
     monkeypatch.setitem(sys.modules, 'wandb', fake)
-    from imgexp.sweep import on_wandb
+    from imgexp.sweep import run_on_wandb
     sweep = make(BASE | {'project': 'mine'}, trials=2)
-    with pytest.raises(Exception, match='needs a login'): on_wandb(sweep)
+    with pytest.raises(Exception, match='needs a login'): run_on_wandb(sweep)
     monkeypatch.setattr('imgexp.sweep.track_mode', lambda track: 'online')
-    on_wandb(sweep, tell=lambda text: None)
+    run_on_wandb(sweep, say=lambda text: None)
     assert made == [(sweep.config, {'project': 'mine'})] and [row['val_loss'] for row in logged][2] == pytest.approx((0.25 - 0.3)**2 + 1/3)
     assert 'IMGEXP_OBSERVER' not in os.environ
 

@@ -3,7 +3,7 @@ import json, os, signal, sys, time
 
 import psutil, pytest
 from launch import kill, until
-from test_sweep import BASE, PROGRAM, make, paths, with_values
+from test_sweep import PROGRAM, make, paths, with_values
 from imgexp.runs import Run
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -68,16 +68,16 @@ def test_another_machine_goes_on(launcher, place):
 
 def test_a_living_machine_is_left_alone(launcher, place, monkeypatch):
     "Its beat tells, longer than a machine without one would be waited for."
-    from imgexp.sweep import Sweep
-    monkeypatch.setattr('imgexp.sweep.STALE', 2.)
+    from imgexp.study import Sweep
+    monkeypatch.setattr('imgexp.claims.STALE', 2.)
     sweep = make(with_values(wait=0.4, epochs=14), trials=1)
     first = on('one', launcher, place, 'run', 's', '--jobs', '1', stale=2.)
     under_way(sweep)
-    assert sweep.told(0, 'owner')['machine'] == 'one'
+    assert sweep.attr(0, 'owner')['machine'] == 'one'
     (sweep.dir/'locks'/'0').rename(sweep.dir/'locks'/'seen')  # a lock that cannot be seen from the other machine
     (sweep.dir/'locks'/'0').touch()
-    while len(sweep.of(0).intermediate_values) < 12:
-        assert Sweep(sweep.dir).dead() == []
+    while len(sweep.trial(0).intermediate_values) < 12:
+        assert Sweep(sweep.dir).abandoned() == []
         time.sleep(0.1)
     assert first.wait() == 0 and [r['state'] for r in sweep.rows()] == ['done']
 
@@ -100,10 +100,10 @@ def test_a_machine_that_wakes_up(launcher, place, tmp_path, storage):
         for lock in [sweeps[0].dir/'locks'/'0', *(place/'runs').glob('2*/lock')]: lock.unlink()
     awake = on('awake', launcher, roots[1], 'run', 's', '--jobs', '1', stale=2.)
     assert awake.wait() == 0, awake.err
-    before = sweeps[1].of(0)
+    before = sweeps[1].trial(0)
     assert before.state.name == 'COMPLETE' and len(before.intermediate_values) == 8 and before.user_attrs['owner']['host'] == 'awake'
     for pid in processes(asleep): os.kill(pid, signal.SIGCONT)
     assert asleep.wait() == 0, asleep.err
     assert 'taken over by process' in asleep.err and 'on awake while this one did not answer' in asleep.err
-    after = sweeps[1].of(0)
+    after = sweeps[1].trial(0)
     assert (after.state, after.values, after.user_attrs) == (before.state, before.values, before.user_attrs) and len(sweeps[1].trials()) == 1

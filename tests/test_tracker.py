@@ -1,6 +1,5 @@
 "Weights & Biases: an offline run holds everything, a failure harms nothing, no secret is written."
-import json, os, re, struct, sys
-from pathlib import Path
+import json, struct, sys
 
 import pandas as pd, pytest
 from imgexp.start import find_run, start_run

@@ -97,7 +97,7 @@ def test_networks_and_heads_in_one_table(project):
 
 def test_a_batch_and_the_table_know_what_is_filled_in(project, root):
     "The size that the weights are made for, and logistic's own epochs, are in the run, not in what was asked."
-    from imgexp.batch import plan
+    from imgexp.batch import plan_batch
     from imgexp.run_table import list_runs
     given = dict(subset=0.05, arch='compact_resnet', track='off')
     made = [train(head=head, **given, **more) for head, more in (('linear', dict(epochs=2)), ('logistic', {}))]
@@ -105,7 +105,7 @@ def test_a_batch_and_the_table_know_what_is_filled_in(project, root):
     table = list_runs(columns=('epochs',))
     assert list(table.epochs) == [2, 11] and table.columns.is_unique
     points = [dict(given, head='linear', epochs=2), dict(given, head='logistic'), dict(given, head='mlp')]
-    assert plan(root/'nbs/20_transfer.ipynb', points).does == ['reuse', 'reuse', 'run']
+    assert plan_batch(root/'nbs/20_transfer.ipynb', points).actions == ['reuse', 'reuse', 'run']
 
 # -- killed, and continued
 

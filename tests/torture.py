@@ -10,7 +10,7 @@ three steps; by the Keras CNN, every epoch. Compared are weights, averages, opti
 schedule, early stopping, random generators, the history (times and memory aside), and the rows of every batch, all bit for bit; the undisturbed
 run has the same number of threads and the same images: drawn shapes, or some of the photos.
 """
-import argparse, csv, json, os, random, shutil, signal, sys, tempfile, time
+import argparse, csv, json, random, shutil, signal, sys, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
