@@ -46,7 +46,7 @@ def data_fetch(
     jobs: Annotated[int, typer.Option(min=1, help='Downloads at once.')] = 4,
 ):
     "Download a data set into class folders; the same command continues an interrupted download."
-    from imgexp.catalog import fetch
+    from imgexp.retrieval import fetch
     stop_on_sigterm()
     folder = fetch(name, dest, classes, size, keep, archive or (), mirror, jobs)
     if folder: print(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .catalog import SUFFIXES
+from .layouts import SUFFIXES
 from .data import Images
 from .decoding import image_kind, reads_heic, without_warnings
 from .errors import InputError, unknown_name

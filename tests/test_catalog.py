@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgexp import catalog as catalog_module, fetch as fetch_module
-from imgexp.catalog import ENTRIES, catalog, fetch, info, where
+from imgexp import fetch as fetch_module, retrieval
+from imgexp.catalog import ENTRIES, catalog, info, where
+from imgexp.layouts import LAYOUTS
+from imgexp.retrieval import fetch
 from imgexp.fetch import BadArchive, FetchError, Remote, download, unpack
 from imgexp.errors import InputError
 
@@ -580,7 +582,7 @@ def test_parquet(net, data):
 
 def test_no_pyarrow(net, monkeypatch):
     "Said before gigabytes are fetched"
-    monkeypatch.setattr(catalog_module, 'find_spec', lambda name: None)
+    monkeypatch.setattr(retrieval, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match='pip install pyarrow'): fetch('mini-imagenet', base_url=net.url)
     assert not net.log
 
@@ -592,7 +594,7 @@ def synset(c, n=3): return pack({f'{c}_{i}.JPEG': f'{c}{i}'.encode() for i in ra
 @pytest.fixture
 def index(monkeypatch):
     names = dict(zip(IDS, ('tench', 'goldfish', 'golden_retriever', 'crane')))
-    monkeypatch.setattr(catalog_module, '_class_index', lambda *a, **kw: names)
+    monkeypatch.setattr(retrieval, '_class_index', lambda *a, **kw: names)
 
 def test_classes_by_id_and_name(net, data, index):
     for c in IDS: net.serve(f'{c}.tar', synset(c))
@@ -696,13 +698,13 @@ def test_class_names_of_imagenet():
     path = META/'imagenet/imagenet_class_index.json'
     if not path.is_file(): pytest.skip('the class index of ImageNet is not beside this checkout (../shared/data/meta/imagenet)')
     index = dict(json.loads(path.read_text()).values())
-    assert len(index) == 1000 and fetch_module.unlike(path, catalog_module._INDEX) == ''
-    assert catalog_module._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
+    assert len(index) == 1000 and fetch_module.unlike(path, retrieval._INDEX) == ''
+    assert retrieval._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
     for name in ('crane', 'maillot'):
-        with pytest.raises(InputError, match='is 2 classes of ImageNet'): catalog_module._imagenet_ids([name], lambda: index)
+        with pytest.raises(InputError, match='is 2 classes of ImageNet'): retrieval._imagenet_ids([name], lambda: index)
 
 def test_class_index_is_fetched(net, data, project):
-    "Where it is not beside the project, it is fetched and verified"
+    "It is verified, too."
     net.serve('imagenet_class_index.json', b'{"0": ["n01440764", "tench"]}')
     with pytest.raises(FetchError, match='published are 35,363'): fetch('imagenet', classes='tench', base_url=net.url, **FAST)
 
@@ -717,7 +719,7 @@ def test_real_devkit_of_cars(tmp_path):
     (tmp_path/'labels.mat').write_bytes(mat(annotations=annotations([(str(a['fname']), i % 196 + 1) for i, a in enumerate(test)])))
     for folder in ('cars_train', 'cars_test'): (tmp_path/folder).mkdir()
     shutil.copytree(kit, tmp_path/'devkit')
-    classes, items = catalog_module.LAYOUTS['cars'](tmp_path, {'cars_test_annos_withlabels.mat': tmp_path/'labels.mat'})
+    classes, items = LAYOUTS['cars'](tmp_path, {'cars_test_annos_withlabels.mat': tmp_path/'labels.mat'})
     rows = list(items)
     assert len(classes) == len(set(classes)) == 196 == len({c for _, c, _, _ in rows}) and not any('/' in c for c in classes)
     assert [sum(s == split for s, *_ in rows) for split in ('train', 'valid', 'test')] == list(info('stanford-cars').splits)
@@ -760,7 +762,7 @@ def test_killed_while_images_move(net, data, monkeypatch):
     monkeypatch.setattr(os, 'replace', dies)
     with pytest.raises(KeyboardInterrupt): bring(entry)
     monkeypatch.setattr(os, 'replace', real)
-    monkeypatch.setattr(catalog_module, 'unpack', None)  # that is done
+    monkeypatch.setattr(retrieval, 'unpack', None)  # that is done
     assert where('cub-birds-200') is None
     assert tree(bring(entry)) == OFFICIAL['cub-birds-200'][1] and len(net.log) == 1
 
