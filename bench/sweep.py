@@ -114,7 +114,8 @@ class Serving:
 def trials_an_hour(args):
     "The same trials in turn, as many as there are workers: in a sweep whose workers stay, in scripts that stay with the images in memory, and in a script a trial"
     from imgexp.workers import Local
-    from imgexp.keras_cnn import SPACE, layer_type
+    from imgexp.keras_cnn import SPACE
+    from imgexp.keras_network import layer_type
     from imgexp.sweep import make_sweep, run_sweep
     class Staying(Local):
         def __exit__(self, *_): pass

@@ -207,7 +207,7 @@ def large(n, width, head, precision):
     t.load_features = lambda *args: ([found], found)
     p = t.TransferParams.check(dict(arch='resnet50', head=head, precision=precision, epochs=2, track='off'))
     model = build_model('resnet50', 10, size=64, retrain=0)
-    with start_run('large', p) as run: t.fit_head(run, p, t.make_learner(p, table, model, ((0.5,)*3,)*2))
+    with start_run('large', p) as run: t.fit_head(run, p, t.make_head_learner(p, table, model, ((0.5,)*3,)*2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3
     loader = t.FeatureLoader(table, 'train', [found], 64)
     began = time.perf_counter()

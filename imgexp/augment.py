@@ -255,7 +255,8 @@ _loaded = {}  # what the files of each module held when it was imported
 def _import(module):
     "Import a module, once; one that somebody else imported earlier, again: its files may have changed since"
     if module not in _loaded:
-        before, thing = set(sys.modules), importlib.import_module(module)
+        before = set(sys.modules)
+        importlib.import_module(module)
         files = source_files(module)
         if before & files.keys() and not all(map(_installed, files.values())):
             for name in files: sys.modules.pop(name, None)

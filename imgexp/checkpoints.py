@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 
 from .learner import CancelFitException, Part
-from .parallel import all_max, from_first, rank, say
+from .parallel import all_max, from_first, rank, rank_zero_print
 from .parts import HIGHER, better
 from .errors import InputError, RunFailed
 from .params import Parameters, param
@@ -349,7 +349,7 @@ def restore(
     run,    # a `Run`
     learn,  # an `ImageLearner` with its optimizer and its parts
     after: int = 0, # epochs that another learner trained: where these end, this one begins with their best weights
-    tell=say, # told where it continues
+    tell=rank_zero_print, # told where it continues
 ) -> bool:  # whether there was something to continue
     "Continue from the newest whole checkpoint; raises `RunFailed` where all are damaged."
     name = from_first(lambda: getattr(newest_checkpoint(run), 'name', ''))

@@ -28,7 +28,7 @@ from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id
 from .contents import cache_dir, contents, file_state, settled, size_and_time
-from .data import SPLITS
+from .catalog import SPLITS
 from .text import file_size
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader

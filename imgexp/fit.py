@@ -16,7 +16,7 @@ from .checkpoints import Checkpoints, KeepParams, begin_at_end, checkpoints, res
 from .errors import InputError, RunFailed, Stopped, stop_requests
 from .learner import OPTIMIZERS, make_optimizer
 from .lr_finder import find_lr
-from .parallel import rank, say, world
+from .parallel import rank, rank_zero_print, world
 from .params import Parameters, SeedParams, param, set_seed, takes
 from .parts import Bottleneck, EMA, EarlyStop, Finite, HIGHER, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
@@ -89,7 +89,7 @@ def _set_lr(run, learn, callbacks, requests):
     "Ask the LR finder, without the callbacks of the training"
     with learn.removed_cbs(callbacks): curve = find_lr(learn, stop_requests=requests)
     learn.schedule.peak = curve.valley
-    say(f'lr={curve.valley:.2g} by the LR finder (its steepest fall is at {curve.steep:.2g})')
+    rank_zero_print(f'lr={curve.valley:.2g} by the LR finder (its steepest fall is at {curve.steep:.2g})')
     if rank() == 0: run.figure('lr_finder', curve.figure())
 
 def _loop(run, learn, p, requests, parent, after):

@@ -6,7 +6,8 @@
 __all__ = ['LookParams', 'show_counts']
 
 # %% ../nbs/01k_look.ipynb #4001b40a
-from .data import SPLITS, Images
+from .catalog import SPLITS
+from .data import Images
 from .loader import SizeParams
 from .packs import DataParams
 from .params import SeedParams, param

@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import InputError
 from .style import (BLUE, GRAY, GREEN, ORANGE, RED, class_label, percent, percent_axis, set_title, styled)
-from .text import plot_text, printable
+from .text import printable
 
 # %% ../nbs/02d_metrics.ipynb #d5dcdb39
 def _check_probs(probs):

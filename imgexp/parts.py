@@ -20,7 +20,7 @@ from .augment import cutmix as _cutmix, erase as _erase, mixup as _mixup
 from .randomness import uniforms
 from .learner import CancelFitException, Part, autocast
 from .metrics import ranks, true_probs
-from .parallel import all_max, all_sum, gather, rank, say
+from .parallel import all_max, all_sum, gather, rank, rank_zero_print
 from .errors import RunFailed
 from .text import duration
 
@@ -204,7 +204,7 @@ class EarlyStop(Part):
         self,
         patience: int,             # epochs; 0 goes on to the end
         by: str = 'valid_top1',    # a name in `HIGHER`
-        tell=say, # told of the end
+        tell=rank_zero_print, # told of the end
     ): self.patience, self.by, self.tell, self.best, self.waited = patience, by, tell, None, 0
     @property
     def over(self): return 0 < self.patience <= self.waited
@@ -287,7 +287,7 @@ class Progress(Part):
     order = 30
     def __init__(
         self,
-        tell=say, # called with each line
+        tell=rank_zero_print, # called with each line
     ): self.tell, self.told, self.bar = tell, False, None
     def before_fit(self): self.first = self.schedule.done, time.perf_counter()
     def before_train(self):
@@ -327,7 +327,7 @@ class Bottleneck(Part):
     order, run_valid = 35, False
     def __init__(
         self,
-        tell=say, # called with the line
+        tell=rank_zero_print, # called with the line
     ): self.tell, self.seconds, self.shares, self.began = tell, 0., {}, None
     def before_fit(self): self.before = self.dls.train.waited, self.dls.train.moved
     def before_train(self): self.began = time.perf_counter()

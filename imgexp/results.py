@@ -13,7 +13,7 @@ from .checkpoints import weights_kind
 from .learner import autocast, choose_precision, to_input
 from .loader import Loader, Pictures
 from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, score
-from .parallel import rank, say
+from .parallel import rank, rank_zero_print
 from .text import printable
 
 # %% ../nbs/02m_results.ipynb #684d7f40
@@ -81,7 +81,7 @@ def conclude(
     splits = [s for s in ('valid', 'test') if len(learn.table.split(s)) and not (s == 'test' and run.observer)]
     predictions = {s: predict(learn, s) for s in splits}
     skipped, predictions = _skipped(learn, predictions), {s: v for s, v in predictions.items() if len(v[1])}
-    if skipped and predict is predict_split: say(left_out(skipped, len(learn.table)))
+    if skipped and predict is predict_split: rank_zero_print(left_out(skipped, len(learn.table)))
     metrics = {s: score(probs, labels, len(learn.table.split(s)) - len(labels)) for s, (probs, labels, _) in predictions.items()}
     if run.observer and len(learn.table.split('test')): metrics['test'] = None  # not evaluated
     figures = _figures(learn, run.history, predictions, best)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .catalog import Entry, SPLITS, data_dir, data_set_folder, find_entry
 from .errors import InputError, unknown_name
-from .fetch import BadArchive, FetchError, Remote, download, each, room, tar_files, unlike, unpack
+from .fetch import BadArchive, FetchError, Remote, download, each, room, tar_files, mismatch, unpack
 from .files import display_path, read_json, write_json
 from .layouts import LAYOUTS, parent_of, place_images, read_lines, read_mat, subfolders, unknown_class
 from .text import message
@@ -224,7 +224,7 @@ def _user_archives(entry, size, archives):
         remote = published.get(path.name) or re.fullmatch(free, path.name) and Remote('')
         if not remote: raise unknown_name(path.name, list(published) or ['*.parquet'], f'archive of {entry.name}')
         if path.stat().st_size > 1e9: message(f'{path.name}: verifying')
-        if why := unlike(path, remote): raise FetchError(f'{display_path(path)} is not the published file: {why}')
+        if why := mismatch(path, remote): raise FetchError(f'{display_path(path)} is not the published file: {why}')
         out[path.name] = path
     return out
 

@@ -14,10 +14,10 @@ from .errors import Stopped
 
 # %% ../nbs/04b_seeds.ipynb #71f835aa
 def _collectives():
-    "`distributed`, `say` and `all_max` of `imgexp.parallel`, which imports torch; one process needs no torch for them"
+    "`distributed`, `rank_zero_print` and `all_max` of `imgexp.parallel`, which imports torch; one process needs no torch for them"
     if int(os.environ.get('WORLD_SIZE') or 1) == 1: return nullcontext, partial(print, flush=True), int
-    from imgexp.parallel import all_max, distributed, say
-    return distributed, say, all_max
+    from imgexp.parallel import all_max, distributed, rank_zero_print
+    return distributed, rank_zero_print, all_max
 
 # %% ../nbs/04b_seeds.ipynb #48c17867
 def train_seeds(
@@ -26,11 +26,11 @@ def train_seeds(
     n: int,      # number of seeds, 1 and up
 ) -> list:       # of `Run`, finished
     "One run for each seed; the same call continues, and repeats nothing that is finished."
-    (distributed, say, all_max), began, runs, minutes = _collectives(), time.monotonic(), [], p.get('max_minutes', 0)
+    (distributed, rank_zero_print, all_max), began, runs, minutes = _collectives(), time.monotonic(), [], p.get('max_minutes', 0)
     reuse = {'resume': 'reuse'} if p.resume == 'auto' else {}
     with distributed():
         for seed in range(p.seed, p.seed + n):
-            say(f'seed {seed} ({seed - p.seed + 1} of {n})')
+            rank_zero_print(f'seed {seed} ({seed - p.seed + 1} of {n})')
             left = minutes - (time.monotonic() - began)/60
             if all_max(minutes > 0 and left <= 0): raise Stopped('the time allowed by max_minutes is over; the same command continues')
             one = p.replace(seed=seed, **reuse, **({'max_minutes': left} if minutes else {}))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NORMALIZE', 'HEAD', 'AT_ONCE_MB', 'KEPT_MB', 'DECAYS', 'FIRST_LR', 'EXPERIMENT', 'TransferNetworkParams',
            'HeadParams', 'ViewParams', 'CacheParams', 'TransferParams', 'FeatureLoader', 'WholeLoader', 'solve',
-           'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_learner', 'predict_split',
-           'predictor', 'load_network', 'resolve', 'fit_head', 'finetune', 'run_experiment', 'train', 'compare']
+           'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_head_learner', 'predict_head',
+           'predictor', 'load_transfer_network', 'resolve_transfer', 'fit_head', 'finetune', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #20aa0003
 from contextlib import nullcontext
@@ -25,18 +25,18 @@ from .contents import table_id
 from .data import keep_subset
 from .evaluate import evaluate_test
 from .features import View, cut, features
-from .learner import PRECISION, ImageLearner, LearnerParams, Part, TrainEvalCallback, Loaders, best_device, choose_precision, make_learner as through_images
+from .learner import PRECISION, ImageLearner, LearnerParams, Part, TrainEvalCallback, Loaders, best_device, choose_precision, make_learner
 from .loader import IMAGENET, LoadParams, Loader, Batches, normalization
 from .metrics import left_out
 from .models import build_model, own_size
 from .networks import HEADS, keep_statistics, set_retrain
 from .packs import DataParams, load_images, packed, preparation
-from .parallel import launched, say
+from .parallel import launched, rank_zero_print
 from .errors import InputError
 from .experiments import METRICS, Experiment, stored_params
 from .fit import fit
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
-from .results import conclude, predict, predict_split as predict_images
+from .results import conclude, predict, predict_split
 from .runs import Run
 from .start import start_run
 from .trained import Network, read_network
@@ -249,7 +249,7 @@ class ToFloat(Part):
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
 
 # %% ../nbs/20_transfer.ipynb #df69d9ef
-def make_learner(
+def make_head_learner(
     p: TransferParams, # parameters
     table,     # `Images`, the subset that is used
     model,     # of `build_model`
@@ -273,8 +273,8 @@ def make_learner(
 
 # %% ../nbs/20_transfer.ipynb #b84d26fa
 @torch.inference_mode()
-def predict_split(
-    learn,      # of `make_learner`
+def predict_head(
+    learn,      # of `make_head_learner`
     split: str, # 'valid' or 'test'; 'train' where no views are trained on
 ) -> tuple:     # probabilities float32 [n, classes], labels int64 [n], rows of the table int64 [n]
     "What the network says of a split, from its features."
@@ -304,7 +304,7 @@ def predictor(
     best: dict, # the best checkpoint
 ):              # (learn, split) -> probabilities, labels, rows
     "How a learner of images looks at a split with the weights of a checkpoint."
-    if best['epoch'] > p.epochs: return predict_images
+    if best['epoch'] > p.epochs: return predict_split
     def look(learn, split):
         valid = learn.dls.valid
         loader = Loader(learn.table, split, learn.size, 64, workers=valid.workers, device=valid.device, bad=valid.bad, train=False)
@@ -312,7 +312,7 @@ def predictor(
     return look
 
 # %% ../nbs/20_transfer.ipynb #6f9dbfe7
-def load_network(
+def load_transfer_network(
     run,             # a `Run`
     checkpoint: str = 'best', # or 'last', or a name
     device: str = '', # 'cuda', 'mps', 'cpu'; '' chooses
@@ -324,7 +324,7 @@ def load_network(
     return out
 
 # %% ../nbs/20_transfer.ipynb #20aa000e
-def resolve(
+def resolve_transfer(
     p: TransferParams, # as the user gave them
 ) -> TransferParams:
     "Fill in the image size that the weights are made for, and an epoch for each weight decay of `logistic`."
@@ -334,11 +334,11 @@ def resolve(
 def fit_head(
     run,       # a `Run`
     p: TransferParams, # parameters
-    learn,     # of `make_learner`
+    learn,     # of `make_head_learner`
 ) -> dict:     # the best checkpoint
     "Train what is not frozen, and load the weights of the best epoch."
     best = fit(run, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1, seed=p.seed)
-    if p.head == 'logistic': say(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
+    if p.head == 'logistic': rank_zero_print(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
     return best
 
 FIRST_LR = 0.01  # of the first block, relative to the head's, when everything is fine-tuned
@@ -352,18 +352,18 @@ def finetune(
     norm,      # (mean, std) of the channels
 ) -> tuple:    # the learner, and the best checkpoint of all epochs
     "Train everything but batch norm's statistics from the best head on, images augmented and in the loop; the nearer to the input, the lower the learning rate."
-    learn = through_images(table, keep_statistics(set_retrain(model, -1)), norm, **LearnerParams.of(p))
-    say(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for {p.finetune_epochs} epochs')
+    learn = make_learner(table, keep_statistics(set_retrain(model, -1)), norm, **LearnerParams.of(p))
+    rank_zero_print(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for {p.finetune_epochs} epochs')
     return learn, fit(run, learn, first_lr=FIRST_LR, after=p.epochs, epochs=p.finetune_epochs, optimizer='adam', lr=p.finetune_lr,
                       weight_decay=p.weight_decay, keep_best=1, seed=p.seed)
 
 # %% ../nbs/20_transfer.ipynb #b9260c85
-def run_experiment(
+def _run_experiment(
     p: TransferParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
 ) -> Run:      # finished
     "Train, evaluate, and finish one run."
-    p = resolve(p)
+    p = resolve_transfer(p)
     if launched() > 1: raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
     table = load_images(p.data, p.classes)
     if p.finetune_epochs: table = packed(table, p.size)
@@ -381,12 +381,12 @@ def run_experiment(
         p = p.replace(precision=run.resolved.get('precision', p.precision))  # what `auto` meant when the run began
         norm = norm_of(p, kept)
         if stands_at(run) < (p.epochs, 0) or not p.finetune_epochs:
-            learn = make_learner(p, kept, model, norm)
+            learn = make_head_learner(p, kept, model, norm)
             best = fit_head(run, p, learn)
         if p.finetune_epochs and not run.stop_reason:
             learn, best = finetune(run, p, kept, model, norm)
             conclude(run, learn, best, predict=predictor(p, best))
-        else: conclude(run, learn, best, predict=predict_split)
+        else: conclude(run, learn, best, predict=predict_head)
     return run
 
 # %% ../nbs/20_transfer.ipynb #e6e2cc22
@@ -396,14 +396,14 @@ def _cut(p, model):
     return parts
 
 # %% ../nbs/20_transfer.ipynb #20aa000f
-EXPERIMENT = Experiment('20_transfer', TransferParams, run_experiment, load_network, METRICS, resolve)
+EXPERIMENT = Experiment('20_transfer', TransferParams, _run_experiment, load_transfer_network, METRICS, resolve_transfer)
 
 @takes(TransferParams)
 def train(
     **values, # of `TransferParams`
 ) -> Run:     # finished
     "Train a head on a frozen network: this notebook without the notebook."
-    return run_experiment(TransferParams.check(values))
+    return _run_experiment(TransferParams.check(values))
 
 # %% ../nbs/20_transfer.ipynb #20aa0024
 def compare(

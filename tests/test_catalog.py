@@ -332,7 +332,7 @@ def test_log_is_quiet(net, tmp_path, capsys):
 
 def test_log_once_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(time, 'monotonic', lambda now=[0]: now.__setitem__(0, now[0] + 1) or now[0])
-    bar = fetch_module.Progress('a.bin', 200_000)
+    bar = fetch_module.DownloadProgress('a.bin', 200_000)
     for n in range(0, 150_000, 1000): bar.to(n)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[1].startswith('a.bin: ') and 'min left' in lines[1]
@@ -698,7 +698,7 @@ def test_class_names_of_imagenet():
     path = META/'imagenet/imagenet_class_index.json'
     if not path.is_file(): pytest.skip('the class index of ImageNet is not beside this checkout (../shared/data/meta/imagenet)')
     index = dict(json.loads(path.read_text()).values())
-    assert len(index) == 1000 and fetch_module.unlike(path, retrieval._INDEX) == ''
+    assert len(index) == 1000 and fetch_module.mismatch(path, retrieval._INDEX) == ''
     assert retrieval._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
     for name in ('crane', 'maillot'):
         with pytest.raises(InputError, match='is 2 classes of ImageNet'): retrieval._imagenet_ids([name], lambda: index)

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import imgexp.check as c
-from imgexp.check import (KINDS, NEAR, channel_means, check, duplicates, far, leaks, near_groups, phash, show_sizes,
+from imgexp.check import (FINDINGS, NEAR, channel_means, check, duplicates, hamming, leaks, near_groups, phash, show_sizes,
                           survey)
 from imgexp.data import Images, from_arrays
 from imgexp.decoding import decode
@@ -101,7 +101,7 @@ def test_a_strange_image(root, name):
     report = check(root)
     assert found(report) == {(k, f'{A}x{suffix}') for k in kinds}
     assert all(says in text for text in (report.table().detail.iloc[0], repr(report), report._repr_html_()))
-    severity = KINDS[kinds[0]][0]
+    severity = FINDINGS[kinds[0]][0]
     assert report.count(severity) == len(kinds) and f'49 images, 3 classes: {len(kinds)} {severity}' in report.summary
 
 NORMAL = {'webp': encoded(photo(0), 'WEBP', quality=90), 'tiff': encoded(photo(0), 'TIFF'),
@@ -312,7 +312,7 @@ def test_the_data_stay_as_they_are(root):
 
 def brute(words):
     "{(i, j): bits} of all near pairs"
-    return {(i, j): d for i in range(len(words)) for j, d in enumerate(far(words[i], words)) if i != j and d <= NEAR}
+    return {(i, j): d for i in range(len(words)) for j, d in enumerate(hamming(words[i], words)) if i != j and d <= NEAR}
 
 def test_near_groups_finds_what_comparing_all_finds():
     rng = np.random.default_rng(0)
@@ -322,7 +322,7 @@ def test_near_groups_finds_what_comparing_all_finds():
     pairs, (group, like, bits) = brute(words), near_groups(words)
     nearest = [min([d for (a, _), d in pairs.items() if a == i], default=None) for i in range(500)]
     assert [None if l < 0 else b for l, b in zip(like, bits)] == nearest
-    assert all(bits[i] == far(words[i], words[like[i]]) for i in np.flatnonzero(like >= 0))
+    assert all(bits[i] == hamming(words[i], words[like[i]]) for i in np.flatnonzero(like >= 0))
     assert all(group[a] == group[b] for a, b in pairs) and 1 < sum(n is None for n in nearest) < 250
     alone = [i for i in range(500) if nearest[i] is None]
     assert len(set(group[alone])) == len(alone)
@@ -331,14 +331,14 @@ def test_near_groups_finds_what_comparing_all_finds():
 def test_one_word_in_common_is_enough(word):
     words = np.random.default_rng(word).integers(0, 1 << 16, (300, 16), np.uint16)
     words[9] = words[200] ^ (np.arange(16) != word)
-    assert near_groups(words)[1][[9, 200]].tolist() == [200, 9] and far(words[9], words[200]) == 15
+    assert near_groups(words)[1][[9, 200]].tolist() == [200, 9] and hamming(words[9], words[200]) == 15
 
 def test_near_groups_is_not_quadratic(monkeypatch):
     n, compared = 20_000, []
     def counted(a, b):
         compared.append(len(a))
-        return far(a, b)
-    monkeypatch.setattr(c, 'far', counted)
+        return hamming(a, b)
+    monkeypatch.setattr(c, 'hamming', counted)
     near_groups(np.random.default_rng(0).integers(0, 1 << 16, (n, 16), np.uint16))
     assert sum(compared) < n*n/2/1000
     compared.clear()
@@ -370,7 +370,7 @@ def test_photos_that_were_saved_again(clothing):
     n = int(os.environ.get('IMGEXP_PHOTOS', 60))  # the notebook's numbers are of 200
     rows = np.random.default_rng(0).choice(len(clothing), n, replace=False)
     images = [decode((clothing.root/clothing.items[r]).read_bytes()) for r in rows]
-    def found(change): return np.mean([far(phash(i), phash(change(i))) <= NEAR for i in images])
+    def found(change): return np.mean([hamming(phash(i), phash(change(i))) <= NEAR for i in images])
     share = {name: found(change) for name, (change, *_) in AGAIN.items()}
     print(share)
     assert all(low <= share[name] <= high for name, (_, low, high) in AGAIN.items()), share

@@ -1,5 +1,6 @@
 "A finished run is evaluated as it was trained and judged: the same figures, whatever experiment made it, and whatever data and machine are like today."
 import json, shutil, subprocess, sys
+from importlib.util import find_spec
 
 import pytest
 from launch import environment, last_line
@@ -162,7 +163,7 @@ KERAS = '''
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
 import cv2, numpy as np
-import imgexp.keras_cnn as keras_cnn
+from imgexp import keras_cnn, keras_network
 from imgexp.cli import main
 from imgexp.evaluate import evaluate_test, load_run
 from imgexp.errors import InputError
@@ -174,7 +175,7 @@ def drawn(*args):
     return figure
 keras_cnn.plot_curves = drawn
 keras_cnn._row = lambda *args: row(*args) | {'valid_top1': 0.5}  # equal ones: the first is chosen, although the loss falls
-keras_cnn._native_bf16 = lambda: True
+keras_network._native_bf16 = lambda: True
 def command(*args):
     text, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(err): code = main([str(a) for a in args])
@@ -184,7 +185,7 @@ run = keras_cnn.train(**given)
 out['metrics'], out['rings'] = run.metrics, [int(v) for v in set(rings)]
 (run.dir/'metrics.json').write_text(json.dumps({k: v for k, v in run.metrics.items() if k != 'test'}))  # as a sweep leaves it
 out['search'] = [evaluate_test(run), run.metrics]
-keras_cnn._native_bf16 = lambda: False
+keras_network._native_bf16 = lambda: False
 out['eval'] = command('eval', run.name, '--json')
 out['stop'] = command('eval', run.name, '--bad', 'stop')
 out['show'] = command('runs', 'show', run.name)[0]
@@ -207,7 +208,7 @@ print(json.dumps(out))
 @pytest.fixture(scope='module')
 def keras(tmp_path_factory):
     "What a process without torch finds."
-    pytest.importorskip('keras')
+    if not find_spec('keras'): pytest.skip('needs keras')
     root = tmp_path_factory.mktemp('keras')
     tree(root/'data/train', 20); tree(root/'data/test', 3, seed=1)
     for name in ('train/square/004.png', 'test/circle/001.png'): (root/'data'/name).write_bytes(b'\x89PNG')

@@ -1,11 +1,12 @@
 "The Keras CNN as a process: killed at any moment, without torch, the same bits on any number of workers."
 import json, signal, subprocess, sys
+from importlib.util import find_spec
 
 import pytest
 from launch import environment, last_line, until
 from imgexp.runs import Run
 
-pytest.importorskip('keras')
+if not find_spec('keras'): pytest.skip('needs keras', allow_module_level=True)  # not imported: torch may follow, and not after TensorFlow
 pytestmark = pytest.mark.usefixtures('project')
 GIVEN = dict(subset=0.2, size=16, filters=8, dense=32, batch_norm=True, augment=True, epochs=4, track='off')
 CODE = '''

@@ -15,10 +15,10 @@ from imgexp.evaluate import load_run
 from imgexp.fit import fit
 from imgexp.experiments import stored_params
 from imgexp.features import View, cut, features, features_dir, module_id
-from imgexp.learner import make_learner as through_images
+from imgexp.learner import make_learner
 from imgexp.models import build_model
 from imgexp.packs import load_images
-from imgexp.results import predict_split as predict_images
+from imgexp.results import predict_split
 from imgexp.runs import Run
 from imgexp.start import start_run
 from imgexp.transfer import TransferParams, compare, norm_of, train
@@ -39,12 +39,12 @@ def test_features_give_what_images_give(project, arch, retrain, head):
     table = keep_subset(load_images('digits'), p.subset, p.seed)
     net = build_model(arch, 10, '', retrain, p.size, head=head)
     frozen = module_id(cut(net, retrain).prefix)
-    learn = through_images(table, net, norm_of(p, table), size=p.size, batch_size=p.batch_size, augment='none', precision='fp32', seed=p.seed)
+    learn = make_learner(table, net, norm_of(p, table), size=p.size, batch_size=p.batch_size, augment='none', precision='fp32', seed=p.seed)
     with start_run('images', dict(track='off')) as other: best = fit(other, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1)
     ours = load_run(run.name)
     assert module_id(cut(net, retrain).prefix) == frozen == module_id(cut(ours.model, retrain).prefix)
     assert best['epoch'] == run.metrics['epoch']
-    (theirs, labels, _), (own, labels2, _) = predict_images(learn, 'test'), ours.predict_split('test')
+    (theirs, labels, _), (own, labels2, _) = predict_split(learn, 'test'), ours.predict_split('test')
     assert np.array_equal(labels, labels2)
     assert np.array_equal(theirs.argmax(1), own.argmax(1))
     assert np.abs(np.log(theirs) - np.log(own)).max() < 1e-5*max(1, np.abs(np.log(theirs)).max())

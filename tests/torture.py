@@ -90,7 +90,7 @@ def watched(real):
         learn.add_cb(Watch())
         return learn
     return make
-s.make_learner, tr.make_learner, tr.through_images = map(watched, (s.make_learner, tr.make_learner, tr.through_images))
+s.make_learner, tr.make_head_learner, tr.make_learner = map(watched, (s.make_learner, tr.make_head_learner, tr.make_learner))
 find_lr = imgexp.fit.find_lr
 imgexp.fit.find_lr = lambda *args, **kw: find_lr(*args, steps=20, **kw)
 wanted = c.Checkpoints._wanted
