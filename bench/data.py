@@ -439,7 +439,7 @@ def table_memory(folder, args):
     return list(own_rows('memory after each epoch, MB', [(f'{name}, {w} workers', fresh(MEMORY, folder, name, w), 'ratio <= 1.05') for name, w in cases]))
 
 def table_start(folder, args):
-    place = {k: str(_packed(folder, k, 256).pack.path) for k in ('jpeg', 'raw')}
+    place = {k: str(_packed(folder, k, 256).source.path) for k in ('jpeg', 'raw')}
     rows = [(f'first batch from a pack, {k}', [fresh(FIRST, p) for _ in range(args.repeats)], 'median <= 1.5') for k, p in place.items()]
     with tempfile.TemporaryDirectory() as d:
         large = large_index(Path(d)/'large')

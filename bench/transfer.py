@@ -190,7 +190,7 @@ def large(n, width, head, precision):
     import resource
     import numpy as np, torch
     import imgexp.transfer as t
-    from imgexp.data import Images
+    from imgexp.data import Images, Pixels
     from imgexp.features import Features, FeatureCache
     from imgexp.models import build_model
     from imgexp.start import start_run
@@ -203,7 +203,7 @@ def large(n, width, head, precision):
     where = cache.find(contents)
     opened = time.perf_counter() - began
     found = Features(cache, where, {}, 0)
-    table = Images(np.arange(n), labels, (rng.random(n) < 0.1).astype(np.int8), [str(c) for c in range(10)], name='generated', pixels=np.zeros((n, 8, 8, 3), np.uint8))
+    table = Images(np.arange(n), labels, (rng.random(n) < 0.1).astype(np.int8), [str(c) for c in range(10)], name='generated', source=Pixels(np.zeros((n, 8, 8, 3), np.uint8)))
     t.load_features = lambda *args: ([found], found)
     p = t.TransferParams.check(dict(arch='resnet50', head=head, precision=precision, epochs=2, track='off'))
     model = build_model('resnet50', 10, size=64, retrain=0)

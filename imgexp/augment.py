@@ -16,9 +16,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .randomness import hashes
 from .errors import InputError, invalid_choice, unknown_name
 from .params import Parameters, param
+from .randomness import hashes
 
 # %% ../nbs/01g_augment.ipynb #b53d5476
 SCALE, RATIO = (0.35, 1.), (3/4, 4/3)  # of the area; of width to height

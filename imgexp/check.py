@@ -19,11 +19,11 @@ import numpy as np
 from fastcore.basics import patch
 
 from .catalog import SPLITS
-from .data import Images, read, with_valid
+from .data import Files, Images, Pixels, read, stored, with_valid
 from .decoding import BadImage, decode, open_image, resize, without_warnings
-from .randomness import order
-from .packs import Pack, load_images
 from .errors import InputError, RunFailed
+from .packs import Pack, load_images
+from .randomness import order
 from .text import plot_text, printable
 
 # %% ../nbs/01j_check.ipynb #ebf12e8d
@@ -101,10 +101,7 @@ def _header(raw):
 
 def _content(table, row):
     "The bytes of the file, or the array where there is no file; raises BadImage"
-    if table.pixels is not None or table.root is None: return read(table, row)
-    try:
-        with open(f'{table.root}{os.sep}{table.items[row]}', 'rb') as f: return f.read()
-    except OSError as e: raise BadImage(f'cannot be read ({e.strerror})') from None
+    return stored(table, row) if isinstance(table.source, Files) else read(table, row)
 
 # %% ../nbs/01j_check.ipynb #5fa392ec
 PLAIN = 2/255  # standard deviation of all channels below which an image is of one color
@@ -161,7 +158,7 @@ def _as_brought(table):
 
 def _names(table, rows):
     "Printable names: paths, or split/class/number of images in memory"
-    if table.pixels is None: return [printable(i) for i in table.items[rows]]
+    if not isinstance(table.source, Pixels): return [printable(i) for i in table.items[rows]]
     columns = zip(table.splits[rows], table.labels[rows], table.items[rows])
     return [f'{SPLITS[s]}/{table.classes[c]}/{i}' for s, c, i in columns]
 
@@ -335,7 +332,8 @@ def check(
 ) -> CheckReport:
     "Look at every image of `data`; raises `InputError` where there is nothing to train on. Changes nothing."
     images = load_images(data) if isinstance(data, (str, Path)) else data
-    if isinstance(images.pack, Pack) and (why := images.pack.damage()): raise RunFailed(f'{images.name}: {why}: pack it again')
+    if isinstance(images.source, Pack) and (why := images.source.damage()):
+        raise RunFailed(f'{images.name}: {why}: pack it again')
     looked = survey(images, workers=workers)
     return CheckReport(images, looked, _findings(looked))
 

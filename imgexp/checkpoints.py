@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 from fastcore.basics import patch
 
+from .errors import InputError, RunFailed
+from .files import file_sha256, read_json, short_path, to_plain, write_json, writing
 from .learner import CancelFitException, Part
 from .parallel import all_max, from_first, rank, rank_zero_print
-from .parts import HIGHER, better
-from .errors import InputError, RunFailed
 from .params import Parameters, param
-from .files import file_sha256, read_json, short_path, to_plain, write_json, writing
+from .parts import HIGHER, better
 
 # %% ../nbs/02i_checkpoints.ipynb #d46c1477
 def _seal(value):

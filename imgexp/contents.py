@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Images
+from .data import Files, Images, Pixels
 from .errors import RunFailed
 from .files import short_path, writing
 from .text import printable
@@ -108,8 +108,8 @@ def contents(
     table: Images,  # of files, or of a pack of files
 ) -> list:          # bytes [n]; b'' for a file that can't be read
     "sha-256 of each image's file; a file is read again only when it has changed, or is younger than two seconds."
-    if table.pack is not None: return table.pack.contents(table.places)
-    return _content_hashes([f'{table.root}{os.sep}{i}' for i in table.items], table.root)
+    if not isinstance(table.source, Files): return table.source.contents(table.indices)
+    return _content_hashes([table.source.path(i) for i in table.indices], table.source.root)
 
 # %% ../nbs/01f_contents.ipynb #f9ee6d58
 def fingerprint(
@@ -119,7 +119,7 @@ def fingerprint(
     h = hashlib.sha256(repr((table.classes, table.fixed)).encode())
     h.update(table.labels.tobytes()); h.update(table.splits.tobytes())
     if table.fixed: h.update(np.asarray(table.items, np.int64).tobytes())
-    elif table.pixels is not None: h.update(np.ascontiguousarray(table.pixels[table.items]))
+    elif isinstance(table.source, Pixels): h.update(np.ascontiguousarray(table.source.pixels[table.indices]))
     else:
         for item, content in zip(table.items, contents(table)):
             h.update(printable(item).replace(os.sep, '/').encode() + b'\0' + content)

@@ -27,16 +27,17 @@ from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
 from .augment import augment_id
-from .contents import cache_dir, contents, file_state, settled, size_and_time
 from .catalog import SPLITS
-from .text import file_size
+from .contents import cache_dir, contents, file_state, settled, size_and_time
+from .data import Files, Pixels
+from .errors import InputError, RunFailed
+from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
 from .networks import blocks
-from .packs import Bar, image_path, preparation
-from .errors import InputError, RunFailed
-from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
+from .packs import Bar, preparation
 from .runs import STALE
+from .text import file_size
 
 # %% ../nbs/15_features.ipynb #15fe0006
 class _Steps(fx.Tracer):
@@ -142,9 +143,9 @@ def item_contents(
     table, # `Images`
 ) -> np.ndarray: # bytes [n], sha-256 of each image
     "The content of each image: of its file, or of its pixels."
-    if table.pixels is None: return np.array(contents(table), 'S32')
-    def one(i): return hashlib.sha256(repr(table.pixels[i].shape).encode() + np.ascontiguousarray(table.pixels[i]).tobytes()).digest()
-    return np.array([one(i) for i in table.items], 'S32')
+    if not isinstance(table.source, Pixels): return np.array(contents(table), 'S32')
+    def one(pixels): return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+    return np.array([one(table.source.read(i)) for i in table.indices], 'S32')
 
 # %% ../nbs/15_features.ipynb #15fe000f
 def features_dir() -> Path:
@@ -349,22 +350,22 @@ def _batches(prefix, loader, view, precision, device):
 # %% ../nbs/15_features.ipynb #6a7b126c
 def _loader(table, keys, view, batch_size, device, workers, bad):
     "All images of a table in their order; chance depends on what an image is, not on where it stands"
-    if workers < 0: workers = 0 if table.pixels is not None and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
+    if workers < 0: workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
     numbers = keys.view(np.uint64).reshape(-1, 4)[:, 0]
     return Loader(replace(table, splits=np.zeros(len(table), np.int8)), 'train', view.size, batch_size, view.augment, view.seed, workers, device, bad,
                   flip=view.flip, crop=view.crop, shuffle=False, numbers=numbers)
 
 def _states(table):
     "State of each image's file, '' of one that was written just now; None where the images do not come from files of their own"
-    if table.pixels is not None or table.pack is not None: return None
-    since, states = time.time_ns(), [file_state(image_path(table, r)) for r in range(len(table))]
+    if not isinstance(table.source, Files): return None
+    since, states = time.time_ns(), [file_state(table.source.path(i)) for i in table.indices]
     return [s if settled(s, since) else '' for s in states]
 
 # %% ../nbs/15_features.ipynb #6bf6b44b
 def _unchanged(table, rows, keys, states):
     "Which images still come from the files whose contents are `keys`; what was written just now is read again to know"
     if states is None: return np.ones(len(rows), bool)
-    out, young = np.array([file_state(image_path(table, r)) == states[r] for r in rows]), np.array([not states[r] for r in rows])
+    out, young = np.array([file_state(table.source.path(table.indices[r])) == states[r] for r in rows]), np.array([not states[r] for r in rows])
     if young.any(): out[young] = np.array(contents(table.take(rows[young])), 'S32') == keys[rows[young]]
     return out
 

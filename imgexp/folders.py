@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .layouts import SUFFIXES
-from .data import Images
+from .data import Files, Images
 from .decoding import image_kind, reads_heic, without_warnings
 from .errors import InputError, unknown_name
 from .files import short_path
+from .layouts import SUFFIXES
 from .text import printable
 
 # %% ../nbs/01d_folders.ipynb #8b9d96d4
@@ -145,7 +145,8 @@ def from_folders(
             found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
             items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split, np.int8))
     left.tell(root)
-    table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept, name=printable(root.name), root=root))
+    table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept,
+                                   name=printable(root.name), source=Files(root, np.array(items, object))))
     _tell_loose(root, parts)
     return table
 
@@ -164,7 +165,7 @@ def check_trainable(
     table, # `Images`
 ):
     "Raise `InputError` unless there are two classes and every class has a training image."
-    where = short_path(table.root) if table.root else table.name
+    where = short_path(table.source.root) if isinstance(table.source, Files) else table.name
     if not len(table): raise InputError(f'no images in {where}: it must hold one folder of images a class '
                                         '(perhaps below train/, valid/, test/), or idx files')
     if len(table.classes) < 2: raise InputError(f'only one class ({table.classes[0]}) in {where}: classification needs two or more')

@@ -21,7 +21,8 @@ from .experiments import Experiment
 from .files import read_json
 from .keras_checkpoints import describe, last_checkpoint, load_checkpoint, read_about, rebuild, save_checkpoint
 from .keras_data import Arrays, epoch_batches, to_arrays
-from .keras_network import ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, clear_keras, keras_precision, load_keras, n_blocks
+from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, clear_keras, keras_precision, load_keras,
+    n_blocks)
 from .loader import BadImageParams, SizeParams
 from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import DataParams, load_images, packed, preparation

@@ -23,12 +23,13 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .augment import AugmentParams
-from .randomness import hashes
+from .data import Pixels
+from .errors import InputError, RunFailed
 from .loader import LoadParams, Loader, SizeParams, share
 from .models import param_groups
 from .parallel import all_sum, rank, share_gradients, sync_batch_norm, world
-from .errors import InputError, RunFailed
 from .params import Parameters, SplitSeedParams, param, seeds, takes
+from .randomness import hashes
 
 # %% ../nbs/02g_learner.ipynb #8983ce67
 PRECISION = ['auto', 'fp32', 'bf16', 'fp16']
@@ -298,7 +299,7 @@ def _device(device):
 def _make_loaders(table, p, device, transform):
     "Loaders of the training and the validation images"
     workers = p.workers
-    if workers < 0: workers = 0 if table.pixels is not None and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
+    if workers < 0: workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
     common = dict(size=p.size, workers=workers, device=device, bad=p.bad, seed=seeds(p)['order'], process=(rank(), world()))
     at_once = min(p.batch_size, p.micro_batch*world() or p.batch_size)
     return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip, crop=p.crop, **common),

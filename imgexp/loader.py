@@ -18,10 +18,10 @@ import numpy as np
 from fastcore.basics import patch
 
 from .augment import SCALE, crop_boxes, flips, policy
-from .data import Images, stored
+from .data import Files, Images, stored
 from .decoding import BadImage, decode, jpeg_size, shrink
-from .randomness import order, uniforms
 from .params import Parameters, param
+from .randomness import order, uniforms
 from .text import plot_text, printable
 
 # %% ../nbs/01i_loader.ipynb #ea764203
@@ -84,7 +84,8 @@ def _open(table, row):
         held = shrink(held, table.presize)
         return held, held.shape[:2]
     size = jpeg_size(held)
-    return held, size if size and (not table.presize or table.pack is not None) else None
+    shrunk = not table.presize or not isinstance(table.source, Files)
+    return held, size if size and shrunk else None
 
 # %% ../nbs/01i_loader.ipynb #0a3e4697
 class Maker:

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from .errors import InputError
-from .style import (BLUE, GRAY, GREEN, ORANGE, RED, class_label, percent, percent_axis, set_title, styled)
+from .style import BLUE, GRAY, GREEN, ORANGE, RED, class_label, percent, percent_axis, set_title, styled
 from .text import printable
 
 # %% ../nbs/02d_metrics.ipynb #d5dcdb39

@@ -15,9 +15,11 @@ import torch, torchvision
 from torch import nn
 
 from .errors import InputError
-from .networks import HEADS, MLP, blocks, check_arch, compact_resnet, find_head, rows_html, set_drop_path, set_retrain
+from imgexp.networks import (HEADS, MLP, blocks, check_arch, compact_resnet, find_head, rows_html, set_drop_path,
+    set_retrain)
 from .params import Parameters, param
-from .weights import download_weights, find_weights_file, is_published, published_weights, read_state, weights_id
+from imgexp.weights import (download_weights, find_weights_file, is_published, published_weights, read_state,
+    weights_id)
 
 # %% ../nbs/02b_models.ipynb #9ea33b36
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .environment import environment_variables
 from .errors import InputError, unknown_name
-from .experiments import Experiment, EXPERIMENTS, find_experiment
+from .experiments import EXPERIMENTS, Experiment, find_experiment
 from .files import project_root, read_json, short_path, writing
 from .params import make_table
 from .runs import Run

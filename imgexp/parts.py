@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import cutmix as _cutmix, erase as _erase, mixup as _mixup
-from .randomness import uniforms
+from .data import Files, Pixels
+from .errors import RunFailed
 from .learner import CancelFitException, Part, autocast
 from .metrics import ranks, true_probs
 from .parallel import all_max, all_sum, gather, rank, rank_zero_print
-from .errors import RunFailed
+from .randomness import uniforms
 from .text import duration
 
 # %% ../nbs/02h_parts.ipynb #740eef36
@@ -341,6 +342,6 @@ class Bottleneck(Part):
         self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them', 'computing'), self.shares.values()))
                   + self._advice())
     def _advice(self):
-        if self.shares['waiting'] < 0.2 or self.dls.train.table.pixels is not None: return ''
-        packed = self.dls.train.table.pack is not None
-        return '; more workers would help' if packed else '; `imgexp data pack` or more workers would help'
+        source = self.dls.train.table.source
+        if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''
+        return '; more workers would help' if not isinstance(source, Files) else '; `imgexp data pack` or more workers would help'

@@ -12,7 +12,6 @@ from html import escape
 
 from .errors import InputError, unknown_name
 
-
 # %% ../nbs/02j_recipes.ipynb #a4eb3525
 @dataclass(frozen=True, repr=False)
 class Recipe:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .catalog import Entry, SPLITS, data_dir, data_set_folder, find_entry
+from .catalog import SPLITS, Entry, data_dir, data_set_folder, find_entry
 from .errors import InputError, unknown_name
-from .fetch import BadArchive, FetchError, Remote, download, each, room, tar_files, mismatch, unpack
+from .fetch import BadArchive, FetchError, Remote, download, each, mismatch, room, tar_files, unpack
 from .files import display_path, read_json, write_json
 from .layouts import LAYOUTS, parent_of, place_images, read_lines, read_mat, subfolders, unknown_class
 from .text import message

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 
 from .environment import environment, git_commit, machine_id, process_start
 from .errors import InputError, RunBusy, RunFailed
-from .files import (is_locked, project_root, read_json, seconds_since_write, short_path, to_plain,
-    write_json, write_text)
+from imgexp.files import (is_locked, project_root, read_json, seconds_since_write, short_path, to_plain, write_json,
+    write_text)
 from .text import accuracy_text
 from .tracker import Tracker
 

@@ -9,7 +9,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'digits', 'draw_shape', 'shapes']
 import cv2
 import numpy as np
 
-from .data import Images, from_arrays, class_ranks
+from .data import Images, class_ranks, from_arrays
 from .errors import InputError
 from .randomness import uniforms
 

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from .style import BLUE, GREEN, ORANGE, RED, set_title, styled
 from .errors import InputError, invalid_choice
+from .style import BLUE, GREEN, ORANGE, RED, set_title, styled
 
 # %% ../nbs/02e_schedules.ipynb #2726de3e
 def _phase(at, up):

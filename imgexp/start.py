@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .environment import git_commit, package_version
 from .errors import InputError, RunBusy
-from .files import (is_locked, project_root, seconds_since_write, short_path, take_lock, to_plain, write_json)
+from .files import is_locked, project_root, seconds_since_write, short_path, take_lock, to_plain, write_json
 from .params import MANAGEMENT
 from .runs import STALE, Run
 from .text import printable

@@ -14,9 +14,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .contents import table_id
-from .data import Images
-from .folders import image_files
+from .data import Files, Images, Pixels
 from .errors import InputError
+from .folders import image_files
 from .loader import Loader, Pictures
 from .metrics import left_out, score
 from .packs import as_prepared, load_images
@@ -132,7 +132,8 @@ def _folder_table(folder, classes):
     files = image_files(folder) if folder.is_dir() else [folder.name]
     if not files: raise InputError(f'no images in {str(folder)!r}')
     names, root = np.array(files, object), folder if folder.is_dir() else folder.parent
-    return Images(names, np.zeros(len(names), np.int64), np.full(len(names), 2, np.int8), classes, root=root.resolve())
+    return Images(names, np.zeros(len(names), np.int64), np.full(len(names), 2, np.int8), classes,
+                  source=Files(root.resolve(), names))
 
 # %% ../nbs/02o_trained.ipynb #ddf348b1
 @patch
@@ -186,7 +187,7 @@ class Network(Trained):
     def probabilities(self, table, split, bad):
         "As `Trained.probabilities`"
         from imgexp.results import predict
-        workers = 0 if table.pixels is not None or len(table) < 200 else min(8, os.cpu_count())
+        workers = 0 if isinstance(table.source, Pixels) or len(table) < 200 else min(8, os.cpu_count())
         loader = Loader(table, split, self.size, self.batch_size, workers=workers, device=self.device, train=False, bad=bad)
         probs, _, rows = predict(self.net, loader, self.about['norm'], self.precision)
         return probs, rows, loader.skipped

@@ -23,24 +23,24 @@ from .augment import augment_id, policy
 from .checkpoints import read_index, stands_at
 from .contents import table_id
 from .data import keep_subset
+from .errors import InputError
 from .evaluate import evaluate_test
+from .experiments import METRICS, Experiment, stored_params
 from .features import View, cut, features
-from .learner import PRECISION, ImageLearner, LearnerParams, Part, TrainEvalCallback, Loaders, best_device, choose_precision, make_learner
-from .loader import IMAGENET, LoadParams, Loader, Batches, normalization
+from .fit import fit
+from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, Part, TrainEvalCallback, best_device,
+    choose_precision, make_learner)
+from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
 from .metrics import left_out
 from .models import build_model, own_size
 from .networks import HEADS, keep_statistics, set_retrain
 from .packs import DataParams, load_images, packed, preparation
 from .parallel import launched, rank_zero_print
-from .errors import InputError
-from .experiments import METRICS, Experiment, stored_params
-from .fit import fit
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
 from .results import conclude, predict, predict_split
 from .runs import Run
 from .start import start_run
 from .trained import Network, read_network
-
 
 # %% ../nbs/20_transfer.ipynb #8181e53e
 NORMALIZE = ['weights', 'half', 'data']

@@ -12,5 +12,5 @@ def tree(folder, per_class=10, classes=('circle', 'square'), side=20, seed=0):
         path = Path(folder)/c
         path.mkdir(parents=True, exist_ok=True)
         rows = (table.labels == table.classes.index(c)).nonzero()[0]
-        for i, row in enumerate(rows): cv2.imwrite(str(path/f'{i:03d}.png'), table.pixels[row][..., ::-1])
+        for i, row in enumerate(rows): cv2.imwrite(str(path/f'{i:03d}.png'), table.source.pixels[row][..., ::-1])
     return Path(folder)

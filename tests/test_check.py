@@ -49,7 +49,7 @@ def clean(tmp_path_factory):
     root, drawn = tmp_path_factory.mktemp('clean')/'tree', shapes(160, size=64)
     for label, name in enumerate(drawn.classes[:3]):
         for i, row in enumerate(np.flatnonzero(drawn.labels == label)):
-            image = Image.fromarray(drawn.pixels[row])
+            image = Image.fromarray(drawn.source.pixels[row])
             put(root, f'{"train" if i < 12 else "test"}/{name}/{i:02d}.png', encoded(image, 'PNG'))
     return root
 
@@ -228,7 +228,7 @@ def test_a_table_made_in_the_notebook_of_the_data():
 
 def test_images_in_memory():
     drawn = shapes(160, size=40)
-    pixels = np.concatenate([drawn.pixels, drawn.pixels[:2]])
+    pixels = np.concatenate([drawn.source.pixels, drawn.source.pixels[:2]])
     splits = np.r_[np.arange(160) >= 120, True, True]*2
     report = check(from_arrays(pixels, np.r_[drawn.labels, drawn.labels[0], 5], drawn.classes, splits))
     assert twice('leak', 'train/circle/0', 'test/circle/160') < found(report)
@@ -369,7 +369,7 @@ AGAIN = {  # share of photos within NEAR bits after it: at least, at most
 def test_photos_that_were_saved_again(clothing):
     n = int(os.environ.get('IMGEXP_PHOTOS', 60))  # the notebook's numbers are of 200
     rows = np.random.default_rng(0).choice(len(clothing), n, replace=False)
-    images = [decode((clothing.root/clothing.items[r]).read_bytes()) for r in rows]
+    images = [decode((clothing.source.root/clothing.items[r]).read_bytes()) for r in rows]
     def found(change): return np.mean([hamming(phash(i), phash(change(i))) <= NEAR for i in images])
     share = {name: found(change) for name, (change, *_) in AGAIN.items()}
     print(share)

@@ -258,7 +258,7 @@ def test_a_link_to_nowhere(launcher, project):
 
 def test_a_file_that_goes_away(project):
     table = load_images(tree(project/'data', 3))
-    (table.root/table.items[0]).unlink()
+    (table.source.root/table.items[0]).unlink()
     with pytest.raises(BadImage, match='No such file'): read(table, 0)
 
 # -- the fingerprint
@@ -376,7 +376,7 @@ def test_fashion_mnist(monkeypatch):
     table = load_images('data/fashion-mnist')
     assert table.counts().tolist() == [[4800, 1200, 1000]]*10
     with gzip.open(path/'train-images-idx3-ubyte.gz') as f: raw = f.read()
-    first = table.pixels[np.flatnonzero(table.splits != 2)[0]]
+    first = table.source.pixels[np.flatnonzero(table.splits != 2)[0]]
     assert (first.ravel() == np.frombuffer(raw, np.uint8, 784, 16)).all()
     images, labels = next(iter(Loader(table, 'train', 28, 64)))
     assert images.shape == (64, 28, 28, 3) and (images[..., 0] == images[..., 2]).all()

@@ -57,7 +57,7 @@ def test_files_and_classes_that_are_no_utf8(images, project, launcher):
 
 def test_classes_that_are_no_utf8_are_named_as_they_are_shown(images):
     table = load_images(images)
-    assert table.classes == [r'$\a{$', r'caf\xe9'] and (Path(table.root)/table.items[-1]).exists()
+    assert table.classes == [r'$\a{$', r'caf\xe9'] and (Path(table.source.root)/table.items[-1]).exists()
     for name in (r'caf\xe9', os.fsdecode(b'caf\xe9')):
         assert load_images(images, rf'$\a{{$,{name}').classes == keep_classes(table, name + r',$\a{$').classes == table.classes
     (images/r'caf\xe9').mkdir()

@@ -8,7 +8,7 @@ from PIL import Image
 
 import imgexp.packs as packs
 from imgexp.contents import file_state, fingerprint
-from imgexp.data import keep_subset, read, stored
+from imgexp.data import Files, keep_subset, read, stored
 from imgexp.decoding import BadImage
 from imgexp.loader import Loader
 from imgexp.packs import Pack, as_prepared, enough, load_images, pack, packed, preparation
@@ -89,13 +89,13 @@ def test_found_for_the_whole_for_classes_and_for_subsets(photos, capsys):
         got = packed(t, 48)
         told = capsys.readouterr().out
         assert 'images from the pack photos-raw-96-' in told and 'pack=off takes the files' in told
-        assert got.pack.path == path and list(got.items) == list(t.items) and fingerprint(got) == fingerprint(t)
+        assert got.source.path == path and list(got.items) == list(t.items) and fingerprint(got) == fingerprint(t)
         assert same(batches(got), batches(replace(t, presize=96)))
 
 def test_moved_photos_are_the_same_photos(photos, project):
     path = pack(photos, 96, 'raw', tell=quiet)
     os.rename(photos, project/'elsewhere')
-    assert packed(load_images(project/'elsewhere'), 64, 'raw-96').pack.path == path
+    assert packed(load_images(project/'elsewhere'), 64, 'raw-96').source.path == path
 
 @pytest.mark.parametrize('change', ['content', 'new image', 'renamed'])
 def test_changed_photos_are_others(photos, change):
@@ -103,20 +103,20 @@ def test_changed_photos_are_others(photos, change):
     if change == 'content': shutil.copy(photos/'cat/1.jpg', photos/'cat/0.jpg')
     if change == 'new image': shutil.copy(photos/'cat/1.jpg', photos/'cat/new.jpg')
     if change == 'renamed': os.rename(photos/'cat/1.jpg', photos/'cat/one.jpg')
-    assert packed(load_images(photos), 100).pack is None
+    assert isinstance(packed(load_images(photos), 100).source, Files)
     with pytest.raises(InputError, match='no such pack of photos: `imgexp data pack .* --kind raw --size 128`'):
         packed(load_images(photos), 64, 'raw-128')
 
 def test_a_removed_photo_leaves_a_part_of_the_pack(photos):
     path = pack(photos, 128, 'raw', tell=quiet)
     (photos/'cat/1.jpg').unlink()
-    assert packed(load_images(photos), 100).pack.path == path
+    assert packed(load_images(photos), 100).source.path == path
 
 def test_which_pack(photos):
     table = load_images(photos)
     def chosen(size, how='auto'):
         t = packed(table, size, how, quiet)
-        return f"{t.pack.about['kind']}-{t.pack.size}" if isinstance(t.pack, Pack) else preparation(t)
+        return f"{t.source.about['kind']}-{t.source.size}" if isinstance(t.source, Pack) else preparation(t)
     assert [chosen(32), chosen(96)] == ['presize-64', '']
     for kind, size in (('raw', 64), ('jpeg', 64), ('jpeg', 112), ('raw', 200), ('jpeg', 0)): pack(photos, size, kind, tell=quiet)
     assert [chosen(s) for s in (32, 98, 150, 175, 180)] == ['raw-64', 'raw-200', 'raw-200', 'raw-200', 'jpeg-0']
@@ -133,7 +133,7 @@ def test_images_that_would_fill_the_memory_are_shrunk_in_every_epoch(photos, mon
     kept = packed(table, 32, tell=told.append)
     monkeypatch.setattr(packs, '_fits', lambda table: False)
     others = packed(table, 32, tell=told.append)
-    assert others.pack is None and kept.pack is not None and preparation(kept) == preparation(others)
+    assert isinstance(others.source, Files) and not isinstance(kept.source, Files) and preparation(kept) == preparation(others)
     assert 'kept in memory' in told[0] and 'half of the free memory' in told[1] and same(batches(kept, size=32), batches(others, size=32))
 
 def test_a_network_is_evaluated_on_images_treated_likewise(photos):
@@ -141,7 +141,7 @@ def test_a_network_is_evaluated_on_images_treated_likewise(photos):
     assert as_prepared(table, '') is table
     files, path = as_prepared(table, 'presize-96'), pack(photos, 96, 'raw', tell=quiet)
     found = as_prepared(table, 'presize-96')
-    assert files.pack is None and found.pack.path == path and same(batches(files), batches(found))
+    assert isinstance(files.source, Files) and found.source.path == path and same(batches(files), batches(found))
     with pytest.raises(InputError, match='the pack jpeg-96 of photos is gone: `imgexp data pack .*photos --kind jpeg --size 96` makes it again'):
         as_prepared(table, 'jpeg-96', own=True)
     path = pack(photos, 96, 'jpeg', tell=quiet)
@@ -152,7 +152,7 @@ def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch
     monkeypatch.setattr(imgexp.contents, 'CLOCK', -1)
     path = pack(photos, 128, 'raw', tell=quiet)
     monkeypatch.setattr(imgexp.contents, '_digest', lambda path: pytest.fail(f'{path} was read again'))
-    assert packed(load_images(photos), 100).pack.path == path
+    assert packed(load_images(photos), 100).source.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
     monkeypatch.setattr(packs, '_rows_each', lambda *args: 1)
@@ -280,7 +280,7 @@ def test_what_cannot_be_decoded_stays_with_its_reason(photos):
 def test_a_file_that_cannot_be_read_does_not_hide_the_pack(photos):
     (photos/'cat/lost.jpg').symlink_to('nowhere.jpg')
     path = pack(photos, 128, 'raw', tell=quiet)
-    assert packed(load_images(photos), 100).pack.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
+    assert packed(load_images(photos), 100).source.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
 
 @pytest.mark.parametrize('kind', ['raw', 'jpeg'])
 def test_a_pack_is_checked_like_its_files(photos, kind):
@@ -331,7 +331,7 @@ def test_killed_and_continued(launcher, project, photos, monkeypatch):
     job = packing(launcher, project, photos)
     until(lambda: len(parts(project)) >= 2, 'two files of images')
     job.send(signal.SIGKILL); job.wait()
-    assert packs.packs() == [] and packed(load_images(photos), 80).pack is None
+    assert packs.packs() == [] and isinstance(packed(load_images(photos), 80).source, Files)
     done = {p: p.stat().st_mtime_ns for p in parts(project)}
     changed = done.popitem()[0]
     with open(changed, 'r+b') as f: f.write(b'damaged')  # a disk that lies
@@ -415,20 +415,20 @@ def test_a_damaged_pack(photos, name):
     with open(path/name, 'r+b') as f: f.truncate(1000)
     assert name in Pack.damage(type('P', (), {'path': path, 'about': json.loads((path/'pack.json').read_text())})())
     with pytest.raises((InputError, RunFailed), match=f'{name}.*pack it again'): read(load_images(path), 0)
-    if name == 'index.arrow': assert packed(load_images(photos), 80).pack is None
+    if name == 'index.arrow': assert isinstance(packed(load_images(photos), 80).source, Files)
     assert pack(photos, 96, 'raw', tell=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
-    assert packed(load_images(photos), 80).pack.path == path
+    assert packed(load_images(photos), 80).source.path == path
 
 def test_packs_that_are_left_aside_are_told(photos):
     "Damaged ones, and those of another version; data of another name are not mentioned."
     path, told = pack(photos, 128, 'raw', tell=quiet), []
     raw = (path/'index.arrow').read_bytes()
     (path/'index.arrow').write_bytes(raw[:1000])
-    assert packed(load_images(photos), 100, tell=told.append).pack is None
+    assert isinstance(packed(load_images(photos), 100, tell=told.append).source, Files)
     (path/'index.arrow').write_bytes(raw)
     about = json.loads((path/'pack.json').read_text())
     (path/'pack.json').write_text(json.dumps(about | {'format': 1}))
-    assert packed(load_images(photos), 100, tell=told.append).pack is None
+    assert isinstance(packed(load_images(photos), 100, tell=told.append).source, Files)
     assert [line.partition('-raw')[2].partition(' ')[2] for line in told] == [
         'is damaged (index.arrow: Not an Arrow file): pack it again', 'is left aside: another version of imgexp made it, pack it again'], told
     with pytest.raises(InputError, match='was packed by another version of imgexp: pack it again'): load_images(path)
@@ -440,7 +440,7 @@ def test_packs_that_are_left_aside_are_told(photos):
 
 WRONG = {
     'no such folder': ('nowhere', (), 2, 'no such folder'),
-    'in memory': ('digits', (), 2, 'digits is held in memory already'),
+    'in memory': ('digits', (), 2, 'digits is in memory already'),
     'kind': ('photos', ('--kind', 'webp'), 2, "kind 'webp'.*jpeg, raw"),
     'size': ('photos', ('--size', '4'), 2, 'size=4: give 8 to 8192 px'),
     'raw without a size': ('photos', ('--size', '0', '--kind', 'raw'), 2, 'size=0: .*goes with kind jpeg'),
@@ -493,6 +493,6 @@ def test_clothing(project):
     source = load_images(SHARED/'clothing')
     path = pack(SHARED/'clothing', 64, 'raw', tell=quiet)
     got = packed(source, 32)
-    assert got.pack.path == path and Pack(path).damage() is None
+    assert got.source.path == path and Pack(path).damage() is None
     rows = source.split('test')[::31]
     for r in rows: assert (read(got, r) == read(replace(source, presize=64), r)).all()
