@@ -6,7 +6,7 @@
 __all__ = ['grid', 'runs_of', 'estimate', 'Plan', 'plan_batch', 'batch', 'results_table']
 
 # %% ../nbs/05b_batch.ipynb #2
-import itertools, json, statistics
+import itertools, json, os, statistics
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
@@ -17,15 +17,17 @@ from .notebooks import check_points, find_notebook, library_experiment, notebook
 from .runs import Run, seconds_since
 from .start import runs_dir
 from .text import duration
-from .workers import Job, Result, run_jobs, worker_environments
+from .workers import Job, Result, run_jobs, thread_count, worker_environments
 
 # %% ../nbs/05b_batch.ipynb #5
 def grid(
     values: dict, # {name: values}; values are a list, a text with commas, or the text of a JSON list
 ) -> list:        # of {name: value}; the last name varies fastest
     "Every combination, once."
-    lists = {k: list(dict.fromkeys(_listed(k, v))) for k, v in values.items()}
+    lists = {k: _unique(_listed(k, v)) for k, v in values.items()}
     return [dict(zip(lists, point)) for point in itertools.product(*lists.values())]
+
+def _unique(values): return list({json.dumps(v, sort_keys=True): v for v in values}.values())
 
 def _listed(name, values):
     if not isinstance(values, str): return values
@@ -39,8 +41,9 @@ def runs_of(
 ) -> list: # of `Run`
     "Runs of a notebook, newest first, without those that a sweep ended early."
     folder = runs_dir()
-    runs = (Run(d) for d in sorted(folder.glob(f'*-{Path(notebook).stem}-*'), reverse=True) if (d/'params.json').is_file())
-    return [r for r in runs if not r.metrics.get('ended')]
+    stem = Path(notebook).stem
+    runs = (Run(d) for d in sorted(folder.glob(f'*-{stem}-*'), reverse=True) if (d/'params.json').is_file())
+    return [r for r in runs if r.notebook == stem and not r.metrics.get('ended')]
 
 def _same(run, values):
     same_folder = run.folder == str(Path.cwd()) or not any(_names_contents(v) for v in values.values())
@@ -48,7 +51,7 @@ def _same(run, values):
 
 def _names_contents(value):
     "Whether a value may be a file, a folder or a function, whose contents can change"
-    return isinstance(value, str) and (':' in value or '/' in value or Path(value).exists()) and value != ''
+    return isinstance(value, str) and (':' in value or '/' in value or os.path.exists(value)) and value != ''
 
 def _find_run(values, runs):
     "A run with these parameters, a finished one if there is one"
@@ -87,7 +90,7 @@ def estimate(
 # %% ../nbs/05b_batch.ipynb #13
 @dataclass(repr=False)
 class Plan:
-    "What a batch will do with each point: run, continue, reuse, check (whether its data are the same), evaluate (on test images, which a sweep left alone) or skip (it failed before)."
+    "What a batch will do with each point: run, continue, reuse, check (finished; the notebook checks its data), evaluate (finished by a sweep, without test images), skip (failed before) or busy (another process is running it)."
     notebook: Path
     points: list  # of dicts
     actions: list # of text, one per point
@@ -99,7 +102,7 @@ class Plan:
         todo = [s for s, d in zip(self.seconds, self.actions) if d in ('run', 'continue')]
         counts = Counter(self.actions)
         summary = ', '.join(f'{counts[k]} {v}' for k, v in _ACTIONS.items() if counts[k])
-        return f"{len(self.points)} jobs: {summary}" + (f'; {self._time(todo)}' if todo else '')
+        return f"{len(self.points)} job{'s'*(len(self.points) != 1)}: {summary}" + (f'; {self._time(todo)}' if todo else '')
     def _time(self, todo):
         if None in todo: return 'time unknown until the first of them has finished'
         total = max(sum(todo)/self.n, *todo, 0)
@@ -113,7 +116,7 @@ class Plan:
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
 # %% ../nbs/05b_batch.ipynb #14
-_ACTIONS = {'run': 'to run', 'continue': 'to continue', 'reuse': 'finished', 'check': 'finished, if their data are the same',
+_ACTIONS = {'run': 'to run', 'continue': 'to continue', 'busy': 'running in another process', 'reuse': 'finished', 'check': 'finished, if their data are the same',
             'evaluate': 'finished by a sweep, to evaluate on test images', 'skip': 'failed (--retry runs them again)'}
 
 # %% ../nbs/05b_batch.ipynb #15
@@ -125,10 +128,11 @@ def plan_batch(
 ) -> Plan:
     "Plan a batch: what to do with each point, and the time it takes."
     runs = runs_of(notebook)
-    threads = int(worker_environments(n)[0]['OMP_NUM_THREADS'])
+    threads = thread_count(worker_environments(n)[0])
     full = [_filled(notebook, p) for p in points]
     existing = [_find_run(p, runs) for p in full]
     def action(p, run):
+        if run and run.state == 'running': return 'busy'
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
         if run.finished: return 'evaluate' if run.metrics.get('test', 0) is None else 'check' if any(map(_names_contents, p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
@@ -146,7 +150,8 @@ def batch(
 ) -> list:                # of `Result`, one per point; with `dry` the `Plan`
     "Run a notebook once for each point of a grid, except for finished ones; raises `Interrupted` on a request to stop."
     path = find_notebook(notebook)
-    points = check_points(path, grid(values))
+    if jobs < 1: raise InputError(f'jobs={jobs}: give 1 or more')
+    points = _unique(check_points(path, grid(values)))
     todo = plan_batch(path, points, jobs, retry)
     say(str(todo))
     if dry: return todo
@@ -166,10 +171,12 @@ def _name(point, points):
 
 def _finished(point, points, action, run):
     "The result of a point that needs no run; None otherwise"
-    if action not in ('reuse', 'skip'): return None
+    if action not in ('reuse', 'skip', 'busy'): return None
     job = Job('imgexp.notebooks:execute', {'values': point}, _name(point, points))
     value = {'run': str(run.dir), 'reused': True}
-    return Result(job, 'done', value) if action == 'reuse' else Result(job, 'failed', value, error=run.status.get('error') or '')
+    if action == 'reuse': return Result(job, 'done', value)
+    if action == 'busy': return Result(job, 'waiting', value, error='another process is running it')
+    return Result(job, 'failed', value, error=run.status.get('error') or '')
 
 # %% ../nbs/05b_batch.ipynb #19
 class _Progress:

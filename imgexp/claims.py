@@ -8,6 +8,7 @@ __all__ = ['TrialLost']
 # %% ../nbs/06c_claims.ipynb #2
 import os, secrets, socket, threading
 from contextlib import contextmanager, suppress
+from datetime import datetime
 
 from fastcore.basics import patch
 
@@ -48,11 +49,12 @@ def check_owner(
     "Raise `TrialLost` if another process has taken the trial over."
     now = self.attr(number, 'owner')
     if now['id'] == owner: return
-    raise TrialLost(f"trial {number} was taken over by process {now['pid']} on {now['host']} while this one did not answer: it goes on there")
+    raise TrialLost(f"trial {number} was taken over by process {now['pid']} on {now['host']} after this process missed its heartbeats: the trial continues there")
 
 @patch
 def _lock_folder(self: Sweep):
     "Device and inode of the folder of the locks"
+    (self.dir/'locks').mkdir(exist_ok=True)
     s = (self.dir/'locks').stat()
     return [s.st_dev, s.st_ino]
 
@@ -93,14 +95,14 @@ def ask(self: Sweep) -> tuple:
         lock = self._sign(trial.number, self._lock(trial.number, wait=10.))  # free, unless somebody is just looking at it
         repeated = not counts_as_point(self.trial(trial.number))
         if repeated or self.point_index(trial.number) < self.limit: return trial.number, self.draw_values(trial), lock
-        self.set_attrs(trial.number, surplus=True)  # another machine was quicker
-        self.fail(trial.number, 'no trial was left')
+        self.set_attrs(trial.number, surplus=True)
+        self.fail(trial.number, 'another process claimed the last trial')
         lock.release()
 
 # %% ../nbs/06c_claims.ipynb #13
 @patch
 def _in_sight(self: Sweep, t):
-    "Whether a living process of the trial would hold the lock that is seen here; an unsigned trial was abandoned while it was asked for"
+    "Whether a free lock proves that the trial's process is dead: same machine, same folder of locks; an unsigned trial was abandoned before its first lock"
     owner, by_file = t.user_attrs.get('owner'), self.storage_name in FILE_STORAGES
     if not owner: return by_file
     return owner['machine'] == machine_id() and (by_file or owner['locks'] == self._lock_folder())
@@ -108,6 +110,7 @@ def _in_sight(self: Sweep, t):
 @patch
 def _silent(self: Sweep, t, seconds):
     "Whether the last heartbeat of a trial is older than `seconds`"
+    if not t.user_attrs.get('owner'): return (datetime.now() - t.datetime_start).total_seconds() > seconds  # died before it signed
     if not hasattr(self.storage, 'beats'): return seconds_since_write(self.dir/'locks'/str(t.number)) > seconds
     self.storage.beats.grace_period = seconds
     return t._trial_id in self.storage.beats._get_stale_trial_ids(self.study_id)
@@ -153,7 +156,7 @@ def adopt(self: Sweep) -> tuple:
             times = times + 1 if stuck_at == epochs else 1
             self.set_attrs(t.number, stuck=(epochs, times))
             if times < 3: return t.number, t.user_attrs.get('values') or self.draw_values(t), self._sign(t.number, lock)
-            self.fail(t.number, 'its process ended three times at the same place')
+            self.fail(t.number, 'its process died three times without finishing another epoch')
             lock.release()
 
 # %% ../nbs/06c_claims.ipynb #17

@@ -42,8 +42,16 @@ def notebook_parameters(
     cells = (read_json(notebook) or {}).get('cells', [])
     source = next((''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])), None)
     if source is None: raise InputError(f'{short_path(notebook)} has no cell with the tag "parameters": choose an experiment, like 03_train')
-    assigned = [n for n in ast.parse(source).body if isinstance(n, (ast.AnnAssign, ast.Assign))]
-    return {(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id: ast.literal_eval(n.value) for n in assigned}
+    try: return dict(_assignment(n) for n in ast.parse(source).body)
+    except (SyntaxError, ValueError, TypeError, AttributeError):
+        raise InputError(f'{short_path(notebook)}: the cell with the tag "parameters" must hold lines like `lr: float = 0.1`, '
+                         'each a number, a text, True or False') from None
+
+def _assignment(node):
+    "(name, default) of a line of a parameters cell"
+    name, value = node.targets[0] if isinstance(node, ast.Assign) else node.target, ast.literal_eval(node.value)
+    if not isinstance(value, (bool, int, float, str)): raise ValueError(value)
+    return name.id, value
 
 def library_experiment(
     notebook: str | Path,
@@ -70,8 +78,8 @@ def check_points(
 
 # %% ../nbs/05a_notebooks.ipynb #11
 @contextmanager
-def _passing_on(patience=20.):
-    "Pass a request to stop on to the kernel; yields a list that holds the reason once there is one"
+def _forward_stop(grace=20.):
+    "Pass a request to stop on to the kernel, and SIGTERM after `grace` seconds; yields a list that holds the reason once there is one"
     import psutil
     asked, over = [], threading.Event()
     def to_kernels(number):
@@ -79,7 +87,7 @@ def _passing_on(patience=20.):
             try: p.send_signal(number)
             except psutil.NoSuchProcess: pass
     def insist():
-        while not over.wait(patience): to_kernels(signal.SIGTERM)
+        while not over.wait(grace): to_kernels(signal.SIGTERM)
     def ask(number, frame):
         if asked: return
         asked.append('terminated')
@@ -92,6 +100,7 @@ def _passing_on(patience=20.):
         signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/05a_notebooks.ipynb #12
+# our kernel imports from the working folder last; papermill's own process ignores that folder (PYTHONSAFEPATH)
 _KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import imgexp, os, sys; os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
 
 # %% ../nbs/05a_notebooks.ipynb #13
@@ -101,11 +110,11 @@ def execute(
 ) -> dict:         # run: the run's directory, reused: whether it had been finished before
     "Run a notebook with papermill, in a worker process; raises `InputError` with its error, `KeyboardInterrupt` where it was stopped."
     import papermill
-    runs_dir()  # refuses where nothing can be written
+    runs_dir()  # fails early if runs/ cannot be written
     error = ''
     with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:  # of this process alone, whoever else works on the same runs
         out, run_file = Path(folder)/'out.ipynb', Path(folder)/'run'
-        with _passing_on() as asked, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
+        with _forward_stop() as asked, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
             try: papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True, extra_arguments=_KERNEL)
             except Exception as e: error = _one_line(e)
         run, reused = _run_of_kernel(run_file, Path(notebook).stem)

@@ -18,12 +18,12 @@ from .journal import StorageFailed, check_storage
 from .notebooks import find_notebook, notebook_parameters
 from .runs import Run
 from .start import runs_dir
-from .study import Sweep, find_sweep, sweeps_dir
+from .study import TRIAL_COLUMNS, Sweep, find_sweep, sweeps_dir
 from .sweep_config import KERAS_COLUMNS, check_config, read_metric, read_space
 from .text import duration
 from .tracker import track_mode
 from .trials import check_experiment, check_program, program_call, sweep_experiment
-from .workers import Job, Local, run_jobs, usable_cores, visible_gpus, worker_environments
+from .workers import Job, Local, run_jobs, thread_count, usable_cores, visible_gpus, worker_environments
 
 # %% ../nbs/06e_sweep.ipynb #5
 DEFAULT_TRIALS = 20  # where nothing limits them
@@ -31,7 +31,7 @@ DEFAULT_TRIALS = 20  # where nothing limits them
 def _default_threads():
     "Threads per trial: a GPU's share of the cores, or one on the CPU, since sums depend on how many threads share them"
     gpus = len(visible_gpus())
-    return int(worker_environments(gpus)[0]['OMP_NUM_THREADS']) if gpus else 1
+    return thread_count(worker_environments(gpus)[0]) if gpus else 1
 
 # %% ../nbs/06e_sweep.ipynb #6
 def make_sweep(
@@ -52,6 +52,9 @@ def make_sweep(
     space = read_space(config['parameters'])
     check_program(program, space.point(0) if config['method'] == 'grid' else space.draw(seed, 0))
     check_experiment(program, space, read_metric(config.get('metric')), config['method'] == 'grid')
+    metric = (config.get('metric') or {}).get('name')
+    for k in {metric} & TRIAL_COLUMNS | config['parameters'].keys() & {*TRIAL_COLUMNS, 'value'}:
+        raise InputError(f'{k!r} is a column of the table of trials: give the metric or parameter another name')
     size = space.size if config['method'] == 'grid' else math.inf
     cap = trials or config.get('run_cap') or (DEFAULT_TRIALS if size == math.inf else size)
     saved = {'config': to_plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)), 'storage': storage, 'threads': threads}
@@ -59,13 +62,14 @@ def make_sweep(
     existing = read_json(folder/'sweep.json')
     if existing and any(existing.get(k) != saved[k] for k in saved.keys() - {'trials', 'threads'}):
         if any(r['value'] is not None or r['state'] == 'running' for r in Sweep(folder).rows()):
-            raise InputError(f'sweep {name} exists, and is another one: give --name, or remove {short_path(folder)}')
+            raise InputError(f'sweep {name} already exists with a different configuration: give --name, or remove {short_path(folder)}')
         existing = None  # nothing was measured: a corrected configuration replaces it
+        (folder/'wandb.json').unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     if not existing: write_json(folder/'sweep.json', saved | {'threads': threads or _default_threads()})
     sweep = Sweep(folder)
     sweep.study
-    if trials > sweep.cap: extend_sweep(sweep, trials - sweep.cap)
+    if (more := int(min(trials, size)) - sweep.cap) > 0: extend_sweep(sweep, more)
     return sweep
 
 # %% ../nbs/06e_sweep.ipynb #8

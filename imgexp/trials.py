@@ -46,11 +46,14 @@ def check_program(
     "Raise `InputError` for an unknown program, and for parameters that it does not have."
     if ':' in program:
         try: f = find_function(program)
-        except (ImportError, AttributeError) as e:
+        except (ImportError, AttributeError, ValueError) as e:
             raise InputError(f'program={program!r}: {e}: give module:function, or an experiment like 10_keras_cnn') from None
-        names = inspect.signature(f).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in names.values()): return
-        for k in _arguments(values).keys() - names.keys(): raise InputError(f'program={program!r}: {unknown_name(k, list(names))}')
+        names, given = inspect.signature(f).parameters, _arguments(values)
+        required = [n for n, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind is p.VAR_KEYWORD for p in names.values()):
+            for k in given.keys() - names.keys(): raise InputError(f'program={program!r}: {unknown_name(k, list(names))}')
+        for k in required:
+            if k not in given: raise InputError(f'program={program!r} needs {k}: add it to the parameters of the sweep')
     elif program.endswith('.py'):
         raise InputError(f'program={program!r}: give an experiment like 10_keras_cnn, a notebook, or module:function')
     else: check_points(find_notebook(program), [values])
@@ -82,7 +85,7 @@ def program_call(
     **more,        # set if there is such a parameter
 ):                 # function without arguments
     "A call of a program with the values of a trial."
-    def with_observer(f, **arguments):
+    def with_observer(f, /, **arguments):
         with environment_variables(IMGEXP_OBSERVER=observer_name): return f(**arguments)
     if ':' in program: return partial(with_observer, find_function(program), **_arguments(values))
     notebook, more = find_notebook(program), {'resume': 'reuse'} | more
@@ -96,7 +99,7 @@ def _open_sweep(folder): return Sweep(folder)
 
 @contextmanager
 def _undisturbed():
-    "Delay a request to stop to the end of the block"
+    "Delay a request to stop until the end of the block"
     try:
         with stop_requests() as asked: yield
     finally:
@@ -116,6 +119,7 @@ def _observe_trial(sweep, number, owner, run, row):
 
 # %% ../nbs/06d_trials.ipynb #12
 def _report_epoch(sweep, number, owner, run, row):
+    "Report the epochs that the sweep has not seen yet; the reason to end the trial, or ''"
     sweep.check_owner(number, owner)
     header, rows = run.history_rows()
     column = next((c for c in (sweep.metric.column, sweep.metric.name) if c in row), None)
@@ -174,6 +178,7 @@ def _result_of(sweep, number, owner, call):
         except InputError as e:
             if not re.search('belongs to process|taken over by process', str(e)): raise
             sweep.check_owner(number, owner)
+            time.sleep(1)
 
 # %% ../nbs/06d_trials.ipynb #16
 def _measure(sweep, number, values, owner):
@@ -184,7 +189,8 @@ def _measure(sweep, number, values, owner):
     if isinstance(result, dict) and result.get('run'): result = Run(result['run'])
     if isinstance(result, Run):
         sweep.set_attrs(number, run=result.name, why=result.metrics.get('ended', ''), trained_for=result.metrics.get('seconds', 0.))
-        for k, v in enumerate(result.history.get(sweep.metric.column, ()), 1): sweep.report(number, k, v)
+        column = sweep.metric.column if sweep.metric.column in result.history else sweep.metric.name
+        for k, v in enumerate(result.history.get(column, ()), 1): sweep.report(number, k, v)
         return
     if isinstance(result, dict): result = result.get(sweep.metric.name, result.get(sweep.metric.column))
     if isinstance(result, numbers.Real): sweep.report(number, len(sweep.trial(number).intermediate_values) + 1, result)

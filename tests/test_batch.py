@@ -162,3 +162,25 @@ def test_threads_and_gpus_are_shared_out(monkeypatch):
     from imgexp.workers import worker_environments
     assert [s['CUDA_VISIBLE_DEVICES'] for s in worker_environments(3, 8, ['0', '1'])] == ['0', '1', '0']
     assert {s['OMP_NUM_THREADS'] for s in worker_environments(3, 8, [])} == {'2'} and 'CUDA_VISIBLE_DEVICES' not in worker_environments(1, 8, [])[0]
+
+def test_runs_of_another_notebook_are_not_taken(launcher, demo):
+    "The name of one ends in the name of the other, and so do their runs'."
+    (demo/'my-demo.ipynb').write_bytes((demo/'demo.ipynb').read_bytes().replace(b"start_run('demo'", b"start_run('my-demo'"))
+    job = launcher.imgexp('batch', 'my-demo.ipynb', '-p', 'seed', '0', root=demo)
+    assert job.wait() == 0, job.err
+    job = batch(launcher, demo, '-p', 'seed', '0', '--dry-run')
+    assert job.wait() == 0 and '1 job: 1 to run' in job.err, job.err
+
+def test_a_point_that_another_process_runs_is_left_to_it(launcher, demo):
+    first = batch(launcher, demo, '-p', 'steps', '20')
+    until(lambda: [r for r in found(demo) if r.state == 'running' and len(r.history)], 'a run')
+    job = batch(launcher, demo, '-p', 'steps', '20')
+    assert job.wait() == 0 and '1 job: 1 running in another process' in job.err, job.err
+    assert 'waiting' in job.out and first.wait() == 0 and [r.state for r in found(demo)] == ['done']
+
+def test_equal_points_and_long_values(launcher, demo):
+    "Values are compared after their conversion; a value may be longer than any file name."
+    job = batch(launcher, demo, '-p', 'rate', '0.1,1e-1,0.2', '-p', 'resume', 'auto', '--dry-run')
+    assert job.wait() == 0 and '2 jobs' in job.err, job.err
+    job = launcher.imgexp('batch', '03_train', '-p', 'classes', json.dumps([','.join(f'n{k:08d}' for k in range(30))]), '--dry-run', root=demo)
+    assert job.wait() == 0 and '1 job: 1 to run' in job.err, job.err

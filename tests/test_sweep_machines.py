@@ -104,6 +104,6 @@ def test_a_machine_that_wakes_up(launcher, place, tmp_path, storage):
     assert before.state.name == 'COMPLETE' and len(before.intermediate_values) == 8 and before.user_attrs['owner']['host'] == 'awake'
     for pid in processes(asleep): os.kill(pid, signal.SIGCONT)
     assert asleep.wait() == 0, asleep.err
-    assert 'taken over by process' in asleep.err and 'on awake while this one did not answer' in asleep.err
+    assert 'taken over by process' in asleep.err and 'on awake after this process missed its heartbeats' in asleep.err
     after = sweeps[1].trial(0)
     assert (after.state, after.values, after.user_attrs) == (before.state, before.values, before.user_attrs) and len(sweeps[1].trials()) == 1
