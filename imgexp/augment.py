@@ -343,6 +343,7 @@ def _own(f, name, size):
     return Policy(1, checked)
 
 # %% ../nbs/01g_augment.ipynb #b0d1ad9e
+# a new policy goes here: its name and a function of (image, u)
 _POLICIES = {'none': Policy(0, None), 'crop-flip': Policy(0, None), 'color': Policy(5, _color),
              'randaugment': Policy(4, _randaugment), 'trivial': Policy(3, _trivial),
              'autoaugment': Policy(5, _autoaugment)}
@@ -411,7 +412,7 @@ def mixup(
     y,                  # int64 [n], or soft targets float [n, n_classes]
     u,                  # float [n, 1] in [0, 1), best left on the processor
     n_classes: int,     # 2 and up
-    alpha: float = 0.2, # more than 0; towards 0 hardly any mixture, 1 any proportion alike
+    alpha: float = 0.2, # more than 0; near 0: almost no mixing; 1: uniform proportions
 ) -> tuple:             # images [n, 3, h, w] as `x`, targets float32 [n, n_classes]
     "Each image blended with its partner."
     import torch

@@ -31,11 +31,11 @@ class Entry:
     license: str    # as far as published
     citation: str
     page: str       # the official page
-    sizes: dict = field(default_factory=dict)  # {'': files, '320': files, …}; no files: embedded
+    sizes: dict = field(default_factory=dict)  # {'': files, '320': files, …}; empty for embedded data
     layout: str = ''  # name in `imgexp.layouts`
     note: str = ''
     by_class: str = ''  # address of one class, with {} for its id
-    listing: str = ''   # address of a list of files at the Hugging Face hub, and of the files
+    listing: str = ''   # URL of the Hugging Face file listing, from which the files' URLs are derived
     def files(self, size=''): return self.sizes.get(size, ())
     def command(self): return f'imgexp data fetch {self.name}'
 
@@ -197,7 +197,7 @@ _digits = Entry(
     citation='Alpaydin, Kaynak 1998, Optical Recognition of Handwritten Digits, UCI',
     page='https://archive.ics.uci.edu/dataset/80')
 _shapes = Entry(
-    'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01c_data.ipynb',
+    'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01e_samples.ipynb',
     note='drawn by code, at any size')
 
 # %% ../nbs/01_catalog.ipynb #23

@@ -164,7 +164,7 @@ def _names(table, rows):
 
 # %% ../nbs/01j_check.ipynb #cf589140
 def survey(
-    table: Images,    # any
+    table: Images,
     n: int = 0,       # images at most, drawn at random but always the same; 0: all
     workers: int = -1, # threads; -1 takes one a core
 ):  # pandas DataFrame, one row an image; its index is the row of `table`

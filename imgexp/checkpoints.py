@@ -156,7 +156,7 @@ class Checkpoints(Part):
         self,
         run,             # a `Run`
         about: dict,     # what is needed to use the weights
-        asked: list,     # holds a reason once the training shall stop
+        asked: list,     # holds a reason once a stop was requested
         by: str = 'valid_top1', # a name in `HIGHER`: what makes an epoch the best
         minutes: float = 5, # between two checkpoints within an epoch
         best: int = 3,   # how many of the best are kept

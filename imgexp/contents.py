@@ -55,7 +55,7 @@ CLOCK = 2.  # seconds: the coarsest clock of a file system (FAT)
 def file_state(
     file, # path, or number of an open file
 ) -> str | None: # None where there is none (a link to nowhere)
-    "What tells a file from another, and from itself before it was written to: size, time of content, time of change, inode."
+    "A text that changes whenever the file is replaced or rewritten: size, time of content, time of change, inode."
     try: s = os.stat(file)
     except OSError: return None
     return f'{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}'
@@ -64,7 +64,7 @@ def settled(
     state: str | None, # of `file_state`
     since: int,        # ns, by `time.time_ns`
 ) -> bool:
-    "Whether a file that was in this state at `since` can't be written to any more without another state."
+    "Whether a file that was in this state at `since` is old enough that any later write will change its state."
     return state is not None and all(abs(since - int(t)) > CLOCK*1e9 for t in state.split()[1:3])
 
 # %% ../nbs/01f_contents.ipynb #a3521a00
@@ -113,7 +113,7 @@ def contents(
 
 # %% ../nbs/01f_contents.ipynb #f9ee6d58
 def fingerprint(
-    table: Images,  # any
+    table: Images,
 ) -> str:  # 'sha256:' and 16 hex digits, or the name of an embedded data set
     "Identity of the images, labels and splits of `table`, independent of where they lie."
     h = hashlib.sha256(repr((table.classes, table.fixed)).encode())
@@ -127,7 +127,7 @@ def fingerprint(
 
 # %% ../nbs/01f_contents.ipynb #3a8844c6
 def table_id(
-    table: Images,  # any
+    table: Images,
 ) -> str:
     "What stands for the data in a run's id: the name of embedded data, or the fingerprint."
     return table.fixed or fingerprint(table)

@@ -30,6 +30,7 @@ class Files:
     names: np.ndarray # paths below `root`
     def path(self, i): return f'{self.root}{os.sep}{self.names[i]}'
     def read(self, i):
+        "Bytes of a file; raises `BadImage`."
         try:
             with open(self.path(i), 'rb') as f: return f.read()
         except OSError as e: raise BadImage(f'cannot be read ({e.strerror})') from None
@@ -122,7 +123,7 @@ def nested_subset(
 VALID = 0.2  # fraction of the training images that becomes the validation split where the data bring none
 
 def with_valid(
-    table: Images,  # any
+    table: Images,
 ) -> Images:
     "`table`, with a stratified fifth of the training images as validation split unless it has one."
     if (table.splits == 1).any(): return table
@@ -138,7 +139,7 @@ def with_valid(
 
 # %% ../nbs/01c_data.ipynb #4b7fdd2f
 def keep_classes(
-    table: Images, # any
+    table: Images,
     classes: str,  # comma-separated names; '' keeps all
 ) -> Images:
     "`table` with the named classes only; raises `InputError` for a name that it doesn't have."
@@ -153,7 +154,7 @@ def keep_classes(
 
 # %% ../nbs/01c_data.ipynb #c5ff9989
 def keep_subset(
-    table: Images,    # any
+    table: Images,
     fraction: float,  # more than 0, at most 1
     seed: int = 0,    # 0 and up
 ) -> Images:
@@ -213,7 +214,7 @@ def from_idx(
 
 # %% ../nbs/01c_data.ipynb #5b3345dd
 def stored(
-    table: Images,  # any
+    table: Images,
     row: int,       # row of the table
 ) -> bytes | np.ndarray:
     "An image as its source holds it: a file's bytes, or pixels; raises `BadImage` if there is nothing."
@@ -221,7 +222,7 @@ def stored(
 
 # %% ../nbs/01c_data.ipynb #004ff379
 def read(
-    table: Images,  # any
+    table: Images,
     row: int,       # row of the table
 ) -> np.ndarray:    # uint8 [h, w] or [h, w, 3], RGB
     "One image, upright and shrunk to `table.presize`; raises `BadImage` with the reason."

@@ -105,7 +105,7 @@ def _graph(model, nodes, entry=False):
 
 # %% ../nbs/15_features.ipynb #15fe000c
 def module_id(
-    module: nn.Module, # any
+    module: nn.Module, # a network or a part of one
 ) -> str:              # 64 hex digits
     "sha-256 of a module's steps, weights and buffers."
     h = hashlib.sha256(f"{getattr(module, 'code', '')}\n{module}".encode())

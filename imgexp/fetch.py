@@ -21,7 +21,7 @@ from .text import file_size, message
 
 # %% ../nbs/00l_fetch.ipynb #740791fd
 class FetchError(RunFailed):
-    "A file could not be brought: one line with its address and what to do by hand."
+    "A file could not be downloaded: one line with its address and what to do by hand."
 
 class BadArchive(FetchError):
     "An archive is damaged, or asks for something unsafe: one line that names the file in it."
@@ -234,7 +234,7 @@ def room(
     folder: str | Path,  # where it is to lie; need not exist yet
     need: int,           # bytes
 ):
-    "Raises `FetchError` unless the disk has `need` bytes and 1 % to spare."
+    "Raises `FetchError` unless the disk has `need` bytes and 1% to spare."
     folder = next(d for d in (Path(folder).absolute(), *Path(folder).absolute().parents) if d.is_dir())
     free = shutil.disk_usage(folder).free
     if need*1.01 > free:

@@ -65,7 +65,7 @@ def writing(
     except Exception as e:
         number = os_errno(e)
         if number is None or isinstance(e, InputError): raise
-        advice = 'free some room' if number in (errno.ENOSPC, errno.EDQUOT) else 'mend that'
+        advice = 'free some room' if number in (errno.ENOSPC, errno.EDQUOT) else 'fix that'
         raise RunFailed(f'{short_path(path)} cannot be written ({os.strerror(number)}): {advice}, '
                         'and the same command continues') from e
 

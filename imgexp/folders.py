@@ -36,7 +36,7 @@ def image_suffixes() -> frozenset:
 # %% ../nbs/01d_folders.ipynb #a6eaaabe
 @lru_cache(None)
 def tell_once(
-    line: str, # any
+    line: str, # message
 ):
     "Print a line on stderr, unless this process did so before."
     print(printable(line), file=sys.stderr)
@@ -84,7 +84,7 @@ def _images_below(folder, name, left):
 
 # %% ../nbs/01d_folders.ipynb #f569b3e3
 def image_files(
-    folder: str | Path, # any
+    folder: str | Path,
 ) -> list:              # names below `folder`, sorted
     "Image files in a folder and those below it, hidden ones aside; images that aren't read are told on stderr."
     left = _LeftOut()
@@ -164,7 +164,7 @@ def _tell_loose(root, parts):
 def check_trainable(
     table, # `Images`
 ):
-    "Raise `InputError` unless there are two classes and every class has a training image."
+    "Raise `InputError` unless there are two classes and every class has a training image; returns the table."
     where = short_path(table.source.root) if isinstance(table.source, Files) else table.name
     if not len(table): raise InputError(f'no images in {where}: it must hold one folder of images a class '
                                         '(perhaps below train/, valid/, test/), or idx files')

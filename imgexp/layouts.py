@@ -13,13 +13,20 @@ from .errors import unknown_name
 from .fetch import BadArchive
 
 # %% ../nbs/01_layouts.ipynb #5
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm'.split())  # of images that are always read
+SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm'.split())  # endings of images that every installation can read
 
 def _images(folder): return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.name[0] != '.')
-def subfolders(folder): return sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in '._')
-def read_lines(path): return [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+def subfolders(folder: Path) -> list:
+    "Sorted names of the visible subfolders."
+    return sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in '._')
+def read_lines(path: Path) -> list:
+    "The non-empty lines of a text file."
+    return [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
 
-def parent_of(raw, name):
+def parent_of(
+    raw: Path, # where the archives were unpacked
+    name: str, # of a file or folder
+) -> Path:
     "The folder that holds `name`, at most two levels down."
     folder = next((p.parent for depth in ('', '*/', '*/*/') for p in sorted(raw.glob(depth + name))), None)
     if folder is None: raise BadArchive(f'the archive holds no {name}: it is not the official one')
@@ -74,8 +81,11 @@ def _from_food(raw, files):
     return sorted({c for _, c, _ in rows}), ((s, c, f'{n}.jpg', home/'images'/c/f'{n}.jpg') for s, c, n in rows)
 
 # %% ../nbs/01_layouts.ipynb #12
-def read_mat(path, name):
-    "A variable of a MATLAB file."
+def read_mat(
+    path: Path, # of a MATLAB file
+    name: str,  # of a variable
+):              # array, at least 1-d
+    "Read a variable of a MATLAB file."
     from scipy.io import loadmat
     import numpy as np
     return np.atleast_1d(loadmat(path, squeeze_me=True)[name])
@@ -158,7 +168,7 @@ def _from_parquet(raw, files):
 
 # %% ../nbs/01_layouts.ipynb #20
 def unknown_class(
-    name: str,
+    name: str, # as the user typed it
     classes, # all names
 ):           # an `InputError`
     "The error for a class that a data set does not have."
@@ -172,7 +182,7 @@ def place_images(
     root: Path, # folder of the data set
     classes=(), # only these; all by default
 ) -> int:       # number of images that are there now
-    "Move or write images into their class folders, those aside that are there already."
+    "Move or write images into their class folders, skipping those that are there already."
     n, made = 0, set()
     for split, c, name, source in items:
         if classes and c not in classes: continue

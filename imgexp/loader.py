@@ -92,7 +92,7 @@ class Maker:
     "Makes images of a table ready for the network: a pure function of (seed, epoch, row)."
     def __init__(
         self,
-        table: Images,         # any
+        table: Images,
         size: int,             # side in px
         augment='none',        # a name of `imgexp.augment.AUGMENT`, a callable, or 'module:function'
         seed: int = 0,         # 0 and up
@@ -151,7 +151,7 @@ def __call__(
 
 # %% ../nbs/01i_loader.ipynb #d2864a45
 def make_batch(
-    table: Images,  # any
+    table: Images,
     rows,           # int [b], rows of the table
     size: int,      # side in px
     augment='none', # a name of `imgexp.augment.AUGMENT`, a callable, or 'module:function'
@@ -233,7 +233,7 @@ class Loader:
     "Batches (images uint8 [b, size, size, 3], labels int64 [b]) of one split on `device`."
     def __init__(
         self,
-        table: Images,         # any
+        table: Images,
         split: str = 'train',  # or 'valid', 'test'; train is shuffled
         size: int = 64,        # side in px
         batch_size: int = 64,  # images
@@ -318,7 +318,7 @@ def _without(self: Loader, bad, images, rows):
     if self.bad == 'stop':
         item, why = next(iter(names.items()))
         more = f' (and {len(bad) - 1} more in its batch)' if len(bad) > 1 else ''
-        raise BadImage(f'{printable(item)} {why}{more}: mend or remove it, or go on without such images by bad=skip')
+        raise BadImage(f'{printable(item)} {why}{more}: fix or remove it, or go on without such images by bad=skip')
     good = np.setdiff1d(np.arange(len(rows)), list(bad))
     return images[good], rows[good]
 
@@ -347,7 +347,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # %% ../nbs/01i_loader.ipynb #a9094ba7
 def normalization(
-    table: Images,   # any; only its training split is read
+    table: Images,   # only its training split is read
     size: int,       # side in px at which the images are used
     n: int = 1000,   # images at most
 ) -> tuple:          # mean and standard deviation of the three channels, in units of full scale
@@ -386,7 +386,7 @@ def show_batch(
 
 # %% ../nbs/01i_loader.ipynb #1b80fa31
 def class_means(
-    table: Images,      # any
+    table: Images,
     size: int = 64,     # side in px
     n: int = 100,       # training images of each class at most
 ) -> np.ndarray:        # uint8 [classes, size, size, 3]

@@ -321,8 +321,8 @@ def plot_reliability(
     some = t[t['n'] > 0]
     fig, (ax, below) = plt.subplots(2, 1, figsize=(3.8, 4.6), height_ratios=[4, 1], sharex=True)
     ax.plot([0, 1], [0, 1], ':', color=GRAY, lw=1.2)
-    ax.annotate('too modest', (0.04, 0.94), color=GRAY, fontsize=8)
-    ax.annotate('too sure', (0.96, 0.04), color=GRAY, fontsize=8, ha='right')
+    ax.annotate('underconfident', (0.04, 0.94), color=GRAY, fontsize=8)
+    ax.annotate('overconfident', (0.96, 0.04), color=GRAY, fontsize=8, ha='right')
     ax.vlines(some['confidence'], some['low'], some['high'], color=BLUE, lw=1.4)
     ax.plot(some['confidence'], some['top1'], 'o', color=BLUE, ms=5)
     ax.set(ylabel='top-1', ylim=(-0.01, 1.01), xlim=(-0.01, 1.01))

@@ -171,7 +171,7 @@ def _refuse(arch, source, missing, unexpected, shapes):
 
 # %% ../nbs/02b_models.ipynb #3b5f9d79
 def _load(model, file, keep_head):
-    "Load what `_read` gave into `model`, strictly apart from the head, and report it."
+    "Load weights into a model, strictly apart from the head, and report it."
     report, (name, head) = model.report, find_head(model)
     state, keys = _adapt(model, file.state), {f'{name}.weight', f'{name}.bias'}
     ours, theirs = len(head.weight), len(state.get(f'{name}.weight', ()))

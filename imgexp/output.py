@@ -19,14 +19,17 @@ from .text import printable
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')  # and what reverses the direction of the text
 
 def visible(
-    text: str,
+    text: str, # one line or several
 ) -> str:
     "Text with its control characters, line breaks aside, as escapes."
     return '\n'.join(printable(_CONTROL.sub(lambda m: ascii(m[0])[1:-1], line)) for line in text.split('\n'))
 
 class VisibleOutput:
     "A stream that writes control characters as escapes."
-    def __init__(self, stream):
+    def __init__(
+        self,
+        stream, # the standard output
+    ):
         self._stream = stream
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='backslashreplace')  # LANG=C
     def write(self, text): return self._stream.write(visible(text))
@@ -53,13 +56,15 @@ def to_csv(
 # %% ../nbs/90_output.ipynb #11
 Json = Annotated[bool, typer.Option('--json', help='For programs: JSON instead of a table.')]
 
-def say(text):
+def say(
+    text, # shown as `str` does
+):
     "Print a message to stderr."
     print(visible(str(text)), file=sys.stderr)
 
 def print_table(
     table, # pandas
-    as_json: bool,
+    as_json: bool, # for programs
 ):
     "Print a table to stdout."
     if as_json: print(table.reset_index().to_json(orient='records', indent=1))

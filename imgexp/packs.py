@@ -62,6 +62,7 @@ class Pack:
     def __repr__(self): return f"{self.path.name}: {len(self):,} images, {file_size(self.about['bytes'])}"
 
     def read(self, i):
+        "Bytes of a JPEG file, or uint8 [h, w, 3]; raises `BadImage`."
         if i in self.errors: raise BadImage(self.errors[i])
         if time.monotonic() > self._look_again: self._look()
         shard, k = divmod(int(i), self.about['rows'])
@@ -492,7 +493,7 @@ def _fits(table):
 
 # %% ../nbs/01h_packs.ipynb #c76cfb82
 def packed(
-    table: Images,       # any
+    table: Images,
     size: int,           # side in px at which images are used
     pack: str = 'auto',  # 'auto', 'off', a pack as 'raw-256', or 'memory', 'memory-256'
     tell=print,          # called with a line where a pack or memory is used
@@ -539,7 +540,7 @@ def in_memory(
 
 # %% ../nbs/01h_packs.ipynb #86e00716
 def preparation(
-    table: Images,  # any
+    table: Images,
 ) -> str:           # '', 'presize-256', 'jpeg-256'
     "What was done to the images beforehand, as far as it changes what the network sees."
     pack = table.source
@@ -548,7 +549,7 @@ def preparation(
 
 # %% ../nbs/01h_packs.ipynb #af9b2eee
 def as_prepared(
-    table: Images,  # any
+    table: Images,
     prepared: str,  # what `preparation` said of the images that a network was trained on
     own: bool = False, # whether they are those very images
 ) -> Images:

@@ -291,7 +291,7 @@ def seeds(
 MAX_SEED = 2**32 - 1
 
 class SeedParams(Parameters, heading='seeds'):
-    seed: int = param(0, 'sets everything random', (0, MAX_SEED))
+    seed: int = param(0, 'seeds all random number generators', (0, MAX_SEED))
 
 class SplitSeedParams(SeedParams, heading='seeds'):
     seed_subset: int = param(-1, 'of the choice of images; -1 as seed', (-1, MAX_SEED))

@@ -199,7 +199,7 @@ def better(
 
 # %% ../nbs/02h_parts.ipynb #5c60a3aa
 class EarlyStop(Part):
-    "Ends the training when `patience` epochs in a row brought nothing better, or when the run was told enough."
+    "Ends the training when `patience` epochs in a row brought nothing better, or when an observer asked to stop."
     order = 50
     def __init__(
         self,

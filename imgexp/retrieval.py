@@ -200,7 +200,7 @@ def _check_imagenet(entry, wanted, local):
     "Raise `InputError` unless classes or official archives are given"
     train, val, devkit = (local.get(r.name) for r in entry.files())
     if val and not devkit:
-        raise InputError('the labels of ILSVRC2012_img_val.tar stand in ILSVRC2012_devkit_t12.tar.gz: give it too')
+        raise InputError('the labels of ILSVRC2012_img_val.tar are in ILSVRC2012_devkit_t12.tar.gz: give it too')
     if not (train or val or wanted):
         raise InputError('imagenet: name classes (--classes n01440764,goldfish), or give the official archives by '
                          f'--archive (an account at {entry.page} is needed)')

@@ -57,7 +57,7 @@ def remove_run(
     root: str | Path | None = None,  # the project; found by default
 ) -> int:  # bytes freed
     "Delete a run's directory; raises `RunBusy` where a process is working on it."
-    if not run: raise InputError('name the run that shall be deleted: `imgexp runs ls` lists them')
+    if not run: raise InputError('name the run to delete: `imgexp runs ls` lists them')
     run = run if isinstance(run, Run) else find_run(run, Path(root or project_root())/'runs')
     lock = None if run.alive() else take_lock(run.dir/'lock', wait=1)
     if lock is None: raise run_busy(run)

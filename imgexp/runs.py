@@ -322,7 +322,7 @@ def rewind(
 # %% ../nbs/00g_runs.ipynb #3bce1fdd
 @patch(as_prop=True)
 def history(self: Run):
-    "history.csv as a pandas table, one row an epoch"
+    "history.csv as a pandas table, one row per epoch"
     import pandas as pd
     header, rows = self.history_rows()
     table = pd.DataFrame(rows, columns=header)

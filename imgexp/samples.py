@@ -15,7 +15,7 @@ from .randomness import uniforms
 
 # %% ../nbs/01e_samples.ipynb #8e305606
 def digits() -> Images:
-    "1,797 handwritten digits, 8×8 px: 60 % train, 20 % valid, 20 % test."
+    "1,797 handwritten digits, 8×8 px: 60% train, 20% valid, 20% test."
     from sklearn.datasets import load_digits
     raw = load_digits()
     pixels = np.round(raw.images * (255/16)).astype(np.uint8)
@@ -81,7 +81,7 @@ def draw_shape(
 
 # %% ../nbs/01e_samples.ipynb #afe9fdbc
 def shapes(
-    n: int = 2500,          # images in all: 60 % train, 20 % valid, 20 % test
+    n: int = 2500,          # images in all: 60% train, 20% valid, 20% test
     n_classes: int = 10,    # up to 40
     size: int = 64,         # side in px
     domain: str = 'photo',  # or 'sketch'

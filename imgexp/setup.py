@@ -31,7 +31,7 @@ class ProgressiveParams(Parameters, heading='training'):
     sizes: str = param('', 'sides of the training images over the epochs (128-192, or 160-192@0.65-0.8); empty as size')
 
 class RecipeParams(Parameters, heading='training'):
-    recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; what it says holds where you say nothing', ['', *RECIPES], in_id=False)
+    recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; it fills in what you do not set', ['', *RECIPES], in_id=False)
     extend: str = param('', 'a finished run to train further, for so many more epochs, with its parameters where you give none')
 
 class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, ProgressiveParams, PackParams, RunParams):

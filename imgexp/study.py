@@ -178,7 +178,7 @@ def point_index(
 def attr(
     self: Sweep,
     number: int, # of a trial
-    key: str,
+    key: str,    # its name
     default=None, # without such an attribute
 ):
     "An attribute of a trial."
@@ -206,7 +206,11 @@ def report(
     t = self.trial(number)
     if epoch not in t.intermediate_values: self.storage.set_trial_intermediate_value(t._trial_id, epoch, float(value))
 
-def reported_values(trial): return [v for _, v in sorted(trial.intermediate_values.items())]
+def reported_values(
+    trial, # Optuna's record of it
+) -> list:
+    "Values of the metric, in the order of epochs."
+    return [v for _, v in sorted(trial.intermediate_values.items())]
 
 # %% ../nbs/06b_study.ipynb #25
 @patch

@@ -24,7 +24,7 @@ _RC = {'font.size': 9, 'figure.dpi': 80, 'figure.constrained_layout.use': True, 
 def styled(
     plot, # a function that returns a matplotlib figure
 ):
-    "Draw in the house style and close the figure, so that a notebook shows it once."
+    "Decorator: draw in the house style, and close the figure, so that a notebook shows it once."
     @wraps(plot)
     def draw(*args, **kwargs):
         import matplotlib.pyplot as plt

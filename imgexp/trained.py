@@ -119,7 +119,7 @@ def evaluate(
     data='',              # other data than the run's own: a name, a folder or a table
     classes: str = '',    # of these data, the classes to keep
     bad: str = '',        # at an image that cannot be decoded: 'stop' or 'skip'; '' does as the run did
-) -> dict:                # top1, top5 (with 95 % interval and n), loss, ece, skipped (number of images left out)
+) -> dict:                # top1, top5 (with 95% interval and n), loss, ece, skipped (number of images left out)
     "Accuracy and loss on a split; images that are left out are named on stderr."
     probs, table, rows, skipped = _predict(self, split, data, classes, bad)
     return score(probs, table.labels[rows], len(skipped))

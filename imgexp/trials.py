@@ -60,7 +60,7 @@ def check_program(
 
 # %% ../nbs/06d_trials.ipynb #7
 def check_experiment(
-    program: str,
+    program: str, # experiment, notebook or module:function
     space,      # of the sweep
     metric,     # of the sweep
     grid: bool, # whether all values are tried
@@ -78,7 +78,7 @@ def check_experiment(
 
 # %% ../nbs/06d_trials.ipynb #8
 def program_call(
-    program: str,
+    program: str,  # experiment, notebook or module:function
     values: dict,  # of the trial
     observer,      # function of (run, row), called after each epoch of an experiment
     observer_name: str, # module:function, for programs that cannot be handed an observer

@@ -85,7 +85,7 @@ def published_weights(
     arch: str, # one of `archs()`
     weights: str = 'imagenet', # or a name like IMAGENET1K_V1
 ):
-    "torchvision's weights for an architecture, by default the ones it takes itself: address and metadata."
+    "torchvision's weights for an architecture, by default torchvision's default weights: address and metadata."
     check_arch(arch)
     if arch == 'compact_resnet':
         raise InputError(f"weights={weights!r}: compact_resnet has no published weights; use weights='' or a file.")
