@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'train']
 
-# %% ../nbs/03_train.ipynb #49a2d619
+# %% ../nbs/03_train.ipynb #2
 from .experiments import METRICS, Experiment
 from .parallel import distributed, from_first, rank_zero_print
 from .params import takes
@@ -15,7 +15,7 @@ from .setup import TrainParams, dependencies, fit_run, load_learner, load_table,
 from .start import start_run
 from .trained import load_network
 
-# %% ../nbs/03_train.ipynb #600cefec
+# %% ../nbs/03_train.ipynb #23
 def _start(p, table, learn, observer=None):
     "The run, made or found by the first process"
     started = []
@@ -26,7 +26,7 @@ def _start(p, table, learn, observer=None):
     folder = from_first(first)
     return started[0] if started else Run(folder)
 
-# %% ../nbs/03_train.ipynb #c6fe8957
+# %% ../nbs/03_train.ipynb #24
 def _run_experiment(
     p: TrainParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -41,7 +41,7 @@ def _run_experiment(
             conclude(run, learn, fit_run(p, run, learn), p.upload)
     return run
 
-# %% ../nbs/03_train.ipynb #7beb6b08
+# %% ../nbs/03_train.ipynb #25
 EXPERIMENT = Experiment('03_train', TrainParams, _run_experiment, load_network, (*METRICS, 'ema_top1', 'ema_loss'), resolve_train)
 
 @takes(TrainParams)
