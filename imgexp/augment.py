@@ -228,7 +228,8 @@ def _autoaugment(image, u):
 # %% ../nbs/01g_augment.ipynb #0cc0a171
 def _installed(path):
     "Whether a file belongs to Python or to an installed package"
-    folders = [sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib')] + site.getsitepackages() + [site.getusersitepackages()]
+    folders = [sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib',
+                                               'platlib')] + site.getsitepackages() + [site.getusersitepackages()]
     return any(path.is_relative_to(Path(f).resolve()) for f in folders)
 
 # %% ../nbs/01g_augment.ipynb #25be4a31
@@ -326,8 +327,10 @@ def _try(f, name, size):
                 first = out
     except InputError: raise
     except Exception as e:
-        raise InputError(f'augment={name} failed on an image uint8 {[size, size, 3]} ({_said(e)}): it gets a NumPy array, '
-                         'and a generator where it has a parameter rng, and must return an array of the same shape') from e
+        raise InputError(f'augment={name} failed on an image uint8 {[size, size, 3]} ({_said(e)}): it gets a NumPy '
+                         'array, '
+                         'and a generator where it has a parameter rng, and must return an array of the same '
+                         'shape') from e
     finally: random.setstate(states[0]); np.random.set_state(states[1])
 
 # %% ../nbs/01g_augment.ipynb #490669b2
@@ -369,7 +372,8 @@ def augment_id(
     if not separator: return ''
     _imported(augment)
     if _content(source_files(module)) != _loaded[module]:
-        print(f'augment={augment!r}: its source has changed since it was imported; this process goes on with the imported version (restart it to use the new one)', file=sys.stderr)
+        print(f'augment={augment!r}: its source has changed since it was imported; this process goes on with the '
+              'imported version (restart it to use the new one)', file=sys.stderr)
     return hashlib.sha256(json.dumps([augment, _loaded[module]]).encode()).hexdigest()[:8]
 
 # %% ../nbs/01g_augment.ipynb #03a447f7
@@ -406,7 +410,7 @@ def _inside(boxes, x):
     ys, xs = torch.arange(x.shape[2], device=x.device)[:, None], torch.arange(x.shape[3], device=x.device)
     return (ys >= top) & (ys < bottom) & (xs >= left) & (xs < right)
 
-# %% ../nbs/01g_augment.ipynb #05692105
+# %% ../nbs/01g_augment.ipynb #d8c9bcd0
 def mixup(
     x,                  # float [n, 3, h, w]
     y,                  # int64 [n], or soft targets float [n, n_classes]
@@ -456,7 +460,8 @@ def erase(
 # %% ../nbs/01g_augment.ipynb #83140d63
 class AugmentParams(Parameters, heading='augmentation'):
     augment: str = param('crop-flip', 'none, crop-flip, color, randaugment, trivial, autoaugment, or module:function')
-    flip: str = param('random', 'mirrored images: random, alternating (every image in every second epoch), or none', FLIPS)
+    flip: str = param('random', 'mirrored images: random, alternating (every image in every second epoch), or none',
+                      FLIPS)
     crop: float = param(SCALE[0], "smallest part of an image's area that a random crop keeps", '(0, 1]')
 
 class MixParams(Parameters, heading='augmentation'):

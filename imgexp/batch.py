@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid', 'runs_of', 'estimate', 'Plan', 'plan_batch', 'batch', 'results_table']
 
-# %% ../nbs/05b_batch.ipynb #2
+# %% ../nbs/05b_batch.ipynb #9873af93
 import itertools, json, os, statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .start import runs_dir
 from .text import duration
 from .workers import Job, Result, run_jobs, thread_count, worker_environments
 
-# %% ../nbs/05b_batch.ipynb #5
+# %% ../nbs/05b_batch.ipynb #6a573a63
 def grid(
     values: dict, # {name: values}; values are a list, a text with commas, or the text of a JSON list
 ) -> list:        # of {name: value}; the last name varies fastest
@@ -33,9 +33,10 @@ def _listed(name, values):
     if not isinstance(values, str): return values
     if not values.lstrip().startswith('['): return [v.strip() for v in values.split(',')]
     try: return json.loads(values)
-    except ValueError: raise InputError(f'{name}={values!r} begins like a JSON list, but is none: write ["a", "b"]') from None
+    except ValueError:
+        raise InputError(f'{name}={values!r} begins like a JSON list, but is none: write ["a", "b"]') from None
 
-# %% ../nbs/05b_batch.ipynb #9
+# %% ../nbs/05b_batch.ipynb #fa1a231a
 def runs_of(
     notebook: str | Path,
 ) -> list: # of `Run`
@@ -58,27 +59,28 @@ def _find_run(values, runs):
     same = [r for r in runs if _same(r, values)]
     return next((r for r in same if r.finished), same[0] if same else None)
 
-# %% ../nbs/05b_batch.ipynb #10
+# %% ../nbs/05b_batch.ipynb #73f14e3a
 def _filled(notebook, point):
     "All parameters of a point, as its run will have them"
     experiment, p = library_experiment(notebook), parameter_table(notebook).check(point)
     return experiment.resolve(p) if experiment else p
 
-# %% ../nbs/05b_batch.ipynb #11
+# %% ../nbs/05b_batch.ipynb #05926850
 def _timing(run):
     "Seconds of a run outside its training, and in it; None where it was interrupted, or not measured"
     status, training = run.status, run.metrics.get('seconds')
     if not run.finished or status.get('continued') or training is None: return None
     return max(0., seconds_since(status['started']) - seconds_since(status['ended']) - training), training
 
-# %% ../nbs/05b_batch.ipynb #12
+# %% ../nbs/05b_batch.ipynb #ca9fca66
 def estimate(
     values: dict,     # all parameters of a new run
     runs,             # `Run`s of the same notebook
     threads: int = 0, # per worker; 0: as many as before
 ) -> float:           # seconds; None without a comparable run
     "Estimated time of a run: that of the most similar finished run on the same images, scaled by epochs, subset and threads."
-    alike = [r for r in runs if all(r.params.get(k) == values[k] for k in ('data', 'classes', 'size', 'arch') if k in values)]
+    alike = [r for r in runs
+             if all(r.params.get(k) == values[k] for k in ('data', 'classes', 'size', 'arch') if k in values)]
     measured = [(r, t) for r in alike if (t := _timing(r))]
     if not measured: return None
     run, (around, training) = max(measured, key=lambda m: sum(m[0].params.get(k) == v for k, v in values.items()))
@@ -87,7 +89,7 @@ def estimate(
     before = (run.attempts or [{}])[-1].get('threads') or threads
     return around + training*(max(1., before/threads) if threads else 1.)
 
-# %% ../nbs/05b_batch.ipynb #13
+# %% ../nbs/05b_batch.ipynb #35260ff7
 @dataclass(repr=False)
 class Plan:
     "What a batch will do with each point: run, continue, reuse, check (finished; the notebook checks its data), evaluate (finished by a sweep, without test images), skip (failed before) or busy (another process is running it)."
@@ -102,7 +104,8 @@ class Plan:
         todo = [s for s, d in zip(self.seconds, self.actions) if d in ('run', 'continue')]
         counts = Counter(self.actions)
         summary = ', '.join(f'{counts[k]} {v}' for k, v in _ACTIONS.items() if counts[k])
-        return f"{len(self.points)} job{'s'*(len(self.points) != 1)}: {summary}" + (f'; {self._time(todo)}' if todo else '')
+        return f"{len(self.points)} job{'s'*(len(self.points) != 1)}: {summary}" + (f'; {self._time(todo)}' if todo
+                                                                                    else '')
     def _time(self, todo):
         if None in todo: return 'time unknown until the first of them has finished'
         total = max(sum(todo)/self.n, *todo, 0)
@@ -110,16 +113,18 @@ class Plan:
     def table(self):
         "A row for each point (pandas)."
         import pandas as pd
-        rows = [p | {'action': d, 'run': r.name if r else '', 'seconds': s} for p, d, r, s in zip(self.points, self.actions, self.runs, self.seconds)]
+        rows = [p | {'action': d, 'run': r.name if r else '', 'seconds': s} for p, d, r,
+                s in zip(self.points, self.actions, self.runs, self.seconds)]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='job')).round({'seconds': 0})
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
-# %% ../nbs/05b_batch.ipynb #14
-_ACTIONS = {'run': 'to run', 'continue': 'to continue', 'busy': 'running in another process', 'reuse': 'finished', 'check': 'finished, if their data are the same',
+# %% ../nbs/05b_batch.ipynb #bd60409c
+_ACTIONS = {'run': 'to run', 'continue': 'to continue', 'busy': 'running in another process', 'reuse': 'finished',
+            'check': 'finished, if their data are the same',
             'evaluate': 'finished by a sweep, to evaluate on test images', 'skip': 'failed (--retry runs them again)'}
 
-# %% ../nbs/05b_batch.ipynb #15
+# %% ../nbs/05b_batch.ipynb #8806fa33
 def plan_batch(
     notebook: Path,      # an experiment
     points: list,        # of {parameter: value}
@@ -134,11 +139,14 @@ def plan_batch(
     def action(p, run):
         if run and run.state == 'running': return 'busy'
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
-        if run.finished: return 'evaluate' if run.metrics.get('test', 0) is None else 'check' if any(map(_names_contents, p.values())) else 'reuse'
+        if run.finished:
+            return 'evaluate' if run.metrics.get('test', 0) is None else 'check' if any(map(_names_contents,
+                                                                                            p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
-    return Plan(notebook, points, [action(p, r) for p, r in zip(full, existing)], existing, [estimate(p, runs, threads) for p in full], n)
+    return Plan(notebook, points, [action(p, r) for p, r in zip(full, existing)], existing,
+                [estimate(p, runs, threads) for p in full], n)
 
-# %% ../nbs/05b_batch.ipynb #17
+# %% ../nbs/05b_batch.ipynb #80b9b1f9
 def batch(
     notebook: str,        # '03_train', or a path
     values: dict,         # {name: values}, as for `grid`
@@ -158,12 +166,13 @@ def batch(
     results = [_finished(p, points, a, r) for p, a, r in zip(points, todo.actions, todo.runs)]
     rest = [k for k, r in enumerate(results) if r is None]
     reuse = {'resume': 'reuse'} if 'resume' in notebook_parameters(path) else {}
-    calls = [Job('imgexp.notebooks:execute', {'notebook': str(path), 'values': reuse | points[k]}, _name(points[k], points)) for k in rest]
+    calls = [Job('imgexp.notebooks:execute', {'notebook': str(path), 'values': reuse | points[k]},
+                 _name(points[k], points)) for k in rest]
     progress = _Progress(len(rest), jobs, say)
     for k, r in zip(rest, run_jobs(calls, jobs, executor, progress)): results[k] = r
     return results
 
-# %% ../nbs/05b_batch.ipynb #18
+# %% ../nbs/05b_batch.ipynb #45c1da87
 def _name(point, points):
     "The parameters of a point that differ from other points', as text"
     varying = [k for k in point if any(p[k] != point[k] for p in points)]
@@ -178,7 +187,7 @@ def _finished(point, points, action, run):
     if action == 'busy': return Result(job, 'waiting', value, error='another process is running it')
     return Result(job, 'failed', value, error=run.status.get('error') or '')
 
-# %% ../nbs/05b_batch.ipynb #19
+# %% ../nbs/05b_batch.ipynb #390977f3
 class _Progress:
     "A line for each job that ends, with the time left"
     def __init__(self, total, n, say): self.total, self.n, self.say, self.done, self.seconds = total, n, say, 0, []
@@ -188,10 +197,11 @@ class _Progress:
         run = (result.value or {}).get('run')
         outcome = result.error or ', '.join(f'{k} {v}' for k, v in (Run(run).headline() if run else [])[:1])
         left = (self.total - self.done)/self.n*statistics.median(self.seconds) if self.seconds else 0
-        self.say(f'{self.done}/{self.total} {result.job.name}: {result.state} in {duration(result.seconds)}' + f', {outcome}'*bool(outcome)
+        self.say(f'{self.done}/{self.total} {result.job.name}: {result.state} in {duration(result.seconds)}'
+                 + f', {outcome}'*bool(outcome)
                  + f', about {duration(left)} to go'*(left > 0))
 
-# %% ../nbs/05b_batch.ipynb #20
+# %% ../nbs/05b_batch.ipynb #57fe05ac
 def results_table(
     results: list, # of `batch`
 ):                 # pandas table, a row per job
@@ -201,4 +211,7 @@ def results_table(
         run = Run(r.value['run']) if r.value and r.value['run'] else None
         top1 = {f'{split}_top1': run.top1(split) if run else None for split in ('valid', 'test')}
         return r.job.values['values'] | {'state': r.state} | top1 | {'run': run.name if run else '', 'error': r.error}
-    return pd.DataFrame([row(r) for r in results], index=pd.RangeIndex(1, len(results) + 1, name='job')).drop(columns='resume', errors='ignore').dropna(axis=1, how='all').round(4)
+    return pd.DataFrame([row(r) for r in results],
+                        index=pd.RangeIndex(1, len(results) + 1, name='job')).drop(columns='resume',
+                                                                                   errors='ignore').dropna(axis=1,
+                                                                                                           how='all').round(4)

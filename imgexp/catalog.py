@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'ENTRIES', 'Entry', 'data_dir', 'info', 'find_entry', 'data_set_folder', 'where', 'located', 'catalog']
 
-# %% ../nbs/01_catalog.ipynb #2
+# %% ../nbs/01_catalog.ipynb #83305815
 import os
 from dataclasses import dataclass, field
 from html import escape
@@ -18,10 +18,10 @@ from .fetch import Remote
 from .files import display_path, read_json
 from .text import file_size
 
-# %% ../nbs/01_catalog.ipynb #6
+# %% ../nbs/01_catalog.ipynb #8d35dd69
 SPLITS = ('train', 'valid', 'test')
 
-# %% ../nbs/01_catalog.ipynb #7
+# %% ../nbs/01_catalog.ipynb #4b195e00
 @dataclass(frozen=True, repr=False)
 class Entry:
     "A data set of the catalog: contents, license, sources."
@@ -50,7 +50,7 @@ class Entry:
 
     def __repr__(self): return '\n'.join([self.name, *(f'  {k:<16}{v}' for k, v in self._lines())])
 
-# %% ../nbs/01_catalog.ipynb #8
+# %% ../nbs/01_catalog.ipynb #96fdd4ce
 @patch
 def _lines(self: Entry):
     f = self.facts()
@@ -65,14 +65,14 @@ def _lines(self: Entry):
     here = ', '.join(display_path(p) for s in self.sizes if (p := where(self.name, s)))
     yield 'here', here or (f'no: `{self.command()}` downloads it' if self.sizes else 'embedded')
 
-# %% ../nbs/01_catalog.ipynb #9
+# %% ../nbs/01_catalog.ipynb #68d965dc
 @patch
 def _repr_html_(self: Entry):
     cell = "<td style='text-align:left'>"
     rows = ''.join(f'<tr>{cell}{escape(k)}</td>{cell}{escape(v)}</td></tr>' for k, v in self._lines())
     return f"<table><tr><th></th><th style='text-align:left'>{escape(self.name)}</th></tr>{rows}</table>"
 
-# %% ../nbs/01_catalog.ipynb #11
+# %% ../nbs/01_catalog.ipynb #76394ff4
 _TERMS = 'ImageNet terms: non-commercial research and education'
 _DENG = 'Deng, Dong, Socher, Li, Li, Fei-Fei 2009, ImageNet: A Large-Scale Hierarchical Image Database, CVPR'
 _ILSVRC = 'https://image-net.org/challenges/LSVRC/2012/2012-downloads.php'
@@ -88,10 +88,11 @@ _imagenet = Entry(  # sizes: TFDS; checksums: torchvision
                 Remote(_ILSVRC, 6_744_924_160, 'md5:29b22e2961454d5413ddabcf34fc5622', 'ILSVRC2012_img_val.tar'),
                 Remote(_ILSVRC, 0, 'md5:fa75699e90414af021442c21a62c3abf', 'ILSVRC2012_devkit_t12.tar.gz'))})
 
-# %% ../nbs/01_catalog.ipynb #12
+# %% ../nbs/01_catalog.ipynb #d12c2180
 _mini_imagenet = Entry(  # at a fixed revision; the hub lists size and sha-256 of each file
     'mini-imagenet', 100, (50_000, 10_000, 5_000), license=_TERMS,
-    page='https://huggingface.co/datasets/timm/mini-imagenet', citation=_DENG, note='7.4 GB; full-size images; not the classes and splits of Vinyals et al. 2016',
+    page='https://huggingface.co/datasets/timm/mini-imagenet', citation=_DENG,
+    note='7.4 GB; full-size images; not the classes and splits of Vinyals et al. 2016',
     sizes={'': ()}, listing=_HUB, layout='parquet')
 
 _tiny_imagenet = Entry(  # size and checksum: as several public loaders give them
@@ -101,7 +102,7 @@ _tiny_imagenet = Entry(  # size and checksum: as several public loaders give the
     sizes={'': (Remote('http://cs231n.stanford.edu/tiny-imagenet-200.zip', 248_100_043,
                        'md5:90528d7ca1a48142e341f4ef8d21d0de'),)})
 
-# %% ../nbs/01_catalog.ipynb #13
+# %% ../nbs/01_catalog.ipynb #bcfe2176
 _FASTAI = 'https://github.com/fastai/imagenette'
 
 def _fastai(name, *files):
@@ -111,12 +112,13 @@ def _fastai(name, *files):
 
 _imagenette = Entry(  # TFDS
     'imagenette', 10, (9_469, 3_925, 0), license='Apache-2.0; the images are ImageNet’s',
-    page=_FASTAI, layout='train_val', citation=f'Howard 2019, Imagenette, {_FASTAI}; {_DENG}', sizes=_fastai('imagenette',
+    page=_FASTAI, layout='train_val', citation=f'Howard 2019, Imagenette, {_FASTAI}; {_DENG}',
+    sizes=_fastai('imagenette',
         ('', 1_557_161_267, 'sha256:6cbfac238434d89fe99e651496f0812ebc7a10fa62bd42d6874042bf01de4efd'),
         ('320', 341_663_724, 'sha256:569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188e158c'),
         ('160', 99_003_388, 'sha256:64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db02fe5')))
 
-# %% ../nbs/01_catalog.ipynb #14
+# %% ../nbs/01_catalog.ipynb #d670090f
 _imagewoof = Entry(  # fastai
     'imagewoof', 10, (9_025, 3_929, 0), license='Apache-2.0; the images are ImageNet’s',
     page=_FASTAI, layout='train_val', citation=f'Howard 2019, Imagewoof, {_FASTAI}; {_DENG}', sizes=_fastai('imagewoof',
@@ -124,20 +126,22 @@ _imagewoof = Entry(  # fastai
         ('320', 328_387_740, 'md5-1MiB:7a1fd92672a559a85de76e4810a20c21'),
         ('160', 92_612_825, 'md5-1MiB:3559b194123981a540b87132dbda412f')))
 
-# %% ../nbs/01_catalog.ipynb #16
+# %% ../nbs/01_catalog.ipynb #9e6481ae
 _inaturalist12k = Entry(
     'inaturalist12k', 10, (None, 0, None), license='none stated; the photographs are their observers’',
     citation='Van Horn et al. 2018, The iNaturalist Species Classification and Detection Dataset, CVPR',
-    page='https://github.com/visipedia/inat_comp', note='the official val folder is the test split', layout='train_test',
-    sizes={'': (Remote('https://storage.googleapis.com/wandb_datasets/nature_12K.zip'),)})
+    page='https://github.com/visipedia/inat_comp', note='the official val folder is the test split',
+    layout='train_test', sizes={'': (Remote('https://storage.googleapis.com/wandb_datasets/nature_12K.zip'),)})
 
 _cub = Entry(  # size: TFDS and fastai; checksum: as public loaders give it
-    'cub-birds-200', 200, (5_994, 0, 5_794), license='see the page', page='https://data.caltech.edu/records/65de6-vp158',
+    'cub-birds-200', 200, (5_994, 0, 5_794), license='see the page',
+    page='https://data.caltech.edu/records/65de6-vp158',
     citation='Wah, Branson, Welinder, Perona, Belongie 2011, The Caltech-UCSD Birds-200-2011 Dataset, CNS-TR-2011-001',
-    layout='cub', sizes={'': (Remote('https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz', 1_150_585_339,
+    layout='cub',
+    sizes={'': (Remote('https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz', 1_150_585_339,
                                      'md5:97eceeb196236b17998738112f37df78'),)})
 
-# %% ../nbs/01_catalog.ipynb #17
+# %% ../nbs/01_catalog.ipynb #1af5de1f
 _food = Entry(  # TFDS
     'food-101', 101, (75_750, 0, 25_250), license='scientific fair use; images are from Foodspotting',
     citation='Bossard, Guillaumin, Van Gool 2014, Food-101: Mining Discriminative Components with Random Forests, ECCV',
@@ -145,7 +149,7 @@ _food = Entry(  # TFDS
     layout='food', sizes={'': (Remote('http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz', 4_996_278_331,
                                       'sha256:d97d15e438b7f4498f96086a4f7e2fa42a32f2712e87d3295441b2b6314053a4'),)})
 
-# %% ../nbs/01_catalog.ipynb #18
+# %% ../nbs/01_catalog.ipynb #a5b1c4c2
 _CARS, _DOGS = 'http://ai.stanford.edu/~jkrause', 'http://vision.stanford.edu/aditya86/ImageNetDogs'
 
 _cars = Entry(  # TFDS
@@ -162,7 +166,7 @@ _cars = Entry(  # TFDS
                 Remote(f'{_CARS}/car196/cars_test_annos_withlabels.mat', 185_758,
                        'sha256:790f75be8ea34eeded134cc559332baf23e30e91367e9ddca97d26ed9b895f05'))})
 
-# %% ../nbs/01_catalog.ipynb #19
+# %% ../nbs/01_catalog.ipynb #4cf402f3
 _dogs = Entry(  # TFDS
     'stanford-dogs', 120, (12_000, 0, 8_580), license=_TERMS, page=f'{_DOGS}/main.html', layout='dogs',
     citation='Khosla, Jayadevaprakash, Yao, Fei-Fei 2011, Novel Dataset for Fine-Grained Image Categorization, FGVC',
@@ -171,7 +175,7 @@ _dogs = Entry(  # TFDS
                 Remote(f'{_DOGS}/lists.tar', 481_280,
                        'sha256:34b47cacd9a98b5d150e084f24d29391c084c55272295ec65c85651bc35f4d6c'))})
 
-# %% ../nbs/01_catalog.ipynb #21
+# %% ../nbs/01_catalog.ipynb #277fdf03
 _cifar10 = Entry(  # size: TFDS; checksum: the official page
     'cifar10', 10, (50_000, 0, 10_000), license='none stated', page='https://www.cs.toronto.edu/~kriz/cifar.html',
     citation='Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images', note='32 px, stored as PNG',
@@ -184,12 +188,13 @@ _FASHION = (  # TFDS
     ('t10k-images-idx3', 4_422_102, '346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073'),
     ('t10k-labels-idx1', 5_148, '67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5'))
 
-# %% ../nbs/01_catalog.ipynb #22
+# %% ../nbs/01_catalog.ipynb #bca77f90
 _fashion = Entry(
     'fashion-mnist', 10, (60_000, 0, 10_000), license='MIT', page='https://github.com/zalandoresearch/fashion-mnist',
     citation='Xiao, Rasul, Vollgraf 2017, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning '
              'Algorithms, arXiv:1708.07747', note='28 px, stored as PNG', layout='fashion',
-    sizes={'': tuple(Remote(f'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{f}-ubyte.gz', n, f'sha256:{c}')
+    sizes={'': tuple(Remote(f'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{f}-ubyte.gz', n,
+                            f'sha256:{c}')
                      for f, n, c in _FASHION)})
 
 _digits = Entry(
@@ -200,12 +205,12 @@ _shapes = Entry(
     'shapes', 10, (1_500, 500, 500), license='Apache-2.0', citation='drawn by imgexp', page='see 01e_samples.ipynb',
     note='drawn by code, at any size')
 
-# %% ../nbs/01_catalog.ipynb #23
+# %% ../nbs/01_catalog.ipynb #ba160009
 ENTRIES = {e.name: e for e in (
     _imagenet, _inaturalist12k, _mini_imagenet, _imagenette, _imagewoof, _cub, _food, _cars, _dogs, _cifar10, _fashion,
     _tiny_imagenet, _digits, _shapes)}
 
-# %% ../nbs/01_catalog.ipynb #25
+# %% ../nbs/01_catalog.ipynb #3515a81e
 def data_dir() -> Path:
     "The user's folder for data sets: IMGEXP_DATA, or imgexp/data in the user's cache."
     if os.environ.get('IMGEXP_DATA'): return Path(os.environ['IMGEXP_DATA']).expanduser().absolute()
@@ -217,7 +222,7 @@ def info(
     "The entry of a data set; raises `InputError` for a name that is not in the catalog."
     return find_entry(name)[0]
 
-# %% ../nbs/01_catalog.ipynb #26
+# %% ../nbs/01_catalog.ipynb #b8aa946e
 def find_entry(
     name: str | Entry, # 'food-101', 'imagenette-320'
     size: str = '',    # '320', '320px', 'full'
@@ -242,7 +247,7 @@ def data_set_folder(
     "The folder of a data set, fetched or not."
     return Path(dest or data_dir()).expanduser().absolute()/(f'{entry.name}-{size}' if size else entry.name)
 
-# %% ../nbs/01_catalog.ipynb #27
+# %% ../nbs/01_catalog.ipynb #34d6b710
 def where(
     name: str | Entry,  # 'food-101', 'imagenette-320'
     size: str = '',     # '' (full), '320' or '160' where there are sizes
@@ -254,7 +259,7 @@ def where(
     state = read_json(data_set_folder(entry, size, dest)/'.imgexp.json')
     return data_set_folder(entry, size, dest) if state and not state.get('unfinished') else None
 
-# %% ../nbs/01_catalog.ipynb #29
+# %% ../nbs/01_catalog.ipynb #475a308d
 def located(
     name: str,     # the `data` that a user gave
 ) -> Path | None:  # None for a name that is not in the catalog
@@ -263,10 +268,11 @@ def located(
     entry, size = find_entry(name)
     if (folder := where(entry, size)) or not entry.sizes: return folder
     command = entry.command() + (f' --size {size}' if size else '')
-    begun = 'was not fetched to the end' if (data_set_folder(entry, size)/'.imgexp.json').exists() else 'is not fetched yet'
+    begun = 'was not fetched to the end' if (data_set_folder(entry,
+                                                             size)/'.imgexp.json').exists() else 'is not fetched yet'
     raise InputError(f'data={name!r} {begun}: `{command}` downloads it to {display_path(data_dir())}')
 
-# %% ../nbs/01_catalog.ipynb #31
+# %% ../nbs/01_catalog.ipynb #d6840a26
 def catalog():
     "pandas table of all data sets: classes, images, size of the download, license, whether they are here."
     import pandas as pd

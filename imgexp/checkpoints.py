@@ -71,8 +71,10 @@ def write_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        jobs = {f'{kind}.safetensors': (_save_weights, tensors, about) for kind, tensors in weights.items()} | {'state.pt': (_save_state, state)}
-        with writing(folder/name), ThreadPoolExecutor() as pool: files = dict(zip(jobs, pool.map(lambda f: _save(part/f, *jobs[f]), jobs)))
+        jobs = {f'{kind}.safetensors': (_save_weights, tensors, about) for kind,
+                tensors in weights.items()} | {'state.pt': (_save_state, state)}
+        with writing(folder/name), ThreadPoolExecutor() as pool:
+            files = dict(zip(jobs, pool.map(lambda f: _save(part/f, *jobs[f]), jobs)))
         write_json(part/'COMMITTED.json', _seal(told | {'step': step, 'files': files}))
         _sync(part)
         shutil.rmtree(folder/name, ignore_errors=True)
@@ -128,9 +130,11 @@ def read_weights(
     if wrong: raise InputError(f'{short_path(checkpoint)}: {wrong}; choose another checkpoint')
     path = checkpoint if alone else checkpoint/f'{kind}.safetensors'
     try:
-        with safetensors.safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['imgexp'])
+        with safetensors.safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['imgexp'])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError):
-        raise InputError(f'{short_path(path)} is missing, damaged, or not of a run: choose another checkpoint') from None
+        raise InputError(f'{short_path(path)} is missing, damaged, or not of a run: choose another '
+                         'checkpoint') from None
 
 # %% ../nbs/02i_checkpoints.ipynb #42bc5145
 def generators() -> dict: # plain values and tensors
@@ -198,8 +202,8 @@ def save(
     began = time.perf_counter()
     self.learn.finite.check_weights()
     parts = {cb.name: cb.state() for cb in self.learn.cbs if isinstance(cb, Part)}
-    state = {'epoch': epoch, 'batch': batch, 'optimizer': self.opt.state_dict(), 'parts': parts, 'generators': generators(),
-             'scaler': self.learn.scaler.state_dict() if self.learn.scaler else None}
+    state = {'epoch': epoch, 'batch': batch, 'optimizer': self.opt.state_dict(), 'parts': parts,
+             'generators': generators(), 'scaler': self.learn.scaler.state_dict() if self.learn.scaler else None}
     if rank() == 0:
         self.to.check_owner()
         told = (row or {}) | {'by': self.by}
@@ -299,7 +303,8 @@ def _state(path):
     "What a checkpoint, known to be whole, holds beside the weights"
     try: return torch.load(path/'state.pt', weights_only=True, map_location='cpu')
     except pickle.UnpicklingError:
-        raise RunFailed(f'{short_path(path)}/state.pt holds Python objects, which are never unpickled: restore it from a copy, '
+        raise RunFailed(f'{short_path(path)}/state.pt holds Python objects, which are never unpickled: restore it from '
+                        'a copy, '
                         'or give resume=never to begin anew') from None
 
 def _load(path, learn):
@@ -309,7 +314,8 @@ def _load(path, learn):
     learn.norm = learn.checkpoints.about['norm'] = about['norm']
     state = _state(path)
     if learn.scaler and state['scaler']: learn.scaler.load_state_dict(state['scaler'])
-    if hasattr(learn, 'averages') and (path/'ema.safetensors').exists(): learn.averages.mean = read_weights(path, 'ema', whole=True)[0]
+    if hasattr(learn, 'averages') and (path/'ema.safetensors').exists():
+        learn.averages.mean = read_weights(path, 'ema', whole=True)[0]
     return state
 
 # %% ../nbs/02i_checkpoints.ipynb #3c996e2b
@@ -361,7 +367,9 @@ def restore(
     begins = after and (state['epoch'], state['batch']) == (after, 0)
     _begin_phase(run, learn, state) if begins else _continue(learn, state)
     if rank() == 0: _rewind(run, path, learn, state['batch'])
-    if not begins: tell(f"continuing {run.name} at epoch {state['epoch'] + 1}" + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
+    if not begins:
+        tell(f"continuing {run.name} at epoch {state['epoch'] + 1}"
+             + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
     return True
 
 # %% ../nbs/02i_checkpoints.ipynb #ef65933a
@@ -374,23 +382,27 @@ def begin_at_end(
     if path is None: raise InputError(f'run {parent.name} has no checkpoint to extend: choose another run')
     about = read_weights(path, whole=True)[1]
     for name, own in (('arch', learn.model.arch), ('classes', learn.table.classes)):
-        if about[name] != own: raise InputError(f'run {parent.name} has other {name} ({_few(about[name])}, here {_few(own)}): give the same to extend it')
+        if about[name] != own:
+            raise InputError(f'run {parent.name} has other {name} ({_few(about[name])}, here {_few(own)}): give the '
+                             'same to extend it')
     state = _load(path, learn)
     if state['batch']: raise InputError(f'run {parent.name} ended within an epoch: choose a run that was finished')
     parts = state['parts']
     learn.first_epoch = learn.base = state['epoch']
-    learn.opt.load_state_dict(learn.opt.state_dict() | {'state': state['optimizer']['state']})  # with this run's weight decay and momentum
+    # with this run's weight decay and momentum
+    learn.opt.load_state_dict(learn.opt.state_dict() | {'state': state['optimizer']['state']})
     learn.schedule.done = learn.schedule.since = parts['schedule']['done']
     learn.history.images = parts['history']['images']
     if hasattr(learn, 'averages') and 'averages' in parts: learn.averages.load(parts['averages'])
 
-# %% ../nbs/02i_checkpoints.ipynb #40987338
+# %% ../nbs/02i_checkpoints.ipynb #97ad1d8a
 def end_id(
     parent, # a `Run`, finished
 ) -> str:
     "What stands for a run that another one extends: its id, and the hash of the weights that it ended with."
     path = newest_checkpoint(parent)
-    return parent.id + (f" {_sealed(path/'COMMITTED.json')['files']['model.safetensors']['sha256'][:16]}" if path else '')
+    return parent.id + (f" {_sealed(path/'COMMITTED.json')['files']['model.safetensors']['sha256'][:16]}" if path
+                        else '')
 
 def _few(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 

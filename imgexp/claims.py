@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrialLost']
 
-# %% ../nbs/06c_claims.ipynb #2
+# %% ../nbs/06c_claims.ipynb #905835e7
 import os, secrets, socket, threading
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -19,14 +19,14 @@ from .journal import FILE_STORAGES
 from .runs import BEAT, STALE
 from .study import Sweep, counts_as_point
 
-# %% ../nbs/06c_claims.ipynb #5
+# %% ../nbs/06c_claims.ipynb #3eb55115
 @patch
 def _lock(self: Sweep, number, wait=0.):
     "Take the lock of a trial; None if another process holds it"
     (self.dir/'locks').mkdir(exist_ok=True)
     return take_lock(self.dir/'locks'/str(number), wait)
 
-# %% ../nbs/06c_claims.ipynb #6
+# %% ../nbs/06c_claims.ipynb #cd6cd517
 class TrialLost(RunBusy):
     "Another process has taken the trial over."
 
@@ -39,7 +39,7 @@ def _sign(self: Sweep, number, lock):
     self.set_attrs(number, owner={'id': lock.owner, **process, 'locks': self._lock_folder()})
     return lock
 
-# %% ../nbs/06c_claims.ipynb #7
+# %% ../nbs/06c_claims.ipynb #9102e0d4
 @patch
 def check_owner(
     self: Sweep,
@@ -49,7 +49,8 @@ def check_owner(
     "Raise `TrialLost` if another process has taken the trial over."
     now = self.attr(number, 'owner')
     if now['id'] == owner: return
-    raise TrialLost(f"trial {number} was taken over by process {now['pid']} on {now['host']} after this process missed its heartbeats: the trial continues there")
+    raise TrialLost(f"trial {number} was taken over by process {now['pid']} on {now['host']} after this process missed "
+                    "its heartbeats: the trial continues there")
 
 @patch
 def _lock_folder(self: Sweep):
@@ -58,14 +59,14 @@ def _lock_folder(self: Sweep):
     s = (self.dir/'locks').stat()
     return [s.st_dev, s.st_ino]
 
-# %% ../nbs/06c_claims.ipynb #8
+# %% ../nbs/06c_claims.ipynb #a1e97c04
 @patch
 def _beat(self: Sweep, number):
     "Record a heartbeat of a trial"
     os.utime(self.dir/'locks'/str(number))
     if hasattr(self.storage, 'beats'): self.storage.beats.record_heartbeat(self.trial_id(number))
 
-# %% ../nbs/06c_claims.ipynb #9
+# %% ../nbs/06c_claims.ipynb #a25cc080
 @patch
 @contextmanager
 def beating(
@@ -85,21 +86,22 @@ def beating(
         done.set()
         thread.join()
 
-# %% ../nbs/06c_claims.ipynb #11
+# %% ../nbs/06c_claims.ipynb #c0a271b4
 @patch
 def ask(self: Sweep) -> tuple:
     "Start a new trial: (number, values, lock), or None if none remains."
     with self.locked():
         if not self.remaining(): return None
         trial = self.study.ask()
-        lock = self._sign(trial.number, self._lock(trial.number, wait=10.))  # free, unless somebody is just looking at it
+        # free, unless somebody is just looking at it
+        lock = self._sign(trial.number, self._lock(trial.number, wait=10.))
         repeated = not counts_as_point(self.trial(trial.number))
         if repeated or self.point_index(trial.number) < self.limit: return trial.number, self.draw_values(trial), lock
         self.set_attrs(trial.number, surplus=True)
         self.fail(trial.number, 'another process claimed the last trial')
         lock.release()
 
-# %% ../nbs/06c_claims.ipynb #13
+# %% ../nbs/06c_claims.ipynb #2bf59d52
 @patch
 def _in_sight(self: Sweep, t):
     "Whether a free lock proves that the trial's process is dead: same machine, same folder of locks; an unsigned trial was abandoned before its first lock"
@@ -110,12 +112,13 @@ def _in_sight(self: Sweep, t):
 @patch
 def _silent(self: Sweep, t, seconds):
     "Whether the last heartbeat of a trial is older than `seconds`"
-    if not t.user_attrs.get('owner'): return (datetime.now() - t.datetime_start).total_seconds() > seconds  # died before it signed
+    # died before it signed
+    if not t.user_attrs.get('owner'): return (datetime.now() - t.datetime_start).total_seconds() > seconds
     if not hasattr(self.storage, 'beats'): return seconds_since_write(self.dir/'locks'/str(t.number)) > seconds
     self.storage.beats.grace_period = seconds
     return t._trial_id in self.storage.beats._get_stale_trial_ids(self.study_id)
 
-# %% ../nbs/06c_claims.ipynb #14
+# %% ../nbs/06c_claims.ipynb #01f6b09d
 @patch
 def running(self: Sweep) -> int:
     "Number of unfinished trials, alive or abandoned."
@@ -128,7 +131,7 @@ def _claim(self: Sweep, t):
     if held or not (held is False and self._in_sight(t) or self._silent(t, STALE)): return None
     return self._lock(t.number)
 
-# %% ../nbs/06c_claims.ipynb #15
+# %% ../nbs/06c_claims.ipynb #8215e3c5
 @patch
 def _claim_abandoned(self: Sweep):
     "Yield unfinished trials without a living process, each with its lock"
@@ -146,7 +149,7 @@ def abandoned(self: Sweep) -> list:
         for t, lock in self._claim_abandoned(): lock.release(); out.append(t.number)
     return out
 
-# %% ../nbs/06c_claims.ipynb #16
+# %% ../nbs/06c_claims.ipynb #9269b5a7
 @patch
 def adopt(self: Sweep) -> tuple:
     "Take over an abandoned trial: (number, values, lock), or None if there is none."
@@ -159,7 +162,7 @@ def adopt(self: Sweep) -> tuple:
             self.fail(t.number, 'its process died three times without finishing another epoch')
             lock.release()
 
-# %% ../nbs/06c_claims.ipynb #17
+# %% ../nbs/06c_claims.ipynb #06773de2
 @patch
 def missed_beat(self: Sweep) -> bool:
     "Whether an unfinished trial of another machine has missed a heartbeat, so that it may soon count as abandoned."
@@ -169,4 +172,5 @@ def missed_beat(self: Sweep) -> bool:
 @patch
 def hosts(self: Sweep) -> list:
     "Hosts of the unfinished trials."
-    return sorted({t.user_attrs['owner']['host'] for t in self.trials() if t.state.name == 'RUNNING' and 'owner' in t.user_attrs})
+    return sorted({t.user_attrs['owner']['host'] for t in self.trials() if t.state.name == 'RUNNING'
+                   and 'owner' in t.user_attrs})

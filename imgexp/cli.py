@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'runs_app', 'Name', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'prune', 'main']
 
-# %% ../nbs/90c_cli.ipynb #3
+# %% ../nbs/90c_cli.ipynb #74fb1446
 import sys
-if __name__ == '__main__' and '__file__' in globals() and not (getattr(sys.flags, 'safe_path', False) or sys.flags.isolated): sys.path.append(sys.path.pop(0))
+if __name__ == '__main__' and '__file__' in globals() and not (getattr(sys.flags, 'safe_path', False)
+                                                               or sys.flags.isolated):
+    sys.path.append(sys.path.pop(0))
 
-# %% ../nbs/90c_cli.ipynb #4
+# %% ../nbs/90c_cli.ipynb #35b88a54
 import atexit, inspect, json, os, traceback
 from collections import deque
 from contextlib import redirect_stdout
@@ -28,15 +30,15 @@ from .run_table import list_runs, prune_runs, remove_run
 from .seeds import over_seeds, train_seeds
 from .start import diff_params, find_run
 
-# %% ../nbs/90c_cli.ipynb #7
-app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.', no_args_is_help=True,
-                  add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+# %% ../nbs/90c_cli.ipynb #b6bb3a32
+app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.',
+                  no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 runs_app = typer.Typer(help='The runs of this project.', no_args_is_help=True, rich_markup_mode=None)
 for _sub, _name in ((runs_app, 'runs'), (data_app, 'data')): app.add_typer(_sub, name=_name)
 
 Name = Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory.")]
 
-# %% ../nbs/90c_cli.ipynb #8
+# %% ../nbs/90c_cli.ipynb #706abd50
 @runs_app.command()
 def ls(
     sort: Annotated[str, typer.Option(help='Column to sort by.')] = 'run',
@@ -44,20 +46,23 @@ def ls(
 ):
     "All runs: state, duration, epochs, accuracy, disk, and the parameters in which they differ."
     table = list_runs()
-    if sort != 'run' and sort not in table: raise InputError(f"sort={sort!r} is no column: choose one of run, {', '.join(table)}")
+    if sort != 'run' and sort not in table:
+        raise InputError(f"sort={sort!r} is no column: choose one of run, {', '.join(table)}")
     if not len(table): say('no runs yet: `make train` or `imgexp train` makes one')
     if len(table) or as_json: print_table(table.dropna(axis=1, how='all').sort_values(sort), as_json)
 
-# %% ../nbs/90c_cli.ipynb #9
+# %% ../nbs/90c_cli.ipynb #1474f97c
 @runs_app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory; the newest by default.")] = '',
+    name: Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory; the newest by "
+                                             "default.")] = '',
     last: Annotated[bool, typer.Option('--last', help='The newest run.')] = False,
     as_json: Json = False,
 ):
     "One run: state, numbers, parameters, where its files are."
     run = find_run('' if last else name)
-    if as_json: return print(json.dumps({'run': run.name, 'status': run.status | {'state': run.state}, 'params': run.params,
+    if as_json: return print(json.dumps({'run': run.name, 'status': run.status | {'state': run.state},
+                                         'params': run.params,
                                          'depends': run.depends, 'metrics': run.metrics}, indent=1))
     pictures = sorted((run.dir/'figures').glob('*.png'))
     rows = [('run', short_path(run.dir)), ('state', run.state), *run.headline()]
@@ -67,7 +72,7 @@ def show(
     for k, v in rows: print(f'{k:<11}{v}')
     if not last: print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
 
-# %% ../nbs/90c_cli.ipynb #10
+# %% ../nbs/90c_cli.ipynb #6835fca4
 @runs_app.command()
 def diff(a: Name, b: Name, as_json: Json = False):
     "The parameters in which two runs differ, and both results."
@@ -78,7 +83,7 @@ def diff(a: Name, b: Name, as_json: Json = False):
     print(f"{'':<{width}}  {one.name}  {two.name}")
     for k, (x, y) in differences.items(): print(f'{k:<{width}}  {str(x):<{len(one.name)}}  {y}')
 
-# %% ../nbs/90c_cli.ipynb #11
+# %% ../nbs/90c_cli.ipynb #9af96d59
 @runs_app.command()
 def rm(
     names: Annotated[List[str], typer.Argument(help='Names of runs, unambiguous parts of them, or their directories.')],
@@ -90,30 +95,35 @@ def rm(
     if not yes: typer.confirm('delete ' + ', '.join(map(str, runs)) + '?', abort=True, err=True)
     for path, run in runs.items(): say(f'deleted {short_path(path)}, {remove_run(run)/1e6:.1f} MB')
 
-# %% ../nbs/90c_cli.ipynb #12
+# %% ../nbs/90c_cli.ipynb #4c6d5dd5
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):
     "Delete the runs that ended without an epoch or a checkpoint."
     names = prune_runs(dry=not yes)
     for name in names: print(name)
-    say(f"{len(names)} runs without an epoch or a checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
+    say(f"{len(names)} runs without an epoch or a "
+        f"checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
 
-# %% ../nbs/90c_cli.ipynb #14
+# %% ../nbs/90c_cli.ipynb #97d0fc25
 _METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
 
 def _option(f):
     "A parameter as an option; its value stays text, which the experiment's table converts and checks"
     default = f' [default: {f.default}]' if f.default != '' else ''
-    about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type], show_default=False)
-    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Optional[str], about], default=None)
+    about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type],
+                         show_default=False)
+    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Optional[str], about],
+                             default=None)
 
-# %% ../nbs/90c_cli.ipynb #15
+# %% ../nbs/90c_cli.ipynb #ddc53f0b
 def _experiment_command(name, notebook):
     "A command with the parameters of an experiment as options, and --seeds"
     experiment = find_experiment(notebook)
-    seeds = typer.Option('--seeds', min=1, help='Number of runs, each with the next seed; then mean and standard deviation.')
+    seeds = typer.Option('--seeds', min=1,
+                         help='Number of runs, each with the next seed; then mean and standard deviation.')
     options = [_option(f) for f in experiment.params.table().values()]
-    options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds], default=1))
+    options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds],
+                                     default=1))
     def command(seeds, **kw):
         stop_on_sigterm()
         p = experiment.params.check({k: v for k, v in kw.items() if v is not None})
@@ -121,33 +131,36 @@ def _experiment_command(name, notebook):
     command.__name__, command.__doc__, command.__signature__ = name, commands()[name][1], inspect.Signature(options)
     return command
 
-# %% ../nbs/90c_cli.ipynb #16
+# %% ../nbs/90c_cli.ipynb #01e47dcb
 def _report_runs(runs):
     if int(os.environ.get('RANK') or 0): return  # the first process reports
     if len(runs) > 1: return print(over_seeds(runs).to_string(na_rep=''))
     for k, v in [('run', short_path(runs[0].dir)), *runs[0].headline()]: print(f'{k:<11}{v}')
 
-for _name, (_notebook, _about) in commands().items():  # for the list of commands; options are added when one is called, since that imports a framework
+# for the list of commands; options are added when one is called, since that imports a framework
+for _name, (_notebook, _about) in commands().items():
     app.command(_name, help=f'{_about} `imgexp {_name} --help` lists the parameters.')(lambda: None)
 
-# %% ../nbs/90c_cli.ipynb #17
+# %% ../nbs/90c_cli.ipynb #e36c355b
 @app.command('eval')
 def _evaluate(
     name: Name,
     split: Annotated[str, typer.Option(help='train, valid or test.')] = 'test',
     data: Annotated[str, typer.Option(help="Other data than the run's own: a name or a folder.")] = '',
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
-    bad: Annotated[str, typer.Option(help='An image that cannot be decoded: stop, or skip it. By default as the run did.')] = '',
+    bad: Annotated[str, typer.Option(help='An image that cannot be decoded: stop, or skip it. By default as the run '
+                                          'did.')] = '',
     as_json: Json = False,
 ):
     "Evaluate a run of any experiment on a split."
     from imgexp.evaluate import load_run
     results = load_run(name, checkpoint).evaluate(split, data, bad=bad)
     if as_json: return print(json.dumps(results, indent=1))
-    for k in ('top1', 'top5'): print('{split} {k:<6}{value:.1%} ({low:.1%} to {high:.1%}, n = {n})'.format(split=split, k=k, **results[k]))
+    for k in ('top1', 'top5'):
+        print('{split} {k:<6}{value:.1%} ({low:.1%} to {high:.1%}, n = {n})'.format(split=split, k=k, **results[k]))
     for k in ('loss', 'ece'): print(f'{split} {k:<6}{results[k]:.4f}')
 
-# %% ../nbs/90c_cli.ipynb #18
+# %% ../nbs/90c_cli.ipynb #c083453b
 @app.command('predict')
 def _predict(
     name: Name,
@@ -158,11 +171,12 @@ def _predict(
     "Label a folder of images: CSV on stdout. A name that a spreadsheet would take for a formula (it begins with =, +, -, @, a tab or an apostrophe) gets an apostrophe before it, and what is no UTF-8 is written as \\xe9: --json gives names as they are (in Python, os.fsencode(name) has the bytes)."
     from imgexp.evaluate import load_run
     table = load_run(name, checkpoint).predict(folder)
-    print(json.dumps(table.astype(object).where(table.notna(), None).to_dict('records'), indent=1) if as_json else to_csv(table), end='')
+    print(json.dumps(table.astype(object).where(table.notna(), None).to_dict('records'), indent=1) if as_json
+          else to_csv(table), end='')
     failed = table.error.notna().sum()
     if failed: say(f'{failed} of {len(table)} images could not be read: see the column error')
 
-# %% ../nbs/90c_cli.ipynb #20
+# %% ../nbs/90c_cli.ipynb #fd7851cb
 def _paired(args):
     "The arguments of `batch` with each `-p NAME V1,V2` as `-p NAME=V1,V2`"
     out, left = [], deque(args)
@@ -177,14 +191,18 @@ def _grid(texts):
         if not t.partition('=')[2]: raise InputError(f'-p {t}: give a name and its values: -p seed 0,1,2')
     return {k: v for k, _, v in (t.partition('=') for t in texts)}
 
-# %% ../nbs/90c_cli.ipynb #21
+# %% ../nbs/90c_cli.ipynb #8e8942b8
 @app.command('batch')
 def _batch(
     notebook: Annotated[str, typer.Argument(help='An experiment, as 03_train, or the path of a notebook.')],
-    parameter: Annotated[Optional[List[str]], typer.Option('--parameter', '-p', metavar='NAME V1,V2,…', help='A parameter and its values; may be repeated. Every combination is run.')] = None,
+    parameter: Annotated[Optional[List[str]],
+                         typer.Option('--parameter', '-p', metavar='NAME V1,V2,…',
+                                      help='A parameter and its values; may be repeated. Every combination is '
+                                           'run.')] = None,
     jobs: Annotated[int, typer.Option(min=1, help='Runs at once; they share the threads and the GPUs.')] = 1,
     retry: Annotated[bool, typer.Option('--retry', help='Also run those that failed before.')] = False,
-    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
+    dry_run: Annotated[bool,
+                       typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
     as_json: Json = False,
 ):
     "Run a notebook for each combination of values; the same command skips finished runs."
@@ -194,14 +212,14 @@ def _batch(
     print_table(results.table() if dry_run else results_table(results), as_json)
     if not dry_run and any(r.state == 'failed' for r in results): raise typer.Exit(1)
 
-# %% ../nbs/90c_cli.ipynb #22
+# %% ../nbs/90c_cli.ipynb #a044137d
 for _sub, _name in ((cache_app, 'cache'), (sweep_app, 'sweep')): app.add_typer(_sub, name=_name)
 
-# %% ../nbs/90c_cli.ipynb #24
+# %% ../nbs/90c_cli.ipynb #4a366252
 STOPPED = 75  # exit status: stopped, the same command continues (EX_TEMPFAIL in sysexits.h)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
-# %% ../nbs/90c_cli.ipynb #25
+# %% ../nbs/90c_cli.ipynb #b4455d96
 def _fail(e):
     "Exit status for an exception, after its message on stderr"
     if isinstance(e, KeyboardInterrupt):
@@ -217,13 +235,14 @@ def _fail(e):
     say(''.join(traceback.format_exception(e)).rstrip())
     return 1
 
-# %% ../nbs/90c_cli.ipynb #26
+# %% ../nbs/90c_cli.ipynb #5898f3fc
 def main(
     args: Optional[list] = None,  # the command line; sys.argv by default
 ) -> int:  # exit status
     "The `imgexp` command."
     args = sys.argv[1:] if args is None else list(args)
-    if int(os.environ.get('WORLD_SIZE') or 1) > 1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a warning in each process
+    # a warning in each process
+    if int(os.environ.get('WORLD_SIZE') or 1) > 1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     command = typer.main.get_command(app)
     try:
         if args[:1] == ['batch']: args = _paired(args)
@@ -231,7 +250,8 @@ def main(
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_experiment_command(name, commands()[name][0]))
             command.commands[name] = typer.main.get_command(single)
-        with redirect_stdout(VisibleOutput(sys.stdout)), command.make_context('imgexp', args) as context: command.invoke(context)  # .main would hide interruptions
+        with redirect_stdout(VisibleOutput(sys.stdout)), command.make_context('imgexp', args) as context:
+            command.invoke(context)  # .main would hide interruptions
         sys.stdout.flush()
         return 0
     except typer.Exit as e: return e.exit_code
@@ -243,7 +263,7 @@ def main(
         if isinstance(e, SystemExit): return e.code or 0
         return _fail(e)
 
-# %% ../nbs/90c_cli.ipynb #28
+# %% ../nbs/90c_cli.ipynb #a0d13c58
 def process():
     "The `imgexp` command as a process."
     status = main()
@@ -251,5 +271,5 @@ def process():
     atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush()
     os._exit(status)
 
-# %% ../nbs/90c_cli.ipynb #29
+# %% ../nbs/90c_cli.ipynb #4d9ee1d2
 if __name__ == '__main__' and '__file__' in globals(): process()

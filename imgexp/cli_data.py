@@ -6,7 +6,7 @@
 __all__ = ['data_app', 'DataName', 'cache_app', 'data_list', 'data_info', 'data_fetch', 'data_pack', 'data_check', 'cache_ls',
            'cache_verify', 'cache_clear']
 
-# %% ../nbs/90a_cli_data.ipynb #2
+# %% ../nbs/90a_cli_data.ipynb #864e4d6b
 import json
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -16,10 +16,11 @@ import typer
 from .files import short_path, writing
 from .output import Json, check_writable, print_table, say, stop_on_sigterm, to_csv
 
-# %% ../nbs/90a_cli_data.ipynb #4
+# %% ../nbs/90a_cli_data.ipynb #ed506942
 data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)
 
-DataName = Annotated[str, typer.Argument(help='A name of `imgexp data list`, with a size where there are sizes (imagenette-320).')]
+DataName = Annotated[str, typer.Argument(help='A name of `imgexp data list`, with a size where there are sizes '
+                                              '(imagenette-320).')]
 
 @data_app.command('list')
 def data_list(as_json: Json = False):
@@ -33,16 +34,19 @@ def data_info(name: DataName, as_json: Json = False):
     from imgexp.catalog import info
     print(json.dumps(info(name).facts(), indent=1) if as_json else info(name))
 
-# %% ../nbs/90a_cli_data.ipynb #5
+# %% ../nbs/90a_cli_data.ipynb #24db05ae
 @data_app.command('fetch')
 def data_fetch(
     name: DataName,
-    dest: Annotated[Optional[Path], typer.Option(help='Folder of data sets, the result is DEST/NAME; by default $IMGEXP_DATA or ~/.cache/imgexp/data.')] = None,
+    dest: Annotated[Optional[Path], typer.Option(help='Folder of data sets, the result is DEST/NAME; by default '
+                                                      '$IMGEXP_DATA or ~/.cache/imgexp/data.')] = None,
     classes: Annotated[str, typer.Option(help='Comma-separated: only these classes (ImageNet: ids or names).')] = '',
     size: Annotated[str, typer.Option(help='320 or 160 for imagenette and imagewoof; full by default.')] = '',
     keep: Annotated[bool, typer.Option('--keep', help='Keep the archives after success.')] = False,
-    archive: Annotated[Optional[List[Path]], typer.Option(help='An official archive that is here already; may be repeated.')] = None,
-    mirror: Annotated[str, typer.Option(help='Take the files from MIRROR/FILE instead of the official addresses.')] = '',
+    archive: Annotated[Optional[List[Path]],
+                       typer.Option(help='An official archive that is here already; may be repeated.')] = None,
+    mirror: Annotated[str,
+                      typer.Option(help='Take the files from MIRROR/FILE instead of the official addresses.')] = '',
     jobs: Annotated[int, typer.Option(min=1, help='Downloads at once.')] = 4,
 ):
     "Download a data set into class folders; the same command continues an interrupted download."
@@ -51,13 +55,16 @@ def data_fetch(
     folder = fetch(name, dest, classes, size, keep, archive or (), mirror, jobs)
     if folder: print(folder)
 
-# %% ../nbs/90a_cli_data.ipynb #6
+# %% ../nbs/90a_cli_data.ipynb #1ba2120a
 @data_app.command('pack')
 def data_pack(
     source: Annotated[str, typer.Argument(help='A folder of class folders, or a name of the catalog that is fetched.')],
-    size: Annotated[int, typer.Option(help='Shorter side of the images in px; 0 keeps the files as they are (with --kind jpeg).')] = 256,
-    kind: Annotated[str, typer.Option(help='jpeg, or raw: pixels, twice as fast and about ten times as large.')] = 'jpeg',
-    dest: Annotated[Optional[Path], typer.Option(help='Folder of packs; by default packs/ beside the data sets, where every notebook finds them.')] = None,
+    size: Annotated[int, typer.Option(help='Shorter side of the images in px; 0 keeps the files as they are (with '
+                                           '--kind jpeg).')] = 256,
+    kind: Annotated[str,
+                    typer.Option(help='jpeg, or raw: pixels, twice as fast and about ten times as large.')] = 'jpeg',
+    dest: Annotated[Optional[Path], typer.Option(help='Folder of packs; by default packs/ beside the data sets, where '
+                                                      'every notebook finds them.')] = None,
     workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
 ):
     "Build a pack of a data set for speed; the same command continues an interrupted one."
@@ -65,12 +72,15 @@ def data_pack(
     stop_on_sigterm()
     print(pack(source, size, kind, dest, workers, tell=say))
 
-# %% ../nbs/90a_cli_data.ipynb #8
+# %% ../nbs/90a_cli_data.ipynb #3f3c2a6b
 @data_app.command('check')
 def data_check(
-    data: Annotated[str, typer.Argument(help='A folder, a pack, digits, shapes, or a name of `imgexp data list` that is here.')],
+    data: Annotated[str, typer.Argument(help='A folder, a pack, digits, shapes, or a name of `imgexp data list` that '
+                                             'is here.')],
     strict: Annotated[bool, typer.Option('--strict', help='Exit status 1 if there are findings.')] = False,
-    csv: Annotated[Optional[Path], typer.Option(help='Write all findings there: a row for each finding and image. Texts that a spreadsheet would take for formulas get an apostrophe before them.')] = None,
+    csv: Annotated[Optional[Path],
+                   typer.Option(help='Write all findings there: a row for each finding and image. Texts that a '
+                                     'spreadsheet would take for formulas get an apostrophe before them.')] = None,
     sheet: Annotated[Optional[Path], typer.Option(help='Write pictures of the findings there (PNG).')] = None,
     as_json: Json = False,
 ):
@@ -90,8 +100,9 @@ def data_check(
     for path in filter(None, (csv, sheet)): say(f'{path} written')
     if strict and len(report): raise typer.Exit(1)
 
-# %% ../nbs/90a_cli_data.ipynb #10
-cache_app = typer.Typer(help='Cached features of frozen networks (15_features).', no_args_is_help=True, rich_markup_mode=None)
+# %% ../nbs/90a_cli_data.ipynb #57075ff1
+cache_app = typer.Typer(help='Cached features of frozen networks (15_features).', no_args_is_help=True,
+                        rich_markup_mode=None)
 
 @cache_app.command('ls')
 def cache_ls(as_json: Json = False):
@@ -101,17 +112,19 @@ def cache_ls(as_json: Json = False):
     if not len(table): say(f'no cached features in {short_path(features_dir())}: `imgexp transfer` makes some')
     if len(table) or as_json: print_table(table, as_json)
 
-# %% ../nbs/90a_cli_data.ipynb #11
+# %% ../nbs/90a_cli_data.ipynb #4bb0b426
 @cache_app.command('verify')
 def cache_verify():
     "Compare every file with its hash, and delete damaged ones; exit status 1 if there are any."
     from imgexp.features import cached, verify
     damaged = verify(say)
-    print(f'{cached().images.sum():,} cached images are whole' + f'; {damaged} damaged files are deleted, and computed again when they are needed'*bool(damaged))
+    print(f'{cached().images.sum():,} cached images are whole'
+          + f'; {damaged} damaged files are deleted, and computed again when they are needed'*bool(damaged))
     if damaged: raise typer.Exit(1)
 
 @cache_app.command('clear')
-def cache_clear(key: Annotated[str, typer.Argument(help='Of a cache in `imgexp cache ls`, or its beginning; all by default.')] = ''):
+def cache_clear(key: Annotated[str, typer.Argument(help='Of a cache in `imgexp cache ls`, or its beginning; all by '
+                                                        'default.')] = ''):
     "Delete cached features; they are computed again when they are needed."
     from imgexp.features import clear
     print(f'{clear(key)/1e6:,.1f} MB freed')

@@ -6,7 +6,7 @@
 __all__ = ['sweep_app', 'SweepName', 'sweep_init', 'sweep_run', 'sweep_status', 'sweep_best', 'sweep_stop', 'sweep_extend',
            'sweep_retry', 'sweep_export']
 
-# %% ../nbs/90b_cli_sweep.ipynb #2
+# %% ../nbs/90b_cli_sweep.ipynb #06af17b7
 import json, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -17,21 +17,26 @@ from .errors import InputError, RunFailed, invalid_choice
 from .files import short_path, writing
 from .output import Json, check_writable, print_table, say, stop_on_sigterm, to_csv
 
-# %% ../nbs/90b_cli_sweep.ipynb #3
-sweep_app = typer.Typer(help='Sweeps: hyper-parameter search with the sweep files of Weights & Biases.', no_args_is_help=True, rich_markup_mode=None)
+# %% ../nbs/90b_cli_sweep.ipynb #64278357
+sweep_app = typer.Typer(help='Sweeps: hyper-parameter search with the sweep files of Weights & Biases.',
+                        no_args_is_help=True, rich_markup_mode=None)
 
 SweepName = Annotated[str, typer.Argument(help='A sweep; by default the one that was changed last.')]
 
-# %% ../nbs/90b_cli_sweep.ipynb #4
+# %% ../nbs/90b_cli_sweep.ipynb #84be672b
 @sweep_app.command('init')
 def sweep_init(
     file: Annotated[Path, typer.Argument(help="W&B's YAML: method, metric, parameters, early_terminate, run_cap.")],
-    name: Annotated[str, typer.Option(help="The sweep's name; by default the file's `name`, or the name of the file.")] = '',
-    program: Annotated[str, typer.Option(help="What a trial runs: 10_keras_cnn, 03_train, a notebook, or module:function; by default the file's program.")] = '',
+    name: Annotated[str,
+                    typer.Option(help="The sweep's name; by default the file's `name`, or the name of the file.")] = '',
+    program: Annotated[str, typer.Option(help="What a trial runs: 10_keras_cnn, 03_train, a notebook, or "
+                                              "module:function; by default the file's program.")] = '',
     trials: Annotated[int, typer.Option(min=0, help='Number of trials; 0 is run_cap, or the whole grid, or 20.')] = 0,
     seed: Annotated[int, typer.Option(min=0, help='Of sampling.')] = 0,
-    storage: Annotated[str, typer.Option(help='Of the journal: journal (a file), sqlite, or the URL of a database for several machines.')] = 'journal',
-    threads: Annotated[int, typer.Option(min=0, help='Per trial; 0 is one on the CPU, and a share of the cores on a GPU.')] = 0,
+    storage: Annotated[str, typer.Option(help='Of the journal: journal (a file), sqlite, or the URL of a database for '
+                                              'several machines.')] = 'journal',
+    threads: Annotated[int, typer.Option(min=0, help='Per trial; 0 is one on the CPU, and a share of the cores on a '
+                                                     'GPU.')] = 0,
 ):
     "Make a sweep from a YAML file, and show its plan."
     from imgexp.sweep import make_sweep, plan_sweep
@@ -41,13 +46,16 @@ def sweep_init(
     say(plan_sweep(sweep))
     print(sweep.name)
 
-# %% ../nbs/90b_cli_sweep.ipynb #5
+# %% ../nbs/90b_cli_sweep.ipynb #c65347f9
 @sweep_app.command('run')
 def sweep_run(
     name: SweepName = '',
-    jobs: Annotated[int, typer.Option(min=0, help='Trials at once; 0 is one a GPU, or as many as there are cores.')] = 0,
-    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
-    on: Annotated[str, typer.Option(help='local, or wandb: the sweep is made there, and its agent runs here.')] = 'local',
+    jobs: Annotated[int,
+                    typer.Option(min=0, help='Trials at once; 0 is one a GPU, or as many as there are cores.')] = 0,
+    dry_run: Annotated[bool,
+                       typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
+    on: Annotated[str,
+                  typer.Option(help='local, or wandb: the sweep is made there, and its agent runs here.')] = 'local',
 ):
     "Run a sweep; the same command continues it."
     from imgexp.study import find_sweep
@@ -58,10 +66,11 @@ def sweep_run(
     if on == 'wandb': return run_on_wandb(sweep, say)
     if not sys.stderr.isatty() or dry_run: run_sweep(name, jobs, dry_run, say)
     else:
-        with _live(sweep) as live: run_sweep(name, jobs, say=lambda text: live.console.print(text, markup=False, highlight=False))
+        with _live(sweep) as live:
+            run_sweep(name, jobs, say=lambda text: live.console.print(text, markup=False, highlight=False))
     if not dry_run and sweep.best(): print(json.dumps(sweep.best()['values']))
 
-# %% ../nbs/90b_cli_sweep.ipynb #6
+# %% ../nbs/90b_cli_sweep.ipynb #4c4e0d62
 def _live(sweep, rows=15):
     "A table of the trials that is redrawn each second"
     from rich.console import Console
@@ -75,13 +84,16 @@ def _live(sweep, rows=15):
         shown = [*trials[trials.state == 'running'].index, *ended.index][:rows]
         for n in shown:
             t = trials.loc[n]
-            table.add_row(str(n), t.state, '' if t[sweep.metric.name] != t[sweep.metric.name] else f'{t[sweep.metric.name]:.4g}', str(t.trained),
-                          ' '.join(f'{k}={t[k]:.3g}' if isinstance(t[k], float) else f'{k}={t[k]}' for k in sweep.varying if t[k] == t[k]))
+            table.add_row(str(n), t.state, '' if t[sweep.metric.name] != t[sweep.metric.name]
+                          else f'{t[sweep.metric.name]:.4g}', str(t.trained),
+                          ' '.join(f'{k}={t[k]:.3g}' if isinstance(t[k], float) else f'{k}={t[k]}'
+                                   for k in sweep.varying if t[k] == t[k]))
         table.caption = f'{len(ended)} of {sweep.limit} trials have ended' + f", best {best['value']:.4g}"*bool(best) + f', {len(trials) - len(shown)} not shown'*(len(trials) > len(shown))
         return table
-    return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True, markup=False, highlight=False), transient=True)
+    return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True, markup=False, highlight=False),
+                transient=True)
 
-# %% ../nbs/90b_cli_sweep.ipynb #7
+# %% ../nbs/90b_cli_sweep.ipynb #6c1449cd
 @sweep_app.command('status')
 def sweep_status(name: SweepName = '', as_json: Json = False):
     "The trials of a sweep, the best first."
@@ -94,9 +106,10 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     if as_json: return print_table(table, as_json)
     if not len(table): return
     table['run'] = table.run.str[-8:]  # enough for `imgexp runs show`
-    print_table(table.drop(columns=[*(sweep.by_name.keys() - sweep.varying), *([] if table.error.any() else ['error'])]), as_json)
+    print_table(table.drop(columns=[*(sweep.by_name.keys() - sweep.varying),
+                                    *([] if table.error.any() else ['error'])]), as_json)
 
-# %% ../nbs/90b_cli_sweep.ipynb #8
+# %% ../nbs/90b_cli_sweep.ipynb #fceb7908
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):
     "The best trial: its values, metric and run, and its test accuracy once the sweep has ended."
@@ -105,16 +118,19 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
     sweep = find_sweep(name)
     best = sweep.best()
     if not best:
-        what, do = ('every trial failed', 'status') if any(r['error'] for r in sweep.rows()) else ('no trial has ended yet', 'run')
+        what, do = ('every trial failed',
+                    'status') if any(r['error'] for r in sweep.rows()) else ('no trial has ended yet', 'run')
         raise RunFailed(f'sweep {sweep.name}: {what}: `imgexp sweep {do} {sweep.name}`')
     saved = read_json(sweep.dir/'best.json') or {}
     best |= {'test': saved.get('test') if saved.get('trial') == best['trial'] else None}
     if as_json: return print(json.dumps(best, indent=1))
-    print(f"trial {best['trial']}: {sweep.metric.name} {best['value']:.4g} after {best['trained']} epochs, run {best['run']}")
+    print(f"trial {best['trial']}: {sweep.metric.name} {best['value']:.4g} after {best['trained']} epochs, run "
+          f"{best['run']}")
     for k, v in best['values'].items(): print(f'{k:14} {v}')
-    if best['test']: print('test top-1     {value:.1%} ({low:.1%} to {high:.1%}, n = {n:,})'.format(**best['test']['top1']))
+    if best['test']:
+        print('test top-1     {value:.1%} ({low:.1%} to {high:.1%}, n = {n:,})'.format(**best['test']['top1']))
 
-# %% ../nbs/90b_cli_sweep.ipynb #9
+# %% ../nbs/90b_cli_sweep.ipynb #c297682d
 @sweep_app.command('stop')
 def sweep_stop(name: SweepName = ''):
     "Start no more trials; running ones go on to their end, and `run` continues the sweep."
@@ -132,7 +148,7 @@ def sweep_extend(name: SweepName, trials: Annotated[int, typer.Option(help='Numb
     extend_sweep(find_sweep(name), trials)
     say(plan_sweep(find_sweep(name)))
 
-# %% ../nbs/90b_cli_sweep.ipynb #10
+# %% ../nbs/90b_cli_sweep.ipynb #849d5b45
 @sweep_app.command('retry')
 def sweep_retry(name: SweepName = ''):
     "Repeat the failed trials with the same values."
@@ -142,12 +158,14 @@ def sweep_retry(name: SweepName = ''):
     n = retry_failed(sweep)
     say(f"{n} trial{'s'*(n > 1)} to repeat: `imgexp sweep run {sweep.name}`" if n else 'no trial failed')
 
-# %% ../nbs/90b_cli_sweep.ipynb #11
+# %% ../nbs/90b_cli_sweep.ipynb #c27d265a
 @sweep_app.command('export')
 def sweep_export(
     name: SweepName = '',
-    csv: Annotated[Optional[Path], typer.Option(help='Write the trials there. Texts that a spreadsheet would take for formulas get an apostrophe before them.')] = None,
-    figures: Annotated[bool, typer.Option('--figures', help='Write pictures to figures/ in the folder of the sweep.')] = False,
+    csv: Annotated[Optional[Path], typer.Option(help='Write the trials there. Texts that a spreadsheet would take for '
+                                                     'formulas get an apostrophe before them.')] = None,
+    figures: Annotated[bool, typer.Option('--figures',
+                                          help='Write pictures to figures/ in the folder of the sweep.')] = False,
     to_wandb: Annotated[bool, typer.Option('--wandb', help='Send the table to Weights & Biases.')] = False,
 ):
     "Write or send the table of trials, and the pictures."

@@ -23,7 +23,8 @@ from .text import printable
 def cache_dir() -> Path:
     "The user's cache folder for imgexp (XDG_CACHE_HOME, or ~/.cache); raises `RunFailed` where there can be none."
     path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'imgexp'
-    if printable(path) != str(path): raise RunFailed(f'{printable(path)} is no UTF-8: set XDG_CACHE_HOME to a folder that is')
+    if printable(path) != str(path):
+        raise RunFailed(f'{printable(path)} is no UTF-8: set XDG_CACHE_HOME to a folder that is')
     with writing(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -36,7 +37,8 @@ def known_contents(
     try:
         db = sqlite3.connect(place or cache_dir()/'contents.sqlite', timeout=30)
         db.execute('create table if not exists files (path text primary key, state text, sha blob) without rowid')
-        rows = db.execute('select path, state, sha from files where path between ? and ?', (f'{root}/', f'{root}0')) if known else ()
+        rows = db.execute('select path, state, sha from files where path between ? and ?',
+                          (f'{root}/', f'{root}0')) if known else ()
         return db, {p: (s, h) for p, s, h in rows}
     except (OSError, sqlite3.Error, RunFailed): return known_contents(root, ':memory:', known)
 
@@ -49,7 +51,7 @@ def size_and_time(
     except OSError: return None
     return s.st_size, s.st_mtime_ns
 
-# %% ../nbs/01f_contents.ipynb #16252568
+# %% ../nbs/01f_contents.ipynb #3065af46
 CLOCK = 2.  # seconds: the coarsest clock of a file system (FAT)
 
 def file_state(
@@ -92,7 +94,8 @@ def _content_hashes(paths, root):
     "sha-256 of each file, read at most once while its state is the same; b'' for one that can't be read"
     db, known = known_contents(printable(root))
     keys, states = [printable(f) for f in paths], [file_state(f) for f in paths]
-    out = [b'' if s is None else found[1] if (found := known.get(k)) and found[0] == s else None for k, s in zip(keys, states)]
+    out = [b'' if s is None else found[1] if (found := known.get(k)) and found[0] == s else None for k,
+           s in zip(keys, states)]
     new = [i for i, h in enumerate(out) if h is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(new), 4096):

@@ -22,7 +22,7 @@ from .files import short_path
 from .randomness import hashes
 from .text import printable
 
-# %% ../nbs/01c_data.ipynb #n
+# %% ../nbs/01c_data.ipynb #c1104097
 @dataclass
 class Files:
     "Image files below a folder; `read(i)` returns the bytes of one."
@@ -114,7 +114,8 @@ def nested_subset(
     seed: int = 0,    # 0 and up
 ) -> np.ndarray: # bool [n]
     "A stratified subset inside every larger one of the same seed; raises `InputError` for a fraction outside (0, 1]."
-    if not 0 < fraction <= 1: raise InputError(f'subset={fraction} is out of range: it must be more than 0 and at most 1')
+    if not 0 < fraction <= 1:
+        raise InputError(f'subset={fraction} is out of range: it must be more than 0 and at most 1')
     counts = np.bincount(labels, minlength=1)
     keep = np.maximum(1, np.floor(counts * fraction + 0.5))
     return class_ranks(labels, seed) < keep[labels]
@@ -132,7 +133,8 @@ def with_valid(
     held = class_ranks(labels, seed=0) < np.floor(np.bincount(labels, minlength=1) * VALID + 0.5)[labels]
     held &= np.bincount(labels, minlength=1)[labels] > 1
     if not held.any():
-        raise InputError(f'{table.name} is too small for a validation split: give three images or more of a class, or a valid/ folder')
+        raise InputError(f'{table.name} is too small for a validation split: give three images or more of a class, or '
+                         'a valid/ folder')
     splits = table.splits.copy()
     splits[train[held]] = 1
     return replace(table, splits=splits)
@@ -186,7 +188,8 @@ def read_idx(
 ) -> np.ndarray:  # uint8
     "The array in an idx file of bytes; raises `InputError` where it is none, or cut short."
     try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
-    except (EOFError, gzip.BadGzipFile): raise InputError(f'{short_path(path)} is damaged (bad gzip): fetch it again') from None
+    except (EOFError, gzip.BadGzipFile):
+        raise InputError(f'{short_path(path)} is damaged (bad gzip): fetch it again') from None
     if raw[:3] != b'\0\0\x08': raise InputError(f'{short_path(path)} is not an idx file of bytes')
     shape = struct.unpack(f'>{raw[3]}I', raw[4:4 + 4*raw[3]])
     values = np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3])
@@ -203,7 +206,8 @@ def from_idx(
     pixels, labels, splits = [], [], []
     for path in sorted(Path(folder).glob('*-images-idx3-ubyte*')):
         prefix = path.name.split('-images-')[0]
-        if prefix not in _IDX: raise InputError(f"{short_path(path)}: its split {prefix!r} is not one of {', '.join(_IDX)}")
+        if prefix not in _IDX:
+            raise InputError(f"{short_path(path)}: its split {prefix!r} is not one of {', '.join(_IDX)}")
         pixels.append(read_idx(path))
         label_path = path.with_name(path.name.replace('images-idx3', 'labels-idx1'))
         if not label_path.exists(): raise InputError(f'{short_path(label_path)} is missing beside {path.name}')

@@ -44,9 +44,10 @@ def open_image(
     return Image.open(io.BytesIO(raw))
 
 # %% ../nbs/01b_decoding.ipynb #557b3699
-_MAGIC = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG': 'PNG', b'GIF8': 'GIF', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'8BPS': 'PSD',
-          b'\0\0\0\x0cJXL ': 'JPEG XL', b'\0\0\0\x0cjP  ': 'JPEG 2000'}
-_BRANDS = dict.fromkeys((b'avif', b'avis'), 'AVIF') | dict.fromkeys((b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'), 'HEIC')
+_MAGIC = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG': 'PNG', b'GIF8': 'GIF', b'II*\0': 'TIFF', b'MM\0*': 'TIFF',
+          b'8BPS': 'PSD', b'\0\0\0\x0cJXL ': 'JPEG XL', b'\0\0\0\x0cjP  ': 'JPEG 2000'}
+_BRANDS = dict.fromkeys((b'avif', b'avis'),
+                        'AVIF') | dict.fromkeys((b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'), 'HEIC')
 
 def image_kind(
     head: bytes, # the first 16 bytes of a file, or more
@@ -86,7 +87,8 @@ def _harmless(raw):
         if _is_frame(code): frame = code
         elif code == 0xe2: out[start - 1] = 0xfe  # a color profile becomes a comment
         elif code == 0xe0 and raw[start + 2:start + 7] == b'JFIF\0': out[start + 7] = 1  # its version
-        elif code == 0xda and frame in (0xc0, 0xc1): out[stop - 3:stop] = b'\0\x3f\0'  # means something in progressive images only
+        # means something in progressive images only
+        elif code == 0xda and frame in (0xc0, 0xc1): out[stop - 3:stop] = b'\0\x3f\0'
     return bytes(out[:start]) + _END
 
 # %% ../nbs/01b_decoding.ipynb #a366f6cf
@@ -95,7 +97,8 @@ def _lacks_scans(raw):
     left, progressive = {}, False
     for code, start, stop in _segments(raw):
         if _is_frame(code):
-            left = {raw[i]: [1]*64 for i in range(start + 8, stop, 3)}  # bits of each coefficient that are still to come
+            # bits of each coefficient that are still to come
+            left = {raw[i]: [1]*64 for i in range(start + 8, stop, 3)}
             progressive = code in (0xc2, 0xca)
         elif code == 0xda:
             first, last, bits = raw[stop - 3:stop] if progressive else (0, 63, 0)
@@ -156,13 +159,15 @@ def _blocks(raw):
             tables[body[0]], body = _codes(body[1:17], body[17:n]), body[n:]
         if code == 0xdd: every = int.from_bytes(body, 'big')
         if code in (0xc0, 0xc1):
-            height, width, samplings = *struct.unpack('>HH', body[1:5]), {body[i]: divmod(body[i + 1], 16) for i in range(6, len(body), 3)}
+            height, width, samplings = *struct.unpack('>HH', body[1:5]), {body[i]: divmod(body[i + 1], 16)
+                                                                          for i in range(6, len(body), 3)}
         if code == 0xda: scan, order = stop, [(body[i], body[i + 1]) for i in range(1, len(body) - 3, 2)]
     across, down = (8*max(s[i] for s in samplings.values()) for i in (0, 1))
     n = -(-width//across) * -(-height//down)
     data = [p.replace(b'\xff\0', b'\xff') for p in re.split(rb'\xff[\xd0-\xd7]', raw[scan:start])]
     mcus = [every]*((n - 1)//every) + [(n - 1) % every + 1] if every else [n]
-    tables_of = [(tables[t >> 4], tables[16 | t & 15]) for c, t in order for _ in range(samplings[c][0]*samplings[c][1])]
+    tables_of = [(tables[t >> 4], tables[16 | t & 15]) for c,
+                 t in order for _ in range(samplings[c][0]*samplings[c][1])]
     return [bin(int.from_bytes(b'\1' + p, 'big'))[3:] for p in data], mcus, tables_of
 
 # %% ../nbs/01b_decoding.ipynb #0acb0438
@@ -222,7 +227,8 @@ def _check_scans(raw, several, scan):
     if not several and _has_lost_bytes(raw, scan): raise BadImage('is damaged: zeros in the middle of the picture')
 
 _TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-          6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(0, 1)}
+          6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+          8: lambda a: a[:, ::-1].swapaxes(0, 1)}
 
 def _decode_unknown_sampling(raw):
     "A JPEG whose sampling simplejpeg doesn't know, by OpenCV, which tells nothing of damage"
@@ -240,7 +246,8 @@ def _decode_strictly(raw):
     shorter = raw[:-2].rstrip(b'\0') + _END
     if shorter != raw:
         with suppress(ValueError): return simplejpeg.decode_jpeg(shorter, 'RGB'), shorter
-    why = re.sub(r'extraneous bytes before marker \w+', 'bytes too many', why).replace('premature end of data segment', 'data are missing')
+    why = re.sub(r'extraneous bytes before marker \w+', 'bytes too many', why).replace('premature end of data segment',
+                                                                                       'data are missing')
     kind = 'is a JPEG that cannot be read' if 'upported' in why else 'is damaged'
     raise BadImage(f'{kind}: {why[:1].lower()}{why[1:]}')
 
@@ -293,7 +300,7 @@ def _check_png(raw):
         at = stop + 4
     raise BadImage('is cut short')
 
-# %% ../nbs/01b_decoding.ipynb #01269708
+# %% ../nbs/01b_decoding.ipynb #c516de6c
 def _check_tiff(raw):
     "Raises `BadImage` where a checksum of a TIFF is wrong; only those compressed with deflate have some"
     try:
@@ -314,7 +321,9 @@ def _decode_other(raw):
     if png: _check_png(raw)
     if kind == 'TIFF': _check_tiff(raw)
     if png and b'eXIf' in raw or webp and b'EXIF' in raw or kind in ('GIF', 'AVIF', 'HEIC'): return _decode_pillow(raw)
-    try: image = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_UNCHANGED if png or webp else cv2.IMREAD_COLOR_RGB)
+    try:
+        image = cv2.imdecode(np.frombuffer(raw, np.uint8),
+                             cv2.IMREAD_UNCHANGED if png or webp else cv2.IMREAD_COLOR_RGB)
     except cv2.error: image = None
     if image is None: return _decode_pillow(raw)
     return _flat(image) if png or webp else image
@@ -341,7 +350,8 @@ def decode(
     k = _reduction(size, height, width)
     height, width = -(-size[0]//k), -(-size[1]//k)
     buffer = scratch(3*height*width) if scratch else None
-    try: image = simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer)  # strict: else it may give what lay in memory
+    # strict: else it may give what lay in memory
+    try: image = simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer)
     except ValueError: return _decode_odd_jpeg(raw)
     _check_scans(raw, several, scan)
     return image
@@ -355,7 +365,8 @@ def resize(
     "Averages over areas when shrinking, bilinear when enlarging."
     h, w = image.shape[:2]
     if (w, h) == (width, height): return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if width <= w and height <= h else cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height),
+                      interpolation=cv2.INTER_AREA if width <= w and height <= h else cv2.INTER_LINEAR)
 
 # %% ../nbs/01b_decoding.ipynb #4cb7f6b4
 def shrink(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['git_commit', 'machine_id', 'process_start', 'cpu_model', 'package_version', 'environment', 'environment_variables']
 
-# %% ../nbs/00d_environment.ipynb #2
+# %% ../nbs/00d_environment.ipynb #6c7c34cb
 import importlib.metadata, os, platform, re, socket, subprocess, sys
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-# %% ../nbs/00d_environment.ipynb #4
+# %% ../nbs/00d_environment.ipynb #230d57e4
 def git_commit(
     folder: str | Path,  # any folder of the checkout
 ) -> str:  # '' outside a checkout; '+' behind the hash where files were changed
@@ -22,7 +22,7 @@ def git_commit(
     try: return git('rev-parse', 'HEAD').stdout.strip() + '+'*bool(git('status', '--porcelain', '-uno').stdout.strip())
     except (OSError, subprocess.SubprocessError): return ''
 
-# %% ../nbs/00d_environment.ipynb #6
+# %% ../nbs/00d_environment.ipynb #25e4c01c
 @cache
 def machine_id() -> str:
     "Identity of the running kernel: the same in all containers of a machine, another one after a reboot."
@@ -38,10 +38,11 @@ def process_start() -> str: # ISO 8601
 
 def cpu_model() -> str: # 'AMD EPYC 9654'
     "The processor's name."
-    with suppress(OSError, AttributeError): return re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
+    with suppress(OSError, AttributeError):
+        return re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     return platform.processor() or platform.machine()
 
-# %% ../nbs/00d_environment.ipynb #9
+# %% ../nbs/00d_environment.ipynb #9ebae71d
 def _threads():
     "Threads that an operation of the loaded framework may use; None where none is loaded"
     if 'torch' in sys.modules: return sys.modules['torch'].get_num_threads()
@@ -55,7 +56,7 @@ def _packages():
     versions = {d.metadata['Name']: d.version for d in importlib.metadata.distributions()}
     return sorted(versions.items(), key=lambda kv: str(kv[0]).lower())
 
-# %% ../nbs/00d_environment.ipynb #10
+# %% ../nbs/00d_environment.ipynb #dd3c5c93
 def package_version(
     package: str, # as pip names it
 ) -> str: # '' where it is not installed
@@ -63,7 +64,7 @@ def package_version(
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return ''
 
-# %% ../nbs/00d_environment.ipynb #11
+# %% ../nbs/00d_environment.ipynb #4cb36393
 def environment() -> dict:  # python, platform, host, machine, cpu, cpus, threads, processes, device, packages
     "What this process runs on."
     torch = sys.modules.get('torch')
@@ -73,7 +74,7 @@ def environment() -> dict:  # python, platform, host, machine, cpu, cpus, thread
             'machine': machine_id(), 'cpu': cpu, 'cpus': os.cpu_count(), 'threads': _threads(),
             'processes': int(os.environ.get('WORLD_SIZE') or 1), 'device': gpu or 'cpu', 'packages': dict(_packages())}
 
-# %% ../nbs/00d_environment.ipynb #15
+# %% ../nbs/00d_environment.ipynb #862ca0e1
 @contextmanager
 def environment_variables(
     **values, # {name: text}

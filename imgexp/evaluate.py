@@ -20,7 +20,8 @@ from .trained import Trained, own_data
 def _experiment_of(run):
     "The experiment of a run; raises InputError for an unknown one, and where its framework cannot be imported any more"
     if run.notebook not in EXPERIMENTS:
-        raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be loaded here: '
+        raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be '
+                         'loaded here: '
                          f'choose a run of {", ".join(EXPERIMENTS)}')
     if EXPERIMENTS[run.notebook][1] == 'torch' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
         raise InputError(f'run {run.name} needs torch, which cannot be imported any more where TensorFlow is: '
@@ -30,7 +31,8 @@ def _experiment_of(run):
 # %% ../nbs/04_evaluate.ipynb #d3a8cf10
 def _newest(folder):
     "The newest finished run that can be loaded"
-    names = sorted((d.name for d in folder.glob('[!.]*') if (d/'metrics.json').is_file()), reverse=True) if folder.is_dir() else []
+    names = sorted((d.name for d in folder.glob('[!.]*') if (d/'metrics.json').is_file()),
+                   reverse=True) if folder.is_dir() else []
     newest = find_run('', folder)  # raises where there is none
     run = next((r for r in (Run(folder/n) for n in names) if r.notebook in EXPERIMENTS), None)
     if run: return run

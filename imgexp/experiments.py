@@ -46,13 +46,16 @@ def find_experiment(
 ) -> Experiment:
     "The record of an experiment; imports its module. Raises `InputError` for an unknown one."
     if notebook in EXPERIMENTS: return import_module(EXPERIMENTS[notebook][0]).EXPERIMENT
-    raise InputError(f'{notebook or "a run without a notebook"} is not an experiment of imgexp: choose one of {", ".join(EXPERIMENTS)}')
+    raise InputError(f'{notebook or "a run without a notebook"} is not an experiment of imgexp: choose one of '
+                     f'{", ".join(EXPERIMENTS)}')
 
 @cache
 def commands() -> dict: # {'train': ('03_train', 'One network, one data set, …')}
     "Command of each experiment, with its notebook and the first line of its module."
-    def first_line(module): return ast.get_docstring(ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8')))
-    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module)) for notebook, (module, _) in EXPERIMENTS.items()}
+    def first_line(module):
+        return ast.get_docstring(ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8')))
+    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module)) for notebook,
+            (module, _) in EXPERIMENTS.items()}
 
 # %% ../nbs/00k_experiments.ipynb #8b410a7c
 RENAMED = {}  # {notebook: {old name: new name}}

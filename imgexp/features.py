@@ -69,7 +69,8 @@ class Cut:
     suffix: nn.Module # the blocks that are trained, and what lies between
     name: str         # of the last step of the prefix
     arch: str = ''    # of the network
-    def __repr__(self): return f'cut after {self.name}: {sum(p.numel() for p in self.prefix.parameters()):,} parameters frozen, {sum(p.numel() for p in self.suffix.parameters()):,} behind'
+    def __repr__(self):
+        return f'cut after {self.name}: {sum(p.numel() for p in self.prefix.parameters()):,} parameters frozen, {sum(p.numel() for p in self.suffix.parameters()):,} behind'
 
 # %% ../nbs/15_features.ipynb #9a2c4c94
 def cut(
@@ -79,11 +80,15 @@ def cut(
     "Part a network where its frozen blocks end; raises `InputError` where nothing is frozen."
     leaves = [m for b in blocks(model) for m in b.modules]
     if not 0 <= retrain < len(blocks(model)) - 1:
-        raise InputError(f'retrain={retrain}: features need frozen blocks; {getattr(model, "arch", "this network")} has {len(blocks(model)) - 1} below its head: give 0 to {len(blocks(model)) - 2}')
+        raise InputError(f'retrain={retrain}: features need frozen blocks; {getattr(model, "arch", "this network")} '
+                         f'has {len(blocks(model)) - 1} below its head: give 0 to {len(blocks(model)) - 2}')
     nodes = list(_Steps(leaves).trace(model).nodes)
     at = _cut_node(model, nodes, retrain)
-    if nodes[at].op == 'placeholder': raise InputError(f'retrain={retrain}: in {getattr(model, "arch", "this network")} no frozen part can be parted from what is trained: give a smaller retrain')
-    return Cut(_graph(model, nodes[:at + 1]), _graph(model, nodes[at:], entry=True), _step(nodes[at]), getattr(model, 'arch', ''))
+    if nodes[at].op == 'placeholder':
+        raise InputError(f'retrain={retrain}: in {getattr(model, "arch", "this network")} no frozen part can be parted '
+                         'from what is trained: give a smaller retrain')
+    return Cut(_graph(model, nodes[:at + 1]), _graph(model, nodes[at:], entry=True), _step(nodes[at]),
+               getattr(model, 'arch', ''))
 
 def _step(node): return node.target if isinstance(node.target, str) else node.name
 
@@ -117,7 +122,7 @@ def module_id(
 
 MADE = 2  # raised when images reach a network otherwise than before: decoded, cut, resized or augmented in another way
 
-# %% ../nbs/15_features.ipynb #76844775
+# %% ../nbs/15_features.ipynb #b4612138
 @dataclass
 class View:
     "How an image is brought to the network; without augmentation, as evaluation sees it."
@@ -132,7 +137,8 @@ class View:
         "What the features depend on"
         plain = {'size': self.size, 'norm': self.norm, 'made': MADE}
         if self.augment == 'none': return plain
-        return plain | {k: getattr(self, k) for k in ('augment', 'flip', 'crop', 'seed', 'number')} | {'code': augment_id(self.augment)}
+        return plain | {k: getattr(self, k)
+                        for k in ('augment', 'flip', 'crop', 'seed', 'number')} | {'code': augment_id(self.augment)}
 
 # %% ../nbs/15_features.ipynb #454614d5
 def library_versions() -> dict: # name: version
@@ -144,7 +150,8 @@ def item_contents(
 ) -> np.ndarray: # bytes [n], sha-256 of each image
     "The content of each image: of its file, or of its pixels."
     if not isinstance(table.source, Pixels): return np.array(contents(table), 'S32')
-    def one(pixels): return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+    def one(pixels):
+        return hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
     return np.array([one(table.source.read(i)) for i in table.indices], 'S32')
 
 # %% ../nbs/15_features.ipynb #15fe000f
@@ -167,7 +174,8 @@ class FeatureCache:
         about: dict,  # what they depend on
         tell=print,   # told of damaged files
     ):
-        self.about, self.key = to_plain(about), hashlib.sha256(json.dumps(to_plain(about), sort_keys=True).encode()).hexdigest()[:32]
+        self.about, self.key = to_plain(about), hashlib.sha256(json.dumps(to_plain(about),
+                                                                          sort_keys=True).encode()).hexdigest()[:32]
         self.dir, self.tell, self.held, self.whole = features_dir()/self.key, tell, {}, set()
         self.open()
 
@@ -180,7 +188,8 @@ class FeatureCache:
     def _leave(self, paths):
         "Go on without files that are damaged or gone"
         for path in paths:
-            if path.exists(): _delete(path, lambda text: self.tell(f'features {self.key[:8]}: {text}, its images are computed again'))
+            if path.exists():
+                _delete(path, lambda text: self.tell(f'features {self.key[:8]}: {text}, its images are computed again'))
             self.held.pop(path, None)
         self._index()
 
@@ -188,7 +197,8 @@ class FeatureCache:
         self.paths, self.values = [*self.held], [h['features'] for h in self.held.values()]
         keys = [h['contents'].numpy().view('S32')[:, 0] for h in self.held.values()]
         self.known = np.concatenate(keys) if keys else np.zeros(0, 'S32')
-        self.places = np.concatenate([np.stack([np.full(len(k), i), np.arange(len(k))], 1) for i, k in enumerate(keys)]) if keys else np.zeros((0, 2), int)
+        self.places = np.concatenate([np.stack([np.full(len(k), i), np.arange(len(k))], 1) for i,
+                                      k in enumerate(keys)]) if keys else np.zeros((0, 2), int)
         self.sorted = np.argsort(self.known, kind='stable')
 
 # %% ../nbs/15_features.ipynb #aa928adf
@@ -205,7 +215,9 @@ def _mapped(path):
         held = _load(path)
         return held if {'contents', 'features'} <= held.keys() else None
     except FileNotFoundError: return {}
-    except OSError as e: raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache clear`') from None
+    except OSError as e:
+        raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache '
+                        'clear`') from None
     except safetensors.SafetensorError: return None
 
 # %% ../nbs/15_features.ipynb #57c47387
@@ -254,7 +266,8 @@ def add(
 ):
     "Write a file of features, whole or not at all; raises `RunFailed` where the disk refuses."
     part = self.dir/f'.{uuid.uuid4().hex}.part'
-    tensors = {'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()), 'features': values.contiguous()}
+    tensors = {'contents': torch.from_numpy(np.asarray(contents, 'S32').view(np.uint8).reshape(-1, 32).copy()),
+               'features': values.contiguous()}
     with writing(self.dir):
         self.dir.mkdir(parents=True, exist_ok=True)
         if not (self.dir/'about.json').exists(): write_json(self.dir/'about.json', self.about)
@@ -270,7 +283,8 @@ def add(
 # %% ../nbs/15_features.ipynb #15fe0015
 def _make_room(cache_gb, keep):
     "Delete the files that were used least recently, until the rest fits; never those in `keep`"
-    files = sorted((used, size, p) for d in _folders() for p in _files(d) for size, used in [size_and_time(p) or (0, 0)])
+    files = sorted((used, size, p) for d in _folders() for p in _files(d) for size,
+                   used in [size_and_time(p) or (0, 0)])
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= cache_gb*1e9: break
@@ -283,9 +297,13 @@ def _check_room(folder, n, each, cache_gb, together):
     "Raises InputError where the features of n images will not fit, so many times"
     needed, place = n*each*together, next(p for p in (folder, *folder.parents) if p.exists())
     if needed > cache_gb*1e9:
-        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {together} views"*(together > 1)} take {file_size(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller size{", fewer views"*(together > 1)}, or a smaller retrain')
+        raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {together} views"*(together > 1)} '
+                         f'take {file_size(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller '
+                         f'size{", fewer views"*(together > 1)}, or a smaller retrain')
     free = shutil.disk_usage(place).free
-    if n*each > free: raise RunFailed(f'{short_path(place)} has {file_size(free)} free, and the features take {file_size(n*each)}: free some room, or set XDG_CACHE_HOME to a larger disk')
+    if n*each > free:
+        raise RunFailed(f'{short_path(place)} has {file_size(free)} free, and the features take {file_size(n*each)}: '
+                        'free some room, or set XDG_CACHE_HOME to a larger disk')
 
 # %% ../nbs/15_features.ipynb #15fe0017
 class Features:
@@ -303,7 +321,8 @@ class Features:
         "Of one image's features, as the network gives them"
         s = tuple(self.values[0].shape[1:])
         return (s[2], s[0], s[1]) if len(s) == 3 else s
-    def __repr__(self): return f"features {self.key[:8]}: {len(self):,} images, each {' × '.join(map(str, self.shape))} in {str(self.values[0].dtype)[6:]}"
+    def __repr__(self):
+        return f"features {self.key[:8]}: {len(self):,} images, each {' × '.join(map(str, self.shape))} in {str(self.values[0].dtype)[6:]}"
 
     def _file(self, k, n):
         "A file's features; where n are read at once and that is much, through a mapping of its own, whose pages leave the memory with it"
@@ -336,7 +355,9 @@ def _through(prefix, x):
     try: return prefix(x)
     except (RuntimeError, MemoryError) as e:
         if not no_memory(e): raise
-        if len(x) == 1: raise RunFailed(f'out of memory with a single image of {x.shape[-1]} px: give a smaller size or arch') from None
+        if len(x) == 1:
+            raise RunFailed(f'out of memory with a single image of {x.shape[-1]} px: give a smaller size or '
+                            'arch') from None
     return torch.cat([_through(prefix, part) for part in x.tensor_split(2)])
 
 def _batches(prefix, loader, view, precision, device):
@@ -350,10 +371,12 @@ def _batches(prefix, loader, view, precision, device):
 # %% ../nbs/15_features.ipynb #6a7b126c
 def _loader(table, keys, view, batch_size, device, workers, bad):
     "All images of a table in their order; chance depends on what an image is, not on where it stands"
-    if workers < 0: workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
+    if workers < 0:
+        workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8,
+                                                                                                        os.cpu_count())
     numbers = keys.view(np.uint64).reshape(-1, 4)[:, 0]
-    return Loader(replace(table, splits=np.zeros(len(table), np.int8)), 'train', view.size, batch_size, view.augment, view.seed, workers, device, bad,
-                  flip=view.flip, crop=view.crop, shuffle=False, numbers=numbers)
+    return Loader(replace(table, splits=np.zeros(len(table), np.int8)), 'train', view.size, batch_size, view.augment,
+                  view.seed, workers, device, bad, flip=view.flip, crop=view.crop, shuffle=False, numbers=numbers)
 
 def _states(table):
     "State of each image's file, '' of one that was written just now; None where the images do not come from files of their own"
@@ -365,7 +388,8 @@ def _states(table):
 def _unchanged(table, rows, keys, states):
     "Which images still come from the files whose contents are `keys`; what was written just now is read again to know"
     if states is None: return np.ones(len(rows), bool)
-    out, young = np.array([file_state(table.source.path(table.indices[r])) == states[r] for r in rows]), np.array([not states[r] for r in rows])
+    out, young = np.array([file_state(table.source.path(table.indices[r])) == states[r]
+                           for r in rows]), np.array([not states[r] for r in rows])
     if young.any(): out[young] = np.array(contents(table.take(rows[young])), 'S32') == keys[rows[young]]
     return out
 
@@ -373,7 +397,8 @@ def _unchanged(table, rows, keys, states):
 def _extract(cache, prefix, loader, keys, states, view, precision, device, cache_gb, together, tell):
     "Compute features of the loader's images, and keep them file by file"
     prefix = prefix.eval() if precision == 'fp32' else fuse(prefix.eval())
-    prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last)
+    prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps'
+                       else torch.channels_last)
     bar, held, size, began = Bar(len(keys), tell), [], 0, time.monotonic()
     try:
         for rows, values in _batches(prefix, loader, view, precision, device):
@@ -417,7 +442,8 @@ def _alone(cache, tell):
         cache.dir.mkdir(parents=True, exist_ok=True)  # another may have cleared it meanwhile
     try:
         for part in cache.dir.glob('.*.part'):
-            if seconds_since_write(part) > 10*STALE: part.unlink(missing_ok=True)  # of a process that was killed, here or on a machine whose lock is not seen here
+            # of a process that was killed, here or on a machine whose lock is not seen here
+            if seconds_since_write(part) > 10*STALE: part.unlink(missing_ok=True)
         yield
     finally: lock.release()
 
@@ -455,7 +481,9 @@ def features(
     "Features of a table's images: those that are known from the cache, the others computed; raises `RunFailed` where they cannot be, or cannot be kept."
     device = device or best_device()
     precision, view = choose_precision(precision, device), view if table.mirror else replace(view, flip='none')
-    about = {'arch': parts.arch, 'cut': parts.name, 'prefix': module_id(parts.prefix), 'precision': precision, 'device': torch.device(device).type, 'prepared': preparation(table), 'versions': library_versions()} | view.id()
+    about = {'arch': parts.arch, 'cut': parts.name, 'prefix': module_id(parts.prefix), 'precision': precision,
+             'device': torch.device(device).type, 'prepared': preparation(table),
+             'versions': library_versions()} | view.id()
     cache, wanted = FeatureCache(about, tell), np.flatnonzero(np.isin(table.splits, [SPLITS.index(s) for s in splits]))
     states, keys, skipped, computed = _states(table), item_contents(table), {}, 0  # states first
     for _ in range(3):
@@ -463,14 +491,19 @@ def features(
         with _alone(cache, tell):
             cache.open()  # another process may have been faster
             missing = _missing(cache, table, keys, wanted, skipped)
-            loader, there = _loader(table.take(missing), keys[missing], view, batch_size, device, workers, bad), len(wanted) - len(missing)
-            if len(missing): tell(f'computing features of {len(missing):,} images' + f', {there:,} are cached'*(there > 0))
-            if len(missing): _extract(cache, parts.prefix, loader, keys[missing], states and [states[r] for r in missing], view, precision, device, cache_gb, together, tell)
+            loader, there = _loader(table.take(missing), keys[missing], view, batch_size, device, workers,
+                                    bad), len(wanted) - len(missing)
+            if len(missing):
+                tell(f'computing features of {len(missing):,} images' + f', {there:,} are cached'*(there > 0))
+            if len(missing):
+                _extract(cache, parts.prefix, loader, keys[missing], states and [states[r] for r in missing], view,
+                         precision, device, cache_gb, together, tell)
             computed, skipped = computed + len(missing) - len(loader.skipped), skipped | loader.skipped
             cache.open()
     else:
         if n := len(_missing(cache, table, keys, wanted, skipped)):
-            raise RunFailed(f'features of {n:,} images are gone again: their files are being changed; the same command continues')
+            raise RunFailed(f'features of {n:,} images are gone again: their files are being changed; the same command '
+                            'continues')
     return _found(cache, len(table), keys, wanted, skipped, computed, cache_gb)
 
 # %% ../nbs/15_features.ipynb #15fe0020
@@ -483,7 +516,8 @@ def cached():
         about = read_json(folder/'about.json') or {}
         view = f"{about['augment']} {about['seed']}:{about['number']}" if 'augment' in about else ''
         return {'key': folder.name[:8]} | {k: about.get(k) for k in ('arch', 'cut', 'size', 'precision')} | {
-            'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view, 'images': sum(map(_count, paths)), 'mb': round(sum(size for size, _ in files)/1e6, 1),
+            'norm': '{:.3g}/{:.3g}'.format(*(v[0] for v in about.get('norm', ((math.nan,),)*2))), 'view': view,
+            'images': sum(map(_count, paths)), 'mb': round(sum(size for size, _ in files)/1e6, 1),
             'used': datetime.fromtimestamp(max((used/1e9 for _, used in files), default=0)).isoformat(' ', 'seconds')}
     rows = [row(d) for d in _folders() if _files(d)]
     columns = ['key', 'arch', 'cut', 'size', 'precision', 'norm', 'view', 'images', 'mb', 'used']
@@ -502,7 +536,8 @@ def verify(
 ) -> int:       # damaged files
     "Compare every cached file with its hash; damaged ones are deleted, and computed again when they are needed."
     paths = sorted(p for d in _folders() for p in _files(d))
-    with ThreadPoolExecutor() as pool: damaged = [p for p, whole in zip(paths, pool.map(_is_whole, paths)) if whole is False]
+    with ThreadPoolExecutor() as pool:
+        damaged = [p for p, whole in zip(paths, pool.map(_is_whole, paths)) if whole is False]
     for path in damaged: _delete(path, lambda text: tell(f'{path.parent.name[:8]}/{text}: deleted'))
     return len(damaged)
 

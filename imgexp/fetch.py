@@ -185,7 +185,8 @@ def _ask(url, headers, timeout):
                              stream=True, timeout=(min(timeout, 20), timeout))
     except requests.exceptions.SSLError as e: raise FetchError(f'its certificate is not accepted: {e}'[:200]) from None
     except requests.exceptions.Timeout as e:
-        raise _Again(f'no answer within {timeout:g} s', offline=isinstance(e, requests.exceptions.ConnectTimeout)) from None
+        raise _Again(f'no answer within {timeout:g} s',
+                     offline=isinstance(e, requests.exceptions.ConnectTimeout)) from None
     except requests.exceptions.ConnectionError: raise _Again('no connection', offline=True) from None
     except requests.exceptions.RequestException as e: raise FetchError(f'{type(e).__name__}: {e}'[:200]) from None
 
@@ -212,7 +213,8 @@ def _attempt(remote, part, timeout, stop, show):
         room(part.parent, max(total - at, 0))
         if not at: write_json(memo, {'url': remote.url, 'tag': _tag(r.headers), 'total': total})
         at = _append(part, at, itertools.chain([first], blocks), lambda n: show(n, total))
-    if at < (total or remote.size): raise _Again(f'it broke off at {file_size(at)} of {file_size(total or remote.size)}')
+    if at < (total or remote.size):
+        raise _Again(f'it broke off at {file_size(at)} of {file_size(total or remote.size)}')
 
 # %% ../nbs/00l_fetch.ipynb #d126936c
 def _append(part, at, blocks, show):
@@ -229,7 +231,7 @@ def _append(part, at, blocks, show):
         os.fsync(f.fileno())
     return at
 
-# %% ../nbs/00l_fetch.ipynb #82057810
+# %% ../nbs/00l_fetch.ipynb #7485c286
 def room(
     folder: str | Path,  # where it is to lie; need not exist yet
     need: int,           # bytes
@@ -346,7 +348,8 @@ def tar_files(
     with tarfile.open(fileobj=f, mode='r:gz' if packed else 'r:') as tar:
         for m in tar:
             name = _name_in(m.name) if m.name.strip('./') else '.'
-            if not _is_harmless(m): raise BadArchive(f'asks for something unsafe ({m.name!r}: a device, or a link that leads out)')
+            if not _is_harmless(m):
+                raise BadArchive(f'asks for something unsafe ({m.name!r}: a device, or a link that leads out)')
             if m.isreg(): yield name, m.size, lambda: tar.extractfile(m)
             elif not m.isdir(): links.append(f'{m.name} → {m.linkname}')
         if packed: return

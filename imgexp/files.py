@@ -158,7 +158,8 @@ def is_locked(
 ) -> bool | None:       # None where it cannot be known: no permission, or a file system without locks
     "Whether any process holds a lock."
     try:
-        with open(path, 'rb') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two askers do not disturb each other
+        # shared: two askers do not disturb each other
+        with open(path, 'rb') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError: return False
     except BlockingIOError: return True
     except OSError: return None

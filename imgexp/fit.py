@@ -30,7 +30,8 @@ class OptimizerParams(Parameters, heading='training'):
     weight_decay: float = param(-1.0, "-1 the optimizer's usual one (adamw 0.01, sgd 0.0005, adam 0)", (-1, 10))
     schedule: str = param('one-cycle', 'of the learning rate: one-cycle, cosine, linear or constant', SCHEDULES)
     warmup: float = param(-1.0, "epochs up to the largest learning rate; -1 the schedule's own", (-1, 10_000))
-    patience: int = param(0, 'epochs in a row without a better best_by before the training ends; 0 goes on to the last', (0, 10_000))
+    patience: int = param(0, 'epochs in a row without a better best_by before the training ends; 0 goes on to the last',
+                          (0, 10_000))
     best_by: str = param('auto', 'what makes an epoch the best: valid_top1, valid_loss, ema_top1 or ema_loss; '
                          'auto is ema_top1 with ema, else valid_top1', ['auto', *HIGHER])
 
@@ -39,7 +40,8 @@ class EMAParams(Parameters, heading='regularization'):
     ema: float = param(0.0, 'decay a step of the averaged weights (0.999, say); 0 is off', '[0, 1)')
 
 class BudgetParams(Parameters, heading='machine'):
-    max_minutes: float = param(0.0, 'after which the training stops, to be continued by the same command; 0 no limit', (0, 1e6), in_id=False)
+    max_minutes: float = param(0.0, 'after which the training stops, to be continued by the same command; 0 no limit',
+                               (0, 1e6), in_id=False)
 
 class FitParams(OptimizerParams, EMAParams, MixParams, KeepParams, SeedParams, BudgetParams): pass
 
@@ -54,7 +56,7 @@ def best_column(
         raise InputError(f'best_by={best_by!r} needs averaged weights: give ema=0.999, or best_by=valid_top1')
     return best_by
 
-# %% ../nbs/02l_fit.ipynb #03238104
+# %% ../nbs/02l_fit.ipynb #f6dc5544
 def parse_epochs(
     text: str, # '1,2,5'
 ) -> tuple:    # of int, 1 and up
@@ -100,7 +102,8 @@ def _loop(run, learn, p, requests, parent, after):
         if not restored and parent: begin_at_end(parent, learn)
         if not restored and p.lr == 0: _set_lr(run, learn, callbacks, requests)
         learn.fit(learn.base + p.epochs)
-        for loader, names in zip((learn.dls.train, learn.dls.valid), learn.history.skipped()): loader.skipped.update(names)
+        for loader, names in zip((learn.dls.train, learn.dls.valid), learn.history.skipped()):
+            loader.skipped.update(names)
 
 # %% ../nbs/02l_fit.ipynb #2160b320
 _LOST = re.compile('gloo|nccl|connection (closed|reset)|process group|socket', re.I)
@@ -114,7 +117,9 @@ def _ending(run):
         raise
     except BaseException as e:
         lost = world() > 1 and not isinstance(e, InputError) and _LOST.search(str(e))
-        if lost: e = RunFailed(_cause(run) or 'another process of this training ended: the same command continues from the last checkpoint')
+        if lost:
+            e = RunFailed(_cause(run) or 'another process of this training ended: the same command continues from the '
+                                         'last checkpoint')
         elif rank(): (run.dir/f'.error-{rank()}').write_text(str(e))
         run.fail(e)
         raise e from None if lost else e.__cause__

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'image_suffixes', 'tell_once', 'image_files', 'from_folders', 'check_trainable']
 
-# %% ../nbs/01d_folders.ipynb #82836374
+# %% ../nbs/01d_folders.ipynb #3955f52c
 import os, sys
 from collections import Counter
 from functools import cache, lru_cache
@@ -62,7 +62,8 @@ class _LeftOut:
         if not self.counts: return
         each = ', '.join(f'{n:,} {suffix or "without an ending"}' for suffix, n in self.counts.most_common(5))
         heic = '; `pip install pillow-heif` makes HEIC readable' if self.counts.keys() & {*_HEIC} else ''
-        tell_once(f'{short_path(where)}: images left out, because files with their ending are not read: {self.counts.total():,} '
+        tell_once(f'{short_path(where)}: images left out, because files with their ending are not read: '
+                  f'{self.counts.total():,} '
                   f'({each}; the first is {self.first}): convert or rename them{heic}')
 
 # %% ../nbs/01d_folders.ipynb #8ef902dd
@@ -79,7 +80,8 @@ def _images_below(folder, name, left):
                 if not _is_folder(e):
                     if os.path.splitext(e.name)[1].lower() in suffixes: found.append(name + e.name)
                     else: left.look(e, name + e.name)
-                elif (node := _node(e.path)) not in above: stack.append((e.path, f'{name}{e.name}{os.sep}', (*above, node)))
+                elif (node := _node(e.path)) not in above:
+                    stack.append((e.path, f'{name}{e.name}{os.sep}', (*above, node)))
     return sorted(found)
 
 # %% ../nbs/01d_folders.ipynb #f569b3e3
@@ -108,7 +110,8 @@ def _node(folder):
 
 def _has_image(folder):
     "Whether there is an image in a folder or below it"
-    return any(os.path.splitext(f)[1].lower() in image_suffixes() | _UNREAD for _, _, files in os.walk(folder) for f in files)
+    return any(os.path.splitext(f)[1].lower() in image_suffixes() | _UNREAD for _, _,
+               files in os.walk(folder) for f in files)
 
 # %% ../nbs/01d_folders.ipynb #16fa663f
 def _folders(path): return sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
@@ -117,7 +120,9 @@ def _named(folders, root):
     "Folders by the names of their classes, which can be printed, stored and drawn"
     named = {printable(f): f for f in folders}
     twice = [f for f in folders if named[printable(f)] != f]
-    if twice: raise InputError(f'two classes of {short_path(root)} are both written {printable(twice[0])}: rename one of the folders')
+    if twice:
+        raise InputError(f'two classes of {short_path(root)} are both written {printable(twice[0])}: rename one of the '
+                         'folders')
     return named
 
 # %% ../nbs/01d_folders.ipynb #de6cf555
@@ -139,11 +144,14 @@ def from_folders(
     left = _LeftOut()
     for folder, split in parts:
         extra = sorted(set(_folders(folder)) - set(names))
-        if extra: raise InputError(f'{short_path(folder/extra[0])}: class {extra[0]!r} has no folder among the training images')
+        if extra:
+            raise InputError(f'{short_path(folder/extra[0])}: class {extra[0]!r} has no folder among the training '
+                             'images')
         for label, c in enumerate(kept):
             below = folder/named[c]
             found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
-            items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split, np.int8))
+            items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split,
+                                                                                             np.int8))
     left.tell(root)
     table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept,
                                    name=printable(root.name), source=Files(root, np.array(items, object))))
@@ -154,11 +162,14 @@ def from_folders(
 def _tell_loose(root, parts):
     "Say where images lie in no class folder: beside them, or in a folder beside train/"
     folders = [root, *(f for f, _ in parts if f != root)]
-    loose = [e.path for f in folders for e in sorted(os.scandir(f), key=lambda e: e.name) if e.name[0] != '.' and _is_file(e)
-             and os.path.splitext(e.name)[1].lower() in image_suffixes() | _UNREAD]
-    if loose: tell_once(f'{short_path(root)}: images left out, because they are in no class folder: {len(loose):,} (the first is {os.path.relpath(loose[0], root)})')
+    loose = [e.path for f in folders for e in sorted(os.scandir(f), key=lambda e: e.name) if e.name[0] != '.'
+             and _is_file(e) and os.path.splitext(e.name)[1].lower() in image_suffixes() | _UNREAD]
+    if loose:
+        tell_once(f'{short_path(root)}: images left out, because they are in no class folder: {len(loose):,} (the '
+                  f'first is {os.path.relpath(loose[0], root)})')
     beside = [d for d in _folders(root) if len(folders) > 1 and d.lower() not in SPLIT_NAMES and _has_image(root/d)]
-    if beside: tell_once(f'{short_path(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
+    if beside:
+        tell_once(f'{short_path(root)}: folders with images left out, because they are no split: {", ".join(beside)}')
 
 # %% ../nbs/01d_folders.ipynb #3f3f96c6
 def check_trainable(
@@ -168,7 +179,8 @@ def check_trainable(
     where = short_path(table.source.root) if isinstance(table.source, Files) else table.name
     if not len(table): raise InputError(f'no images in {where}: it must hold one folder of images a class '
                                         '(perhaps below train/, valid/, test/), or idx files')
-    if len(table.classes) < 2: raise InputError(f'only one class ({table.classes[0]}) in {where}: classification needs two or more')
+    if len(table.classes) < 2:
+        raise InputError(f'only one class ({table.classes[0]}) in {where}: classification needs two or more')
     empty = [c for c, n in zip(table.classes, table.counts()[:, 0]) if n == 0]
     if empty: raise InputError(f'class {empty[0]!r} in {where} has no training image: add some, remove its folder, '
                                'or name the others in classes=')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'FILE_STORAGES', 'load_optuna', 'StorageFailed', 'check_storage', 'open_storage', 'retrying']
 
-# %% ../nbs/06a_journal.ipynb #2
+# %% ../nbs/06a_journal.ipynb #8deb929a
 import os, re, time, warnings
 from functools import cache, wraps
 from pathlib import Path
@@ -16,7 +16,7 @@ from .errors import InputError, RunFailed, invalid_choice
 from .files import short_path
 from .runs import BEAT, STALE
 
-# %% ../nbs/06a_journal.ipynb #4
+# %% ../nbs/06a_journal.ipynb #3514bd2d
 @cache
 def load_optuna():
     "Import Optuna, without its log lines and warnings."
@@ -27,7 +27,7 @@ def load_optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
-# %% ../nbs/06a_journal.ipynb #5
+# %% ../nbs/06a_journal.ipynb #26962b8a
 PATIENCE = 30. # seconds for which a failed write is tried again
 _WRITES = 'create_new_study', 'create_new_trial', 'set_trial_param', 'set_trial_state_values', 'set_trial_intermediate_value', 'set_trial_user_attr'
 
@@ -35,7 +35,7 @@ class StorageFailed(RunFailed):
     "The journal cannot be written."
     value = {'unwritable': True}
 
-# %% ../nbs/06a_journal.ipynb #7
+# %% ../nbs/06a_journal.ipynb #c9f1dc2c
 def _cut_torn_line(path):
     "Cut off an incomplete last line; the caller holds the lock"
     with open(path, 'rb+') as f:
@@ -45,15 +45,18 @@ def _cut_torn_line(path):
         f.seek(0)
         f.truncate(f.read().rfind(b'\n') + 1)
 
-# %% ../nbs/06a_journal.ipynb #8
+# %% ../nbs/06a_journal.ipynb #0fd29ed8
 class _Lock:
     "A lock as Optuna's journal takes one: it ends with the process that holds it, and no other process can break it"
     def __init__(self, path):
         self.path = path
-        self.lock = FileLock(f'{path}.lock', timeout=PATIENCE, poll_interval=0.002, is_singleton=False, thread_local=False)
+        self.lock = FileLock(f'{path}.lock', timeout=PATIENCE, poll_interval=0.002, is_singleton=False,
+                             thread_local=False)
     def acquire(self):
         try: self.lock.acquire()
-        except Timeout: raise StorageFailed(f'{short_path(self.path)} is locked by another process: the same command continues') from None
+        except Timeout:
+            raise StorageFailed(f'{short_path(self.path)} is locked by another process: the same command '
+                                'continues') from None
         try: _cut_torn_line(self.path)
         except BaseException:
             self.release()
@@ -61,7 +64,7 @@ class _Lock:
         return True
     def release(self): self.lock.release()
 
-# %% ../nbs/06a_journal.ipynb #9
+# %% ../nbs/06a_journal.ipynb #4a111518
 def _journal_file(path):
     "Optuna's journal file; a torn line is cut off before each new one"
     from optuna.storages.journal import JournalFileBackend
@@ -71,7 +74,7 @@ def _journal_file(path):
     lock.release()
     return JournalFileBackend(str(path), lock)
 
-# %% ../nbs/06a_journal.ipynb #13
+# %% ../nbs/06a_journal.ipynb #cfe418c6
 FILE_STORAGES = ('journal', 'sqlite')
 
 def check_storage(
@@ -79,11 +82,12 @@ def check_storage(
 ):
     "Raise `InputError` for an unknown storage, and for a URL that holds a password."
     if text in FILE_STORAGES: return
-    if not re.match(r'[a-z0-9+]+://', text): raise invalid_choice('storage', text, ['journal', 'sqlite'], ', or the URL of a database')
+    if not re.match(r'[a-z0-9+]+://', text):
+        raise invalid_choice('storage', text, ['journal', 'sqlite'], ', or the URL of a database')
     if re.search(r'//[^/@]*:[^/@]*@|[?&](password|passwd|pwd)=', text, re.I):
         raise InputError('storage holds a password: give the URL without it, and set IMGEXP_STORAGE to the whole one')
 
-# %% ../nbs/06a_journal.ipynb #14
+# %% ../nbs/06a_journal.ipynb #a53bcb95
 def open_storage(
     text: str,    # journal, sqlite, or the URL of a database
     folder: Path, # of the sweep, for the first two
@@ -103,12 +107,14 @@ def open_storage(
             return storage
         import sqlite3
         with sqlite3.connect(folder/'journal.db') as db: db.execute('pragma journal_mode=wal')
-        return get_storage(RDBStorage(f"sqlite:///{folder/'journal.db'}", engine_kwargs={'connect_args': {'timeout': PATIENCE}}))
+        return get_storage(RDBStorage(f"sqlite:///{folder/'journal.db'}",
+                                      engine_kwargs={'connect_args': {'timeout': PATIENCE}}))
     except Exception as e:
         why = (str(e).splitlines() or [''])[0]
-        raise InputError(f'storage: {type(e).__name__}: {why}: give journal, sqlite, or the URL of a database') from None
+        raise InputError(f'storage: {type(e).__name__}: {why}: give journal, sqlite, or the URL of a '
+                         'database') from None
 
-# %% ../nbs/06a_journal.ipynb #17
+# %% ../nbs/06a_journal.ipynb #e3ffdeaf
 def retrying(
     storage,   # an Optuna storage
     what: str, # named in the error
@@ -124,7 +130,8 @@ def retrying(
                 except (OSError, StorageInternalError) as e:
                     if time.monotonic() > until:
                         why = getattr(e, 'strerror', None) or str(e.__cause__ or e).splitlines()[0]
-                        raise StorageFailed(f'{what} cannot be written ({why}): free some room or wait; the same command continues') from None
+                        raise StorageFailed(f'{what} cannot be written ({why}): free some room or wait; the same '
+                                            'command continues') from None
                     time.sleep(0.2)
         return call
     for name in _WRITES: setattr(storage, name, patiently(getattr(storage, name)))

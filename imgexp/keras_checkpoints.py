@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['describe', 'rebuild', 'save_checkpoint', 'read_about', 'load_checkpoint', 'last_checkpoint']
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #2
+# %% ../nbs/09b_keras_checkpoints.ipynb #73991ee5
 import json, os, re
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from .errors import RunFailed
 from .files import file_sha256, read_json, write_json, writing
 from .keras_network import build_cnn, keras_precision, n_blocks
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #6
+# %% ../nbs/09b_keras_checkpoints.ipynb #c5f09ff3
 def describe(
     p,      # parameters of the run
     arrays, # `Arrays`
 ) -> dict:  # of plain values
     "Describe a network: everything that it is built from."
     names = ('filters', 'filter_size', 'strategy', 'activation', 'batch_norm', 'dense', 'dropout', 'seed', 'size')
-    return {k: p[k] for k in names} | {'arch': 'Keras CNN', 'blocks': n_blocks(p.blocks, p.size), 'precision': keras_precision(p.precision),
-                                     'channels': arrays.images['train'].shape[-1], 'classes': list(arrays.classes), 'norm': list(arrays.norm)}
+    return {k: p[k] for k in names} | {'arch': 'Keras CNN', 'blocks': n_blocks(p.blocks, p.size),
+                                       'precision': keras_precision(p.precision),
+                                     'channels': arrays.images['train'].shape[-1], 'classes': list(arrays.classes),
+                                     'norm': list(arrays.norm)}
 
 def rebuild(
     about: dict, # of `describe`
@@ -33,14 +35,15 @@ def rebuild(
 
 def _trained(model): return getattr(model, 'optimizer', None) is not None
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #8
+# %% ../nbs/09b_keras_checkpoints.ipynb #4aebc6c7
 def _variables(model):
     "All variables of a training: {name: variable}"
     layers = [v for layer in model.layers for v in layer.variables]  # with the state of dropout's generator
     variables = [*layers, *(model.optimizer.variables if _trained(model) else ())]
-    return {f"{k:03d} {re.sub(r'_[0-9]+(?=/)', '', v.path)}": v for k, v in enumerate(variables)}  # without Keras's count of models
+    # without Keras's count of models
+    return {f"{k:03d} {re.sub(r'_[0-9]+(?=/)', '', v.path)}": v for k, v in enumerate(variables)}
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #9
+# %% ../nbs/09b_keras_checkpoints.ipynb #072a1ad0
 def save_checkpoint(
     model,       # compiled
     run,         # a `Run`
@@ -55,7 +58,8 @@ def save_checkpoint(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'COMMITTED.json').unlink(missing_ok=True)
-        save_file({k: np.asarray(v.numpy()) for k, v in _variables(model).items()}, folder/'state.safetensors', {'imgexp': json.dumps(about)})
+        save_file({k: np.asarray(v.numpy()) for k, v in _variables(model).items()}, folder/'state.safetensors',
+                  {'imgexp': json.dumps(about)})
         with open(folder/'state.safetensors', 'rb') as f: os.fsync(f.fileno())
     write_json(folder/'COMMITTED.json', {'sha256': file_sha256(folder/'state.safetensors'), 'row': row})
     before = (read_json(run.dir/'checkpoints'/'index.json') or {}).get('best')
@@ -63,7 +67,7 @@ def save_checkpoint(
     for old in (run.dir/'checkpoints').glob('epoch-*'):
         if old.name not in (folder.name, best['best'], before, f'epoch-{epoch - 1:04d}'): _remove(old)
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #10
+# %% ../nbs/09b_keras_checkpoints.ipynb #2d999c95
 def _remove(folder):
     for f in (folder/'COMMITTED.json', folder/'state.safetensors'): f.unlink(missing_ok=True)
     folder.rmdir()
@@ -72,10 +76,11 @@ def _whole(folder):
     about = read_json(folder/'COMMITTED.json')
     return bool(about) and (folder/'state.safetensors').is_file() and file_sha256(folder/'state.safetensors') == about['sha256']
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #12
+# %% ../nbs/09b_keras_checkpoints.ipynb #542e395e
 def _check_whole(folder):
     if _whole(folder): return
-    raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} is damaged: choose another checkpoint, or train again with resume=never')
+    raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} is damaged: choose another '
+                    'checkpoint, or train again with resume=never')
 
 def read_about(
     folder, # of a checkpoint
@@ -85,10 +90,11 @@ def read_about(
     _check_whole(folder)
     with safe_open(folder/'state.safetensors', 'numpy') as f: about = (f.metadata() or {}).get('imgexp')
     if about is None:
-        raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} does not describe its network: train again with resume=never')
+        raise RunFailed(f'checkpoint {folder.name} of run {folder.parent.parent.name} does not describe its network: '
+                        'train again with resume=never')
     return json.loads(about)
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #13
+# %% ../nbs/09b_keras_checkpoints.ipynb #6a40dacb
 def load_checkpoint(
     model,  # of `rebuild`, compiled or not
     folder, # of a checkpoint
@@ -102,7 +108,7 @@ def load_checkpoint(
         raise RunFailed(f'checkpoint {folder.name} is of another network: give resume=never to begin anew')
     for k, v in variables.items(): v.assign(saved[k])
 
-# %% ../nbs/09b_keras_checkpoints.ipynb #14
+# %% ../nbs/09b_keras_checkpoints.ipynb #4959a72e
 def last_checkpoint(
     run, # a `Run`
 ) -> Path:

@@ -7,7 +7,7 @@ __all__ = ['EXPERIMENT', 'SPACE', 'KerasNetworkParams', 'KerasFitParams', 'Keras
            'KerasPrecisionParams', 'KerasParams', 'KerasNotebookParams', 'load_arrays', 'make_model', 'predict_keras',
            'fit_keras', 'finish_keras', 'start_keras', 'train', 'KerasNetwork', 'load_keras_network', 'sweep_config']
 
-# %% ../nbs/10_keras_cnn.ipynb #2
+# %% ../nbs/10_keras_cnn.ipynb #6b1a0765
 import os, resource, sys, time
 from functools import lru_cache
 
@@ -32,11 +32,12 @@ from .start import start_run
 from .text import duration, printable
 from .trained import Trained, checkpoint_path
 
-# %% ../nbs/10_keras_cnn.ipynb #5
+# %% ../nbs/10_keras_cnn.ipynb #3ccd36b7
 class KerasNetworkParams(Parameters, heading='network'):
     filters: int = param(32, 'of the first block', (1, 1024))
     filter_size: int = param(3, 'side of the filters in px', (1, 15))
-    strategy: str = param('same', 'filters of the blocks: same, half (halving, not below 8) or pyramid (doubling)', STRATEGIES)
+    strategy: str = param('same', 'filters of the blocks: same, half (halving, not below 8) or pyramid (doubling)',
+                          STRATEGIES)
     blocks: int = param(0, 'of convolution and pooling; 0 is five, or as many as the image has room for', (0, 10))
     activation: str = param('relu', 'relu, silu, gelu or mish', ACTIVATIONS)
     batch_norm: bool = param(False, 'batch norm after each convolution')
@@ -46,9 +47,10 @@ class KerasFitParams(Parameters, heading='training'):
     epochs: int = param(7, 'passes over the training images', (1, 10_000))
     batch_size: int = param(64, 'images a step', (1, 65_536))
     lr: float = param(0.001, 'learning rate of Adam', '(0, 1]')
-    schedule: str = param('constant', 'of the learning rate: constant, or cosine (to 0 at the last step)', ['constant', 'cosine'])
+    schedule: str = param('constant', 'of the learning rate: constant, or cosine (to 0 at the last step)',
+                          ['constant', 'cosine'])
 
-# %% ../nbs/10_keras_cnn.ipynb #6
+# %% ../nbs/10_keras_cnn.ipynb #32329ce1
 class KerasRegularizationParams(Parameters, heading='regularization'):
     dropout: float = param(0.3, 'share of the dense layer that is dropped in training', '[0, 1)')
 
@@ -58,15 +60,15 @@ class KerasAugmentParams(Parameters, heading='augmentation'):
 class KerasPrecisionParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16 (weights stay fp32), or what the device does best', KERAS_PRECISIONS)
 
-class KerasParams(DataParams, SizeParams, KerasNetworkParams, KerasFitParams, KerasRegularizationParams, KerasAugmentParams,
-                  SeedParams, KerasPrecisionParams, BadImageParams, RunParams):
+class KerasParams(DataParams, SizeParams, KerasNetworkParams, KerasFitParams, KerasRegularizationParams,
+                  KerasAugmentParams, SeedParams, KerasPrecisionParams, BadImageParams, RunParams):
     "Parameters of `imgexp keras-cnn`."
 
 class KerasNotebookParams(KerasParams, heading='sweep'):
     trials: int = param(0, 'of a sweep over the space below; 0 trains one network as the parameters say', (0, 100_000))
     jobs: int = param(0, 'trials at once; 0 is one a GPU, or as many as there are cores', (0, 1024))
 
-# %% ../nbs/10_keras_cnn.ipynb #10
+# %% ../nbs/10_keras_cnn.ipynb #1afc6774
 @lru_cache(maxsize=1)
 def _arrays(data, classes, subset, seed, size, bad, stamp):
     table = keep_subset(packed(load_images(data, classes), size, 'off'), subset, seed)
@@ -79,7 +81,7 @@ def load_arrays(
     table = load_images(p.data, p.classes)
     return _arrays(p.data, p.classes, p.subset, seeds(p)['subset'], p.size, p.bad, table_id(table))
 
-# %% ../nbs/10_keras_cnn.ipynb #12
+# %% ../nbs/10_keras_cnn.ipynb #898ecbad
 def make_model(
     p: KerasParams, # parameters
     arrays,    # `Arrays`
@@ -95,7 +97,7 @@ def make_model(
     model.optimizer.build(model.trainable_variables)
     return model
 
-# %% ../nbs/10_keras_cnn.ipynb #13
+# %% ../nbs/10_keras_cnn.ipynb #7d65c68c
 def _about(p, arrays, run=None):
     "Description of the network: from the run's checkpoint, or from parameters, data and machine"
     last = run and last_checkpoint(run)
@@ -111,16 +113,18 @@ def predict_keras(
     probs = model.predict(images, batch_size=256, verbose=0).astype(np.float64)
     return probs/probs.sum(1, keepdims=True)
 
-# %% ../nbs/10_keras_cnn.ipynb #14
+# %% ../nbs/10_keras_cnn.ipynb #f9e3a9b9
 def _row(p, model, arrays, epoch, logs, spent, began):
     "Row of the history after an epoch"
     n = len(arrays.images['train'])
     valid = score(predict_keras(model, arrays.images['valid']), arrays.labels['valid'])
-    return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n, seconds=round(spent + time.perf_counter() - began, 2),
-                lr=float(model.optimizer.learning_rate),
-                train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'], valid_top1=valid['top1']['value'],
+    return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n,
+                seconds=round(spent + time.perf_counter() - began, 2), lr=float(model.optimizer.learning_rate),
+                train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'],
+                valid_top1=valid['top1']['value'],
                 valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1),
-                peak_mem_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)))
+                peak_mem_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin'
+                                                                                      else 1e3)))
 
 def _listener(keras, asked):
     "A callback that ends a training within an epoch on a request to stop"
@@ -129,7 +133,7 @@ def _listener(keras, asked):
             if asked: raise Stopped(f'{asked[0]}; the same command continues')
     return Listen()
 
-# %% ../nbs/10_keras_cnn.ipynb #15
+# %% ../nbs/10_keras_cnn.ipynb #534036fe
 def _resume(run, model):
     "Continue a run: epochs done, seconds spent, {'best': the best epoch's checkpoint, 'top1': its accuracy}"
     index, folder = read_json(run.dir/'checkpoints'/'index.json'), last_checkpoint(run)
@@ -142,11 +146,12 @@ def _resume(run, model):
     if len(run.history) < epoch: run.log(row)  # killed between checkpoint and history
     rows = run.history
     best = {k: index[k] for k in ('best', 'top1')}
-    if best['best'] > folder.name: best = {'best': f'epoch-{int(_best(rows).epoch):04d}', 'top1': float(rows.valid_top1.max())}
+    if best['best'] > folder.name:
+        best = {'best': f'epoch-{int(_best(rows).epoch):04d}', 'top1': float(rows.valid_top1.max())}
     print(f'continuing {run.name} at epoch {epoch + 1}')
     return epoch, float(rows.seconds.iloc[-1]), best
 
-# %% ../nbs/10_keras_cnn.ipynb #16
+# %% ../nbs/10_keras_cnn.ipynb #8ad08b08
 def fit_keras(
     run,       # an open `Run`
     p: KerasParams, # parameters
@@ -163,18 +168,21 @@ def fit_keras(
             batches = epoch_batches(arrays, epoch, p.batch_size, seeds(p)['order'], p.augment)
             history = model.fit(batches, verbose=0, shuffle=False, callbacks=[_listener(keras, asked)]).history
             logs = {k: float(v[-1]) for k, v in history.items()}
-            if not np.isfinite(logs['loss']): raise RunFailed(f'the loss is {logs["loss"]} in epoch {epoch + 1}: give a smaller lr')
+            if not np.isfinite(logs['loss']):
+                raise RunFailed(f'the loss is {logs["loss"]} in epoch {epoch + 1}: give a smaller lr')
             row = _row(p, model, arrays, epoch, logs, spent, began)
             spent = row['seconds']
             if row['valid_top1'] > best['top1']: best = {'best': f'epoch-{epoch + 1:04d}', 'top1': row['valid_top1']}
             save_checkpoint(model, run, about, row, best)
             run.log(row)
             left = duration((p.epochs - epoch - 1)*row['images']/(epoch + 1)/row['img_per_s'])
-            print(f"epoch {epoch + 1}/{p.epochs}: loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), top-1 {row['train_top1']:.1%} "
-                  f"(valid {row['valid_top1']:.1%}), {row['img_per_s']:,.0f} img/s, {duration(spent)}, {left} to go", flush=True)
+            print(f"epoch {epoch + 1}/{p.epochs}: loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), top-1 "
+                  f"{row['train_top1']:.1%} "
+                  f"(valid {row['valid_top1']:.1%}), {row['img_per_s']:,.0f} img/s, {duration(spent)}, {left} to go",
+                  flush=True)
     load_checkpoint(model, run.dir/'checkpoints'/read_json(run.dir/'checkpoints'/'index.json')['best'])
 
-# %% ../nbs/10_keras_cnn.ipynb #17
+# %% ../nbs/10_keras_cnn.ipynb #b00412cb
 def finish_keras(
     run,       # a `Run`
     p: KerasParams, # parameters
@@ -198,7 +206,7 @@ def finish_keras(
         for name, fig in figures.items(): run.figure(name, fig)
     return _finish(run, history, probs, arrays) | figures
 
-# %% ../nbs/10_keras_cnn.ipynb #18
+# %% ../nbs/10_keras_cnn.ipynb #cf191e16
 def _best(history):
     "Row of the best epoch, the first of equal ones"
     return history.loc[history.valid_top1.idxmax()]
@@ -210,11 +218,12 @@ def _finish(run, history, probs, arrays):
     metrics = {s: score(v, arrays.labels[s], len(arrays.table.split(s)) - len(v)) for s, v in probs.items()}
     if run.observer and len(arrays.images['test']): metrics['test'] = None  # left alone
     skipped = {printable(k): v for k, v in arrays.skipped.items()}
-    run.finish({'checkpoint': 'best', 'epoch': int(_best(history).epoch), **metrics, 'seconds': float(history.seconds.iloc[-1]),
+    run.finish({'checkpoint': 'best', 'epoch': int(_best(history).epoch), **metrics,
+                'seconds': float(history.seconds.iloc[-1]),
                 'img_per_s': float(history.img_per_s.median()), 'skipped': skipped})
     return {}
 
-# %% ../nbs/10_keras_cnn.ipynb #19
+# %% ../nbs/10_keras_cnn.ipynb #6d595932
 def start_keras(
     p: KerasParams, # parameters
     arrays,    # `Arrays`
@@ -222,12 +231,15 @@ def start_keras(
 ):             # a `Run`
     "Start or find the run of these parameters."
     n_blocks(p.blocks, p.size)
-    if not len(arrays.images['valid']): raise InputError(f'data={p.data!r} has no validation images to choose the best epoch by')
-    depends = {'data': table_id(load_images(p.data, p.classes)), 'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')}
+    if not len(arrays.images['valid']):
+        raise InputError(f'data={p.data!r} has no validation images to choose the best epoch by')
+    depends = {'data': table_id(load_images(p.data, p.classes)),
+               'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')}
     if prepared := preparation(arrays.table): depends['prepared'] = prepared
-    return start_run('10_keras_cnn', p, depends, resolved={'precision': keras_precision(p.precision)}, observer=observer)
+    return start_run('10_keras_cnn', p, depends, resolved={'precision': keras_precision(p.precision)},
+                     observer=observer)
 
-# %% ../nbs/10_keras_cnn.ipynb #20
+# %% ../nbs/10_keras_cnn.ipynb #3466dcd5
 def _run_experiment(
     p: KerasParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -244,7 +256,7 @@ def _run_experiment(
         finish_keras(run, p, arrays, model)
     return run
 
-# %% ../nbs/10_keras_cnn.ipynb #21
+# %% ../nbs/10_keras_cnn.ipynb #ee567d02
 @takes(KerasParams)
 def train(
     **values, # of `KerasParams`
@@ -252,7 +264,7 @@ def train(
     "Train one CNN: this notebook without the notebook."
     return _run_experiment(KerasParams.check(values))
 
-# %% ../nbs/10_keras_cnn.ipynb #23
+# %% ../nbs/10_keras_cnn.ipynb #4df6d135
 class KerasNetwork(Trained):
     "A run's network in Keras."
     def probabilities(self, table, split, bad):
@@ -261,27 +273,30 @@ class KerasNetwork(Trained):
         images, kept, skipped = to_arrays(table.take(rows), self.size, bad, self.about['channels'])
         return predict_keras(self.model, images), rows[kept], skipped
 
-# %% ../nbs/10_keras_cnn.ipynb #24
+# %% ../nbs/10_keras_cnn.ipynb #253cd90e
 def load_keras_network(
     run, # a `Run` with a finished epoch
     checkpoint: str = 'best', # or 'last', or the name of a checkpoint (epoch-0007)
     device: str = '', # '': TensorFlow chooses
 ) -> KerasNetwork:
     "Load the network of a run as it was trained, whatever data and machine are like today."
-    if device: raise InputError(f'device={device!r} is for networks in torch; TensorFlow chooses its own: leave device out')
+    if device:
+        raise InputError(f'device={device!r} is for networks in torch; TensorFlow chooses its own: leave device out')
     if 'keras' not in sys.modules: os.environ['KERAS_BACKEND'] = run.depends.get('backend', 'tensorflow')
     index, folder = read_json(run.dir/'checkpoints'/'index.json') or {}, run.dir/'checkpoints'
-    path = checkpoint_path(run, {k: index.get(k) for k in ('last', 'best')}, checkpoint, sorted(d.name for d in folder.glob('epoch-*')))
+    path = checkpoint_path(run, {k: index.get(k) for k in ('last', 'best')}, checkpoint,
+                           sorted(d.name for d in folder.glob('epoch-*')))
     about = read_about(path)
     model = rebuild(about)
     load_checkpoint(model, path)
     return KerasNetwork(run, model, about, checkpoint, about['precision'])
 
-# %% ../nbs/10_keras_cnn.ipynb #25
+# %% ../nbs/10_keras_cnn.ipynb #5a568d93
 EXPERIMENT = Experiment('10_keras_cnn', KerasParams, _run_experiment, load_keras_network, cell=KerasNotebookParams)
 
-# %% ../nbs/10_keras_cnn.ipynb #43
-SPACE = {'activation': {'values': ACTIVATIONS}, 'batch_size': {'values': [32, 64, 128]}, 'dense': {'values': [128, 256]}, 'dropout': {'values': [0.2, 0.3, 0.4]},
+# %% ../nbs/10_keras_cnn.ipynb #0d1d14b7
+SPACE = {'activation': {'values': ACTIVATIONS}, 'batch_size': {'values': [32, 64, 128]},
+         'dense': {'values': [128, 256]}, 'dropout': {'values': [0.2, 0.3, 0.4]},
          'epochs': {'value': 7}, 'filter_size': {'values': [3, 5]}, 'strategy': {'values': STRATEGIES},
          'lr': {'distribution': 'log_uniform_values', 'min': 1e-4, 'max': 1e-2}, 'filters': {'values': [16, 32, 64]},
          'augment': {'values': [True, False]}, 'batch_norm': {'values': [True, False]}, 'seed': {'value': 0}}
@@ -292,5 +307,7 @@ def sweep_config(
     method: str = 'bayes', # or random
 ) -> dict:
     "The sweep over `SPACE` in W&B's words, with Hyperband after the first and the third epoch."
-    return {'name': name, 'program': '10_keras_cnn', 'method': method, 'metric': {'name': 'val_accuracy', 'goal': 'maximize'},
-            'early_terminate': {'type': 'hyperband', 'min_iter': 1, 'eta': 3}, 'parameters': SPACE | {k: {'value': v} for k, v in fixed.items()}}
+    return {'name': name, 'program': '10_keras_cnn', 'method': method,
+            'metric': {'name': 'val_accuracy', 'goal': 'maximize'},
+            'early_terminate': {'type': 'hyperband', 'min_iter': 1, 'eta': 3},
+            'parameters': SPACE | {k: {'value': v} for k, v in fixed.items()}}

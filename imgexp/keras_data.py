@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIFT', 'TURN', 'ZOOM', 'to_arrays', 'Arrays', 'warps', 'epoch_batches']
 
-# %% ../nbs/09a_keras_data.ipynb #2
+# %% ../nbs/09a_keras_data.ipynb #4d10529e
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,13 +19,13 @@ from .loader import center_boxes
 from .randomness import order, uniforms
 from .text import printable
 
-# %% ../nbs/09a_keras_data.ipynb #5
+# %% ../nbs/09a_keras_data.ipynb #12a92141
 def _square(image, size):
     "The middle square of an image at `size` px, as for every evaluation in this library"
     top, left, side, _ = np.rint(center_boxes([image.shape[:2]], size)[0]).astype(int)
     return resize(np.ascontiguousarray(image[top:top + side, left:left + side]), size, size)
 
-# %% ../nbs/09a_keras_data.ipynb #6
+# %% ../nbs/09a_keras_data.ipynb #735b38d6
 def to_arrays(
     table,     # `Images`
     size: int, # side in px
@@ -47,13 +47,13 @@ def to_arrays(
     for i, k in enumerate(rows): images[i] = _in_channels(decoded[k], channels)
     return images, rows, skipped
 
-# %% ../nbs/09a_keras_data.ipynb #7
+# %% ../nbs/09a_keras_data.ipynb #e8bc6103
 def _in_channels(image, channels):
     "An image [h, w] or [h, w, 3] as [h, w, channels]"
     if channels == 1: return (image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[..., None]
     return image if image.ndim == 3 else image[..., None]  # repeated by broadcasting
 
-# %% ../nbs/09a_keras_data.ipynb #8
+# %% ../nbs/09a_keras_data.ipynb #5d76e548
 class Arrays:
     "A data set in memory: `images[split]` uint8 [n, side, side, channels], `labels[split]` int64 [n], `classes`, `norm` (mean and sd of the training images)."
     def __init__(
@@ -70,10 +70,10 @@ class Arrays:
         sample = self.images['train'][order(len(self.images['train']), 0, 0)[:1000]].astype(np.float32)/255
         self.norm = round(float(sample.mean(dtype=float)), 4), round(max(float(sample.std(dtype=float)), 1e-3), 4)
 
-# %% ../nbs/09a_keras_data.ipynb #11
+# %% ../nbs/09a_keras_data.ipynb #e3ddba49
 SHIFT, TURN, ZOOM = 0.08, 0.15, 0.1 # largest shift (fraction of the side), rotation (radians) and zoom
 
-# %% ../nbs/09a_keras_data.ipynb #12
+# %% ../nbs/09a_keras_data.ipynb #32c0dbe5
 def warps(
     seed: int,    # 0 and up
     epoch: int,   # 0 and up
@@ -93,7 +93,7 @@ def warps(
     out[:, 5] = c - out[:, 3]*c - out[:, 4]*c + shift[:, 1]
     return out
 
-# %% ../nbs/09a_keras_data.ipynb #13
+# %% ../nbs/09a_keras_data.ipynb #8c33debd
 def epoch_batches(
     arrays,          # `Arrays`
     epoch: int,      # 0 and up
@@ -106,18 +106,20 @@ def epoch_batches(
     import tensorflow as tf
     images, labels = _constant(arrays)
     rows = order(len(arrays.images['train']), seed, epoch)
-    parts = (rows, warps(seed, epoch, rows, arrays.images['train'].shape[1], arrays.table.mirror)) if augment else (rows,)
+    parts = (rows,
+             warps(seed, epoch, rows, arrays.images['train'].shape[1], arrays.table.mirror)) if augment else (rows,)
     def batch(rows, moves=None):
         x = tf.gather(images, rows)
         if moves is not None:
-            x = tf.raw_ops.ImageProjectiveTransformV3(images=tf.cast(x, tf.float32), transforms=moves, output_shape=tf.shape(x)[1:3],
+            x = tf.raw_ops.ImageProjectiveTransformV3(images=tf.cast(x, tf.float32), transforms=moves,
+                                                      output_shape=tf.shape(x)[1:3],
                                                       fill_value=0., interpolation='BILINEAR', fill_mode='NEAREST')
             x = tf.cast(tf.round(x), tf.uint8)
         return x, tf.gather(labels, rows)
     with tf.device('cpu'): data = tf.data.Dataset.from_tensor_slices(parts).batch(batch_size).skip(start)
     return data.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
-# %% ../nbs/09a_keras_data.ipynb #14
+# %% ../nbs/09a_keras_data.ipynb #b43f25aa
 def _constant(arrays):
     "The training images and labels as tensors, made once"
     import tensorflow as tf

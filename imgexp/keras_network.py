@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'STRATEGIES', 'KERAS_PRECISIONS', 'load_keras', 'block_filters', 'n_blocks', 'on_tensorflow',
            'keras_precision', 'layer_type', 'mish', 'build_cnn', 'plot_filters', 'plot_features', 'clear_keras']
 
-# %% ../nbs/09_keras_network.ipynb #2
+# %% ../nbs/09_keras_network.ipynb #fedb3967
 import gc, os, re, sys
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +18,7 @@ import numpy as np
 from .errors import InputError
 from .text import plot_text
 
-# %% ../nbs/09_keras_network.ipynb #5
+# %% ../nbs/09_keras_network.ipynb #6c9fdb60
 @contextmanager
 def _silent():
     "Drop what TensorFlow writes to stderr on import, whatever its settings"
@@ -27,7 +27,7 @@ def _silent():
     try: yield
     finally: os.dup2(stderr, 2); os.close(stderr); os.close(null)
 
-# %% ../nbs/09_keras_network.ipynb #6
+# %% ../nbs/09_keras_network.ipynb #d43eaa77
 def load_keras():
     "Import Keras and its backend, without log lines, with deterministic kernels."
     if 'keras' not in sys.modules:
@@ -39,17 +39,19 @@ def load_keras():
     import keras
     return keras
 
-# %% ../nbs/09_keras_network.ipynb #8
-ACTIVATIONS, STRATEGIES, KERAS_PRECISIONS = ['relu', 'silu', 'gelu', 'mish'], ['same', 'half', 'pyramid'], ['auto', 'fp32', 'bf16']
+# %% ../nbs/09_keras_network.ipynb #890737b6
+ACTIVATIONS, STRATEGIES, KERAS_PRECISIONS = ['relu', 'silu', 'gelu', 'mish'], ['same', 'half',
+                                                                               'pyramid'], ['auto', 'fp32', 'bf16']
 
-# %% ../nbs/09_keras_network.ipynb #9
+# %% ../nbs/09_keras_network.ipynb #bc317efc
 def block_filters(
     filters: int,  # of the first block
     strategy: str, # of STRATEGIES
     blocks: int,   # 1 and up
 ) -> list:         # of int
     "Filters of each block."
-    return [{'same': filters, 'half': min(filters, max(8, filters >> k)), 'pyramid': filters << k}[strategy] for k in range(blocks)]
+    return [{'same': filters, 'half': min(filters, max(8, filters >> k)), 'pyramid': filters << k}[strategy]
+            for k in range(blocks)]
 
 def n_blocks(
     blocks: int, # 0: five, or as many as there is room for
@@ -58,10 +60,11 @@ def n_blocks(
     "Number of blocks; raises `InputError` if the image is too small for them."
     room = int(size).bit_length() - 1
     if blocks > room:
-        raise InputError(f'blocks={blocks}: an image of {size} px has room for {room}, each halves it: give blocks={room} or less, or a larger size')
+        raise InputError(f'blocks={blocks}: an image of {size} px has room for {room}, each halves it: give '
+                         f'blocks={room} or less, or a larger size')
     return blocks or min(5, room)
 
-# %% ../nbs/09_keras_network.ipynb #12
+# %% ../nbs/09_keras_network.ipynb #d05f545a
 def on_tensorflow() -> bool:
     "Whether Keras runs on TensorFlow."
     return load_keras().backend.backend() == 'tensorflow'
@@ -71,7 +74,8 @@ def _native_bf16():
     if not on_tensorflow(): return False
     import tensorflow as tf
     if gpus := tf.config.list_physical_devices('GPU'):
-        return all(tf.config.experimental.get_device_details(g).get('compute_capability', (0, 0)) >= (8, 0) for g in gpus)
+        return all(tf.config.experimental.get_device_details(g).get('compute_capability', (0, 0)) >= (8, 0)
+                   for g in gpus)
     try: return bool(re.search(r'\b(avx512_bf16|amx_bf16)\b', Path('/proc/cpuinfo').read_text()))
     except OSError: return False
 
@@ -81,14 +85,14 @@ def keras_precision(
     "The precision that `auto` means on this machine."
     return ('bf16' if _native_bf16() else 'fp32') if precision == 'auto' else precision
 
-# %% ../nbs/09_keras_network.ipynb #13
+# %% ../nbs/09_keras_network.ipynb #7953e5c0
 def layer_type(
     precision: str, # one of KERAS_PRECISIONS
 ) -> str:           # 'float32' or 'mixed_bfloat16'
     "Keras's dtype policy for the layers; weights are float32 in both."
     return {'bf16': 'mixed_bfloat16', 'fp32': 'float32'}[keras_precision(precision)]
 
-# %% ../nbs/09_keras_network.ipynb #15
+# %% ../nbs/09_keras_network.ipynb #17ffb59e
 def mish(
     x, # a tensor of any shape
 ):
@@ -104,7 +108,7 @@ def _activation(name):
     plain = mish if name == 'mish' else getattr(load_keras().activations, name)
     return plain if name == 'relu' or not on_tensorflow() else _compiled(plain)
 
-# %% ../nbs/09_keras_network.ipynb #16
+# %% ../nbs/09_keras_network.ipynb #0e28c9ea
 def _compiled(f):
     "Compile an activation to one pass over memory forward, and one back that recomputes it instead of storing its terms"
     import tensorflow as tf
@@ -117,7 +121,7 @@ def _compiled(f):
     forward_flat, backward_flat = _flat(forward), _flat(backward)
     return tf.custom_gradient(lambda x: (forward_flat(x), lambda up: backward_flat(x, up)))
 
-# %% ../nbs/09_keras_network.ipynb #17
+# %% ../nbs/09_keras_network.ipynb #02da7648
 def _flat(f):
     "Compile `f` for vectors of few lengths, four per octave, since each compiled shape occupies a megabyte for good"
     import tensorflow as tf
@@ -129,7 +133,7 @@ def _flat(f):
         return tf.reshape(compiled(*(tf.pad(tf.reshape(x, [-1]), padding) for x in xs))[:n], tf.shape(xs[0]))
     return call
 
-# %% ../nbs/09_keras_network.ipynb #18
+# %% ../nbs/09_keras_network.ipynb #201219c5
 @cache
 def _norm():
     "Batch norm by TensorFlow's fused kernel, which Keras's layer does not use"
@@ -140,13 +144,14 @@ def _norm():
         def call(self, x, training=None, mask=None):
             if not training: return super().call(x, training=False)
             none = tf.zeros(0)
-            y, *batch, _, _, _ = tf.raw_ops.FusedBatchNormV3(x=x, scale=self.gamma, offset=self.beta, mean=none, variance=none, epsilon=self.epsilon)
+            y, *batch, _, _, _ = tf.raw_ops.FusedBatchNormV3(x=x, scale=self.gamma, offset=self.beta, mean=none,
+                                                             variance=none, epsilon=self.epsilon)
             for moving, new in zip((self.moving_mean, self.moving_variance), batch):
                 moving.assign(self.momentum*moving + (1 - self.momentum)*new)
             return y
     return BatchNormalization
 
-# %% ../nbs/09_keras_network.ipynb #22
+# %% ../nbs/09_keras_network.ipynb #f4ffc0ac
 def build_cnn(
     config: dict,     # filters, filter_size, strategy, blocks, activation, batch_norm, dense, dropout, precision, seed
     input_shape: tuple, # (side, side, channels)
@@ -162,7 +167,8 @@ def build_cnn(
     x = inputs = keras.Input(input_shape, name='image')
     x = layers.Rescaling(1/(255*std), -mean/std, name='normalize')(x)
     for k, n in enumerate(block_filters(c.filters, c.strategy, n_blocks(c.blocks, input_shape[0])), 1):
-        x = layers.Conv2D(n, c.filter_size, padding='same', use_bias=not c.batch_norm, kernel_initializer=init(k), name=f'conv{k}', **kind)(x)
+        x = layers.Conv2D(n, c.filter_size, padding='same', use_bias=not c.batch_norm, kernel_initializer=init(k),
+                          name=f'conv{k}', **kind)(x)
         if c.batch_norm: x = norm_layer(momentum=0.9, name=f'norm{k}', **kind)(x)
         x = layers.Activation(activation, name=f'act{k}', **kind)(x)
         x = layers.MaxPooling2D(2, name=f'pool{k}', **kind)(x)
@@ -173,7 +179,7 @@ def build_cnn(
     x = layers.Dense(n_classes, 'softmax', kernel_initializer=init(102), name='probabilities')(x)
     return keras.Model(inputs, x, name='cnn')
 
-# %% ../nbs/09_keras_network.ipynb #26
+# %% ../nbs/09_keras_network.ipynb #c4d890b4
 def plot_filters(
     model, # of `build_cnn`
     n: int = 32, # at most
@@ -182,9 +188,10 @@ def plot_filters(
     kernel = np.asarray(model.get_layer('conv1').kernel)[..., :n]
     low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     tiles = np.moveaxis((kernel - low)/np.maximum(high - low, 1e-9), -1, 0)
-    return _tiles([t[..., 0] if t.shape[-1] != 3 else t for t in tiles], f'{len(tiles)} of {model.get_layer("conv1").filters} filters of the first layer')
+    return _tiles([t[..., 0] if t.shape[-1] != 3 else t for t in tiles],
+                  f'{len(tiles)} of {model.get_layer("conv1").filters} filters of the first layer')
 
-# %% ../nbs/09_keras_network.ipynb #27
+# %% ../nbs/09_keras_network.ipynb #95d5c021
 def plot_features(
     model, # of `build_cnn`
     image, # uint8 [side, side, channels]
@@ -194,9 +201,10 @@ def plot_features(
     "Feature maps of a layer for one image; bright is strong."
     keras = load_keras()
     maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]), np.float32)[0]
-    return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))], f'{layer}: {maps.shape[0]} × {maps.shape[1]} px', 'viridis')
+    return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))],
+                  f'{layer}: {maps.shape[0]} × {maps.shape[1]} px', 'viridis')
 
-# %% ../nbs/09_keras_network.ipynb #28
+# %% ../nbs/09_keras_network.ipynb #ca9cb9e9
 def _tiles(images, title, cmap='gray', columns=16):
     import matplotlib.pyplot as plt
     rows = -(-len(images)//columns)
@@ -207,7 +215,7 @@ def _tiles(images, title, cmap='gray', columns=16):
     plt.close(fig)
     return fig
 
-# %% ../nbs/09_keras_network.ipynb #31
+# %% ../nbs/09_keras_network.ipynb #86f73270
 def clear_keras():
     "Free the memory of earlier trainings: Keras's state, and TensorFlow's registry of custom gradients, which keeps every graph."
     load_keras().backend.clear_session()

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'LAYOUTS', 'subfolders', 'read_lines', 'parent_of', 'read_mat', 'unknown_class', 'place_images']
 
-# %% ../nbs/01_layouts.ipynb #2
+# %% ../nbs/01_layouts.ipynb #cf1c79c2
 import difflib, gzip, io, json, os
 from pathlib import Path
 
 from .errors import unknown_name
 from .fetch import BadArchive
 
-# %% ../nbs/01_layouts.ipynb #5
-SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm'.split())  # endings of images that every installation can read
+# %% ../nbs/01_layouts.ipynb #3d2619b5
+# endings of images that every installation can read
+SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm'.split())
 
 def _images(folder): return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.name[0] != '.')
 def subfolders(folder: Path) -> list:
@@ -32,14 +33,14 @@ def parent_of(
     if folder is None: raise BadArchive(f'the archive holds no {name}: it is not the official one')
     return folder
 
-# %% ../nbs/01_layouts.ipynb #6
+# %% ../nbs/01_layouts.ipynb #968d4cd6
 LAYOUTS = {}  # {name in the catalog: function}
 
 def _layout(f):
     LAYOUTS[f.__name__.removeprefix('_from_')] = f
     return f
 
-# %% ../nbs/01_layouts.ipynb #8
+# %% ../nbs/01_layouts.ipynb #7874ab13
 def _splits(raw, names):
     "Trees of class folders, one per split; `names` is {folder: split}"
     home = parent_of(raw, next(iter(names)))
@@ -51,7 +52,7 @@ def _from_train_val(raw, files): return _splits(raw, {'train': 'train', 'val': '
 @_layout
 def _from_train_test(raw, files): return _splits(raw, {'train': 'train', 'val': 'test'})
 
-# %% ../nbs/01_layouts.ipynb #10
+# %% ../nbs/01_layouts.ipynb #5a2a692e
 @_layout
 def _from_tiny_imagenet(raw, files):
     home = parent_of(raw, 'wnids.txt')
@@ -62,7 +63,7 @@ def _from_tiny_imagenet(raw, files):
         for name, c in valid: yield 'valid', c, name, home/'val/images'/name
     return classes, items()
 
-# %% ../nbs/01_layouts.ipynb #11
+# %% ../nbs/01_layouts.ipynb #855c53e8
 @_layout
 def _from_cub(raw, files):
     home = parent_of(raw, 'images.txt')
@@ -80,7 +81,7 @@ def _from_food(raw, files):
     rows = [(s, *line.split('/')) for s in ('train', 'test') for line in read_lines(home/f'meta/{s}.txt')]
     return sorted({c for _, c, _ in rows}), ((s, c, f'{n}.jpg', home/'images'/c/f'{n}.jpg') for s, c, n in rows)
 
-# %% ../nbs/01_layouts.ipynb #12
+# %% ../nbs/01_layouts.ipynb #e0f5fcac
 def read_mat(
     path: Path, # of a MATLAB file
     name: str,  # of a variable
@@ -97,7 +98,7 @@ def _from_dogs(raw, files):
     rows = [(s, *str(p).split('/')) for s in ('train', 'test') for p in listed(f'{s}_list.mat')]
     return sorted({c for _, c, _ in rows}), ((s, c, n, home/'Images'/c/n) for s, c, n in rows)
 
-# %% ../nbs/01_layouts.ipynb #13
+# %% ../nbs/01_layouts.ipynb #66aec7e3
 @_layout
 def _from_cars(raw, files):
     home = parent_of(raw, 'devkit')/'devkit'
@@ -110,14 +111,14 @@ def _from_cars(raw, files):
                 yield split, classes[int(a['class']) - 1], name, folder/name
     return classes, items()
 
-# %% ../nbs/01_layouts.ipynb #15
+# %% ../nbs/01_layouts.ipynb #4bcf2aa2
 def _png(pixels):
     from PIL import Image
     f = io.BytesIO()
     Image.fromarray(pixels).save(f, 'PNG')
     return f.getvalue()
 
-# %% ../nbs/01_layouts.ipynb #16
+# %% ../nbs/01_layouts.ipynb #1077083b
 @_layout
 def _from_cifar10(raw, files):
     import numpy as np
@@ -134,7 +135,7 @@ def _from_cifar10(raw, files):
 
 _CLOTHES = ['T-shirt-top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
-# %% ../nbs/01_layouts.ipynb #17
+# %% ../nbs/01_layouts.ipynb #e9a64b8a
 def _idx(path, skip):
     "The bytes of an idx file after its header"
     import numpy as np
@@ -150,7 +151,7 @@ def _from_fashion(raw, files):
                 yield split, _CLOTHES[c], f'{i:05d}.png', lambda p=p: _png(p)
     return _CLOTHES, items()
 
-# %% ../nbs/01_layouts.ipynb #18
+# %% ../nbs/01_layouts.ipynb #22881dad
 @_layout
 def _from_parquet(raw, files):
     from pyarrow import parquet
@@ -166,7 +167,7 @@ def _from_parquet(raw, files):
                     row += 1
     return classes, items()
 
-# %% ../nbs/01_layouts.ipynb #20
+# %% ../nbs/01_layouts.ipynb #9a44a924
 def unknown_class(
     name: str, # as the user typed it
     classes, # all names
@@ -176,7 +177,7 @@ def unknown_class(
     rest = [f'… ({len(classes)} in all)'] if len(classes) > 20 else []
     return unknown_name(name, near or [*classes[:20], *rest], 'class')
 
-# %% ../nbs/01_layouts.ipynb #21
+# %% ../nbs/01_layouts.ipynb #fd0fc228
 def place_images(
     items,      # of (split, class, file name, source)
     root: Path, # folder of the data set

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)  # fasttransform still decorates with torch.jit.script
-    from fastai.callback.core import (Callback, CancelEpochException, CancelFitException, CancelStepException, CancelValidException,
-                                      TrainEvalCallback)
+    from fastai.callback.core import (Callback, CancelEpochException, CancelFitException, CancelStepException,
+                                      CancelValidException, TrainEvalCallback)
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
@@ -67,7 +67,8 @@ def autocast(
     return torch.autocast(torch.device(device).type, kind) if kind else nullcontext()
 
 # %% ../nbs/02g_learner.ipynb #df0d5f05
-_PER_BATCH = frozenset('before_batch after_pred after_loss before_backward after_backward before_step after_step after_batch'.split())
+_PER_BATCH = frozenset('before_batch after_pred after_loss before_backward after_backward before_step after_step '
+                       'after_batch'.split())
 
 class Part(Callback):
     "A callback of the training; `state` and `load` make it resumable."
@@ -98,7 +99,8 @@ class ToInput(Part):
     def before_batch(self): self.learn.xb = (to_input(self.xb[0], self.learn.norm),)
 
 # %% ../nbs/02g_learner.ipynb #03cb5934
-OPTIMIZERS = {'sgd': (torch.optim.SGD, 5e-4), 'adam': (torch.optim.Adam, 0.), 'adamw': (torch.optim.AdamW, 1e-2)}  # default weight decay
+# default weight decay
+OPTIMIZERS = {'sgd': (torch.optim.SGD, 5e-4), 'adam': (torch.optim.Adam, 0.), 'adamw': (torch.optim.AdamW, 1e-2)}
 
 def make_optimizer(
     model,            # its trained parameters
@@ -137,7 +139,8 @@ class ImageLearner(Learner):
             self.dls.train.at(self.epoch, self.first_batch, self.train_size(self.epoch))
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
             self.first_batch = 0
-    def train_size(self, epoch): return self.sizes[min(max(epoch - self.base, 0), len(self.sizes) - 1)] if self.sizes else self.size
+    def train_size(self, epoch):
+        return self.sizes[min(max(epoch - self.base, 0), len(self.sizes) - 1)] if self.sizes else self.size
 
 # %% ../nbs/02g_learner.ipynb #c4414b9d
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
@@ -162,9 +165,13 @@ def no_memory(
 def _lean(self: ImageLearner, e, n):
     "The line for an error that may be a lack of memory, or the error itself"
     if not no_memory(e): return e
-    if self.suffix is not None: return RunFailed(f'out of memory with the features of {n:,} images at once: give a smaller batch_size (head=logistic takes all images: give head=linear)')
-    if n < 2: return RunFailed(f'out of memory with a single image of {self.xb[0].shape[-1]} px: give a smaller size or arch')
-    return RunFailed(f'out of memory with {n} images of {self.xb[0].shape[-1]} px at once: try micro_batch={2**((n - 1).bit_length() - 1)} '
+    if self.suffix is not None:
+        return RunFailed(f'out of memory with the features of {n:,} images at once: give a smaller batch_size '
+                         '(head=logistic takes all images: give head=linear)')
+    if n < 2:
+        return RunFailed(f'out of memory with a single image of {self.xb[0].shape[-1]} px: give a smaller size or arch')
+    return RunFailed(f'out of memory with {n} images of {self.xb[0].shape[-1]} px at once: try '
+                     f'micro_batch={2**((n - 1).bit_length() - 1)} '
                      '(the gradients stay those of the whole batch)')
 
 # %% ../nbs/02g_learner.ipynb #0da15f7f
@@ -268,7 +275,8 @@ def prepare(
     compile: bool = False, # let torch compile the network
 ):
     "Make `net`, what is called in a step, from `model`; the weights stay where they are."
-    if compile and self.dls.device.type == 'cpu' and not (shutil.which(os.environ.get('CXX', 'g++')) or shutil.which('clang++')):
+    if compile and self.dls.device.type == 'cpu' and not (shutil.which(os.environ.get('CXX', 'g++'))
+                                                          or shutil.which('clang++')):
         raise InputError('compile=True needs a C++ compiler on the CPU: install g++ or clang++, or leave compile out')
     if world() > 1: sync_batch_norm(self.model)
     if compile: torch._dynamo.config.cache_size_limit = 64  # shapes
@@ -286,9 +294,11 @@ class RegularizationParams(Parameters, heading='regularization'):
 class DeviceParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
     compile: bool = param(False, 'let torch compile the network; pays on long trainings')
-    micro_batch: int = param(0, 'images at once on a device, where its memory is too small for the batch; 0 takes all', (0, 65_536))
+    micro_batch: int = param(0, 'images at once on a device, where its memory is too small for the batch; 0 takes all',
+                             (0, 65_536))
 
-class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, SplitSeedParams, DeviceParams, LoadParams): pass
+class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, SplitSeedParams, DeviceParams,
+                    LoadParams): pass
 
 # %% ../nbs/02g_learner.ipynb #741b8a7c
 def _device(device):
@@ -299,10 +309,14 @@ def _device(device):
 def _make_loaders(table, p, device, transform):
     "Loaders of the training and the validation images"
     workers = p.workers
-    if workers < 0: workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8, os.cpu_count())
-    common = dict(size=p.size, workers=workers, device=device, bad=p.bad, seed=seeds(p)['order'], process=(rank(), world()))
+    if workers < 0:
+        workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8,
+                                                                                                        os.cpu_count())
+    common = dict(size=p.size, workers=workers, device=device, bad=p.bad, seed=seeds(p)['order'],
+                  process=(rank(), world()))
     at_once = min(p.batch_size, p.micro_batch*world() or p.batch_size)
-    return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip, crop=p.crop, **common),
+    return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip,
+                          crop=p.crop, **common),
                    Loader(table, 'valid', batch_size=at_once, **common))
 
 # %% ../nbs/02g_learner.ipynb #1d453d0b
@@ -320,8 +334,8 @@ def make_learner(
     p, device = LearnerParams.check(values), _device(device)
     layout = torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last
     loss = partial(F.cross_entropy, label_smoothing=p.label_smoothing)
-    learn = ImageLearner(_make_loaders(table, p, device, transform), model.to(device, memory_format=layout), loss_func=loss,
-                         cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
+    learn = ImageLearner(_make_loaders(table, p, device, transform), model.to(device, memory_format=layout),
+                         loss_func=loss, cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
     learn.table, learn.norm, learn.size, learn.sizes, learn.training = table, norm, p.size, sizes, False
     learn.micro_batch, learn.clip = p.micro_batch, p.clip
     learn.set_precision(p.precision)

@@ -55,7 +55,8 @@ def _alias(part):
 def _resize_gray(part, size):
     import torch
     if max(part.shape) <= size: return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
-    return torch.nn.functional.interpolate(torch.from_numpy(part.copy())[None, None], (size, size), mode='bilinear', antialias=True)[0, 0].numpy()
+    return torch.nn.functional.interpolate(torch.from_numpy(part.copy())[None, None], (size, size), mode='bilinear',
+                                           antialias=True)[0, 0].numpy()
 
 _own = threading.local()
 
@@ -76,7 +77,7 @@ def _cut(held, full, box, size):
     y, x = round(top), round(left)
     return held[y:y + max(1, round(height)), x:x + max(1, round(width))]
 
-# %% ../nbs/01i_loader.ipynb #09622204
+# %% ../nbs/01i_loader.ipynb #0518072e
 def _open(table, row):
     "What is stored of an image, and its size; None where it must be decoded to know"
     held = stored(table, row)
@@ -106,7 +107,8 @@ class Maker:
         self.flip = flip if self.moving and table.mirror else 'none'
         flips(flip, seed, 0, [])  # refuses an unknown word
 
-    def _boxes(self, sizes, u): return (crop_boxes(sizes, u[:, :4], self.crop) if self.moving else center_boxes(sizes, self.size)).tolist()
+    def _boxes(self, sizes, u):
+        return (crop_boxes(sizes, u[:, :4], self.crop) if self.moving else center_boxes(sizes, self.size)).tolist()
 
     def _held(self, rows):
         "What is stored of each image, and its size; {place: why} of what can't be read"
@@ -163,7 +165,9 @@ def make_batch(
     rows = np.asarray(rows)
     out = np.empty((len(rows), size, size, 3), np.uint8)
     bad = Maker(table, size, augment, seed, flip)(out, rows, epoch)
-    if bad: out, rows, bad = np.delete(out, list(bad), 0), np.delete(rows, list(bad)), {table.items[rows[i]]: why for i, why in bad.items()}
+    if bad:
+        out, rows, bad = np.delete(out, list(bad), 0), np.delete(rows, list(bad)), {table.items[rows[i]]: why for i,
+                                                                                    why in bad.items()}
     return out, table.labels[rows], rows, bad
 
 # %% ../nbs/01i_loader.ipynb #bd70e928
@@ -207,7 +211,8 @@ class _Job:
         self.rows = rows
         self.images = torch.empty((len(rows), maker.size, maker.size, 3), dtype=torch.uint8, pin_memory=pinned)
         out, step = self.images.numpy(), max(1, -(-len(rows)//pieces))
-        self.parts = [(k, pool.submit(maker, out[k:k + step], rows[k:k + step], epoch)) for k in range(0, len(rows), step)]
+        self.parts = [(k, pool.submit(maker, out[k:k + step], rows[k:k + step], epoch))
+                      for k in range(0, len(rows), step)]
     def bad(self):
         "Wait; {place: why} of what can't be decoded"
         return {k + i: why for k, part in self.parts for i, why in part.result().items()}
@@ -253,7 +258,8 @@ class Loader:
         train = split == 'train' if train is None else train
         self.table, self.split, self.bad, self.workers, self.skipped = table, split, bad, workers, {}
         self.device, self.pool, self.process = torch.device(device), _Here() if workers == 0 else None, process
-        self.of_size = lru_cache(partial(Maker, table, augment=augment if train else 'none', seed=seed, flip=flip, crop=crop, numbers=numbers))
+        self.of_size = lru_cache(partial(Maker, table, augment=augment if train else 'none', seed=seed, flip=flip,
+                                         crop=crop, numbers=numbers))
         self.make = self.of_size(size)
         self.batches = Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process)
         self.waited = self.moved = 0.  # seconds
@@ -327,7 +333,8 @@ class SizeParams(Parameters, heading='data'):
     size: int = param(32, 'side of the images in px', (8, 1024))
 
 class BadImageParams(Parameters, heading='machine'):
-    bad: str = param('stop', 'at an image that cannot be decoded: stop the run, or skip the image', ['stop', 'skip'], in_id=False)
+    bad: str = param('stop', 'at an image that cannot be decoded: stop the run, or skip the image', ['stop', 'skip'],
+                     in_id=False)
 
 class LoadParams(BadImageParams, heading='machine'):
     workers: int = param(-1, 'threads that load images; -1 chooses', (-1, 256), in_id=False)
@@ -355,7 +362,8 @@ def normalization(
     rows = table.split('train')
     if len(rows) > n: rows = np.sort(rows[order(len(rows), 0, 0)[:n]])
     total, squares, count = np.zeros(3), np.zeros(3), 0
-    for images, _ in Loader(table.take(rows), size=size, batch_size=100, workers=os.cpu_count(), bad='skip', train=False):
+    for images, _ in Loader(table.take(rows), size=size, batch_size=100, workers=os.cpu_count(), bad='skip',
+                            train=False):
         pixels = images.reshape(-1, 3).numpy()/255
         total += pixels.sum(0); squares += (pixels**2).sum(0); count += len(pixels)
     mean = total/max(count, 1)
@@ -379,7 +387,8 @@ def show_batch(
         ax.axis('off')
         if i >= len(images): continue
         ax.imshow(images[i], interpolation='nearest')
-        if labels is not None: ax.set_title(plot_text(str(classes[int(labels[i])] if classes else int(labels[i]))[:14]), fontsize=8)
+        if labels is not None:
+            ax.set_title(plot_text(str(classes[int(labels[i])] if classes else int(labels[i]))[:14]), fontsize=8)
     fig.tight_layout(pad=0.3)
     plt.close(fig)
     return fig

@@ -29,7 +29,8 @@ class _LRSweep(Part):
         self.opt.set_hypers(lr=self.rates[-1])
     def after_batch(self):
         if all_max(len(self.stop_requests)):
-            raise Stopped(f"{[*self.stop_requests, 'another process was asked to stop'][0]}; the same command continues")
+            raise Stopped(f"{[*self.stop_requests, 'another process was asked to stop'][0]}; the same command "
+                          "continues")
         previous, k = self.losses[-1] if self.losses else 0., len(self.losses) + 1
         smooth = 0.98*previous*(1 - 0.98**(k - 1)) + 0.02*all_sum(self.learn.loss).item()
         self.losses.append(smooth/(1 - 0.98**k))

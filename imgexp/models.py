@@ -39,7 +39,8 @@ def _init_head(model, seed):
 def _put_mlp(model, seed):
     "An `MLP` in the place of the linear head"
     name, head = find_head(model)
-    if not isinstance(head, nn.Linear): raise InputError(f"head='mlp': {model.arch} ends in a convolution: use head='linear', or another arch.")
+    if not isinstance(head, nn.Linear):
+        raise InputError(f"head='mlp': {model.arch} ends in a convolution: use head='linear', or another arch.")
     parent, _, last = name.rpartition('.')
     with _seeded(seed): setattr(model.get_submodule(parent), last, MLP(head.in_features, head.out_features))
     _init_head(model, seed)
@@ -95,7 +96,7 @@ def own_size(
     low, step = _least_size(arch)
     return -(-max(low, 224 if weights else 64)//step)*step
 
-# %% ../nbs/02b_models.ipynb #51325953
+# %% ../nbs/02b_models.ipynb #c8be4f58
 def _network(arch, n_classes, size, small):
     "The network with torchvision's own initialization, without auxiliary heads."
     if arch == 'compact_resnet': return compact_resnet(n_classes, size)
@@ -190,7 +191,8 @@ def _load(model, file, keep_head):
 # %% ../nbs/02b_models.ipynb #75e1e091
 def _fetch(arch, weights):
     "The state dict that `weights` names."
-    if is_published(weights): return read_state(download_weights(published_weights(arch, weights).url, weights), weights_id(arch, weights))
+    if is_published(weights):
+        return read_state(download_weights(published_weights(arch, weights).url, weights), weights_id(arch, weights))
     return read_state(find_weights_file(weights))
 
 # %% ../nbs/02b_models.ipynb #8c1c5996
@@ -211,7 +213,9 @@ def build_model(
     if n_classes < 1: raise InputError(f'n_classes={n_classes}: at least 1 class is needed.')
     check_size(arch, size)
     file = _fetch(arch, weights) if weights else None
-    if head not in HEADS or keep_head and head != 'linear': raise InputError(f'head={head!r}: allowed are ' + ("'linear' with keep_head." if keep_head else ', '.join(map(repr, HEADS)) + '.'))
+    if head not in HEADS or keep_head and head != 'linear':
+        raise InputError(f'head={head!r}: allowed are '
+                         + ("'linear' with keep_head." if keep_head else ', '.join(map(repr, HEADS)) + '.'))
     if keep_head and not file: raise InputError("keep_head needs weights with a head: give weights=PATH or 'imagenet'.")
     stem = _stem(arch, stem, size, file)
     with _seeded(seed): model = _network(arch, n_classes, size, stem == 'small')
@@ -228,7 +232,8 @@ class NetworkParams(Parameters, heading='network'):
     arch: str = param('compact_resnet', 'compact_resnet, or any classification architecture of torchvision')
     weights: str = param('', 'empty (from scratch), imagenet, or a .pth or .safetensors file')
     retrain: int = param(-1, 'what is trained. -1 all, 0 the head, k the head and the last k blocks', (-1, 1000))
-    drop_path: float = param(-1.0, "stochastic depth, share of dropped branches in the last block; -1 the architecture's own", '[-1, 1)')
+    drop_path: float = param(-1.0, "stochastic depth, share of dropped branches in the last block; -1 the "
+                                   "architecture's own", '[-1, 1)')
 
 # %% ../nbs/02b_models.ipynb #17add62d
 def trained_params(

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'archs', 'check_arch', 'CompactResNet', 'compact_resnet', 'M
            'shorten_rows', 'rows_text', 'rows_html', 'blocks', 'set_retrain', 'keep_statistics', 'set_drop_path',
            'drop_probs']
 
-# %% ../nbs/02_networks.ipynb #86307861
+# %% ../nbs/02_networks.ipynb #ae643096
 import difflib
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +94,8 @@ class MLP(nn.Module):
         dropout:float=0.2, # share of them that is dropped in training
     ):
         super().__init__()
-        self.hidden, self.relu, self.dropout, self.out = nn.Linear(n_in, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
+        self.hidden, self.relu, self.dropout, self.out = nn.Linear(n_in,
+                                                                   hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
     def forward(self, x): return self.out(self.dropout(self.relu(self.hidden(x))))
 
 # %% ../nbs/02_networks.ipynb #c22d3352
@@ -154,7 +155,8 @@ def rows_html(
     "A table; numbers stand on the right."
     def tr(tag, cells):
         side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
-        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>' for s, c in zip(side, cells)) + '</tr>'
+        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>' for s,
+                                c in zip(side, cells)) + '</tr>'
     return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table>'
 
 # %% ../nbs/02_networks.ipynb #1e8421ae

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_notebook', 'notebook_parameters', 'library_experiment', 'parameter_table', 'check_points', 'execute']
 
-# %% ../nbs/05a_notebooks.ipynb #2
+# %% ../nbs/05a_notebooks.ipynb #fb658d16
 import ast, importlib.util, os, secrets, shutil, signal, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +18,15 @@ from .params import make_table
 from .runs import Run
 from .start import runs_dir
 
-# %% ../nbs/05a_notebooks.ipynb #5
+# %% ../nbs/05a_notebooks.ipynb #7db2c86a
 def find_notebook(
     name: str, # '03_train', or a path
 ) -> Path:
     "Path of a notebook; raises `InputError` for an unknown one."
     path = Path(name)
     if path.suffix == '.ipynb' and path.is_file(): return path
-    notebooks = {p.stem: p for f in (*_library_folders(), project_root()/'nbs') for p in sorted(f.glob('[0-9]*.ipynb'))}  # the user's own win
+    # the user's own win
+    notebooks = {p.stem: p for f in (*_library_folders(), project_root()/'nbs') for p in sorted(f.glob('[0-9]*.ipynb'))}
     if path.stem in notebooks and path.parent == Path('.'): return notebooks[path.stem]
     raise unknown_name(name, list(notebooks), 'notebook')
 
@@ -34,17 +35,20 @@ def _library_folders():
     package = Path(importlib.util.find_spec('imgexp').origin).parent
     return [package/'nbs', package.parent/'nbs']
 
-# %% ../nbs/05a_notebooks.ipynb #6
+# %% ../nbs/05a_notebooks.ipynb #f95e2ae0
 def notebook_parameters(
     notebook: Path, # has a cell with the tag `parameters`
 ) -> dict:          # name: default
     "The parameters of a notebook and their defaults."
     cells = (read_json(notebook) or {}).get('cells', [])
     source = next((''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])), None)
-    if source is None: raise InputError(f'{short_path(notebook)} has no cell with the tag "parameters": choose an experiment, like 03_train')
+    if source is None:
+        raise InputError(f'{short_path(notebook)} has no cell with the tag "parameters": choose an experiment, like '
+                         '03_train')
     try: return dict(_assignment(n) for n in ast.parse(source).body)
     except (SyntaxError, ValueError, TypeError, AttributeError):
-        raise InputError(f'{short_path(notebook)}: the cell with the tag "parameters" must hold lines like `lr: float = 0.1`, '
+        raise InputError(f'{short_path(notebook)}: the cell with the tag "parameters" must hold lines like `lr: float '
+                         '= 0.1`, '
                          'each a number, a text, True or False') from None
 
 def _assignment(node):
@@ -58,9 +62,10 @@ def library_experiment(
 ) -> Experiment | None:
     "The experiment of a notebook of the library; None for a notebook of the user, even of the same name."
     path = Path(notebook).resolve()
-    if path.stem in EXPERIMENTS and path.parent in [f.resolve() for f in _library_folders()]: return find_experiment(path.stem)
+    if path.stem in EXPERIMENTS and path.parent in [f.resolve() for f in _library_folders()]:
+        return find_experiment(path.stem)
 
-# %% ../nbs/05a_notebooks.ipynb #7
+# %% ../nbs/05a_notebooks.ipynb #9bfd4b21
 def parameter_table(
     notebook: str | Path,
 ) -> type: # a subclass of `Parameters`
@@ -76,7 +81,7 @@ def check_points(
     table = parameter_table(notebook)
     return [{k: v for k, v in table.check(point).items() if k in point} for point in points]
 
-# %% ../nbs/05a_notebooks.ipynb #11
+# %% ../nbs/05a_notebooks.ipynb #b6738974
 @contextmanager
 def _forward_stop(grace=20.):
     "Pass a request to stop on to the kernel, and SIGTERM after `grace` seconds; yields a list that holds the reason once there is one"
@@ -99,11 +104,12 @@ def _forward_stop(grace=20.):
         over.set()
         signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/05a_notebooks.ipynb #12
+# %% ../nbs/05a_notebooks.ipynb #26989ee7
 # our kernel imports from the working folder last; papermill's own process ignores that folder (PYTHONSAFEPATH)
-_KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import imgexp, os, sys; os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
+_KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import imgexp, os, sys; "
+                                            "os.environ.pop('PYTHONSAFEPATH', None); sys.path.append('')"]
 
-# %% ../nbs/05a_notebooks.ipynb #13
+# %% ../nbs/05a_notebooks.ipynb #d71bc23c
 def execute(
     notebook: str, # path
     values: dict,  # parameters
@@ -112,18 +118,22 @@ def execute(
     import papermill
     runs_dir()  # fails early if runs/ cannot be written
     error = ''
-    with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:  # of this process alone, whoever else works on the same runs
+    # of this process alone, whoever else works on the same runs
+    with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:
         out, run_file = Path(folder)/'out.ipynb', Path(folder)/'run'
         with _forward_stop() as asked, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
-            try: papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True, extra_arguments=_KERNEL)
+            try:
+                papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True,
+                                           extra_arguments=_KERNEL)
             except Exception as e: error = _one_line(e)
         run, reused = _run_of_kernel(run_file, Path(notebook).stem)
-        saved_at, value = _keep(out, run, reused, notebook, error), {'run': str(run.dir) if run else '', 'reused': reused}
+        saved_at, value = _keep(out, run, reused, notebook, error), {'run': str(run.dir) if run else '',
+                                                                     'reused': reused}
     if asked: raise _with_value(KeyboardInterrupt('terminated'), value)
     if error: raise _with_value(InputError(error if run else f'{error} ({saved_at})'), value)
     return value
 
-# %% ../nbs/05a_notebooks.ipynb #14
+# %% ../nbs/05a_notebooks.ipynb #9d9986f4
 def _with_value(e, value):
     e.value = value
     return e
@@ -137,9 +147,10 @@ def _one_line(e):
 def _run_of_kernel(path, stem):
     "The last run of this notebook that the kernel wrote down, and whether it had been finished before; a notebook's examples may have runs of their own"
     lines = [l.split('\t') for l in path.read_text().splitlines()] if path.exists() else []
-    return next(((Run(folder), state == 'reused') for folder, state in reversed(lines) if Run(folder).notebook == stem), (None, False))
+    return next(((Run(folder), state == 'reused') for folder, state in reversed(lines) if Run(folder).notebook == stem),
+                (None, False))
 
-# %% ../nbs/05a_notebooks.ipynb #15
+# %% ../nbs/05a_notebooks.ipynb #ab5b00d7
 def _keep(out, run, reused, notebook, error):
     "Move the executed notebook into its run, or into runs/ where it made none; returns that path"
     if reused or not out.exists() or not (run or error): return ''

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Json', 'visible', 'VisibleOutput', 'to_csv', 'say', 'print_table', 'check_writable', 'stop_on_sigterm']
 
-# %% ../nbs/90_output.ipynb #2
+# %% ../nbs/90_output.ipynb #91ed42ee
 import csv, io, re, signal, sys
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +15,9 @@ import typer
 from .errors import InputError
 from .text import printable
 
-# %% ../nbs/90_output.ipynb #5
-_CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')  # and what reverses the direction of the text
+# %% ../nbs/90_output.ipynb #e2302cb6
+# and what reverses the direction of the text
+_CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]')
 
 def visible(
     text: str, # one line or several
@@ -35,7 +36,7 @@ class VisibleOutput:
     def write(self, text): return self._stream.write(visible(text))
     def __getattr__(self, name): return getattr(self._stream, name)
 
-# %% ../nbs/90_output.ipynb #8
+# %% ../nbs/90_output.ipynb #6bf7d6e3
 _FORMULA = ('=', '+', '-', '@', '\t', '\r', '\n', "'", '＝', '＋', '－', '＠')
 
 def _cell(value):
@@ -49,11 +50,12 @@ def to_csv(
 ) -> str:
     "A table as CSV, without its index."
     out = io.StringIO()
-    rows = ([_cell(v) if v == v else '' for v in row] for row in table.itertuples(index=False, name=None))  # not-a-number is empty
+    # not-a-number is empty
+    rows = ([_cell(v) if v == v else '' for v in row] for row in table.itertuples(index=False, name=None))
     csv.writer(out, lineterminator='\n').writerows([map(_cell, table.columns), *rows])
     return out.getvalue()
 
-# %% ../nbs/90_output.ipynb #11
+# %% ../nbs/90_output.ipynb #df8fad66
 Json = Annotated[bool, typer.Option('--json', help='For programs: JSON instead of a table.')]
 
 def say(
@@ -70,7 +72,7 @@ def print_table(
     if as_json: print(table.reset_index().to_json(orient='records', indent=1))
     else: print(table.to_string(na_rep='', max_colwidth=60))
 
-# %% ../nbs/90_output.ipynb #13
+# %% ../nbs/90_output.ipynb #88d6e262
 def check_writable(
     path: Path,
     suffix: str = '', # that the name must have
@@ -83,7 +85,7 @@ def check_writable(
         raise InputError(f'{path} cannot be written ({e.strerror}): name a file in a folder that exists') from None
     if new: path.unlink()
 
-# %% ../nbs/90_output.ipynb #14
+# %% ../nbs/90_output.ipynb #d651e7c6
 def stop_on_sigterm():
     "Let SIGTERM stop this command as Ctrl-C does."
     def terminated(number, frame): raise KeyboardInterrupt('terminated')

@@ -49,14 +49,16 @@ class Pack:
         path, # its folder
     ):
         self.path, self.about, now = Path(path), None, _about(path)
-        while self.about is None or now is None or now['build'] != self.about['build']:  # it may be packed again meanwhile
+        # it may be packed again meanwhile
+        while self.about is None or now is None or now['build'] != self.about['build']:
             if now is None: raise InputError(f'{short_path(path)} is not a pack: it has no pack.json')
             self.about = now
             damage, now = self._map(), _about(path)
         if damage: raise InputError(f'{short_path(path)} is damaged ({damage}): pack it again')
         index, self.raw, self.size = self.index, self.about['kind'] == 'raw', self.about['size']
         self.heights, self.widths = (index[k].to_numpy() for k in ('height', 'width'))
-        self.errors = {i: why for i, why in enumerate(index['error'].to_pylist()) if why} if index['error'].null_count < len(index) else {}
+        self.errors = {i: why for i, why in enumerate(index['error'].to_pylist())
+                       if why} if index['error'].null_count < len(index) else {}
         self._look_again = time.monotonic() + LOOK if _disk_kind(path) in REMOTE else float('inf')
     def __len__(self): return len(self.index)
     def __repr__(self): return f"{self.path.name}: {len(self):,} images, {file_size(self.about['bytes'])}"
@@ -88,7 +90,8 @@ def _arrow(whole, build):
     "Reader of an arrow file in memory; raises ArrowInvalid unless it is whole and of this build"
     import pyarrow as pa
     held = pa.ipc.open_file(whole)
-    if (held.schema.metadata or {}).get(b'build') != build.encode(): raise pa.ArrowInvalid('it belongs to another build of the pack')
+    if (held.schema.metadata or {}).get(b'build') != build.encode():
+        raise pa.ArrowInvalid('it belongs to another build of the pack')
     return held
 
 # %% ../nbs/01h_packs.ipynb #6dc807ae
@@ -110,12 +113,14 @@ def _open(self: Pack, shard):
     import pyarrow as pa
     name = _shard_name(shard)
     try: _, ends, data = _arrow(self._whole[name], self.about['build']).get_batch(0)['image'].buffers()
-    except pa.ArrowInvalid as e: raise RunFailed(f'{short_path(self.path/name)} is damaged ({e}): pack it again') from None
+    except pa.ArrowInvalid as e:
+        raise RunFailed(f'{short_path(self.path/name)} is damaged ({e}): pack it again') from None
     self._shards[shard] = np.frombuffer(data, np.uint8), np.frombuffer(ends, np.int64)
     return self._shards[shard]
 
 # %% ../nbs/01h_packs.ipynb #2913c8bb
-REMOTE = ('nfs', 'nfs4', 'cifs', 'smbfs', 'smb2', 'smb3', '9p', 'afs', 'ceph', 'lustre', 'beegfs', 'gpfs', 'glusterfs', 'virtiofs', 'fuse')
+REMOTE = ('nfs', 'nfs4', 'cifs', 'smbfs', 'smb2', 'smb3', '9p', 'afs', 'ceph', 'lustre', 'beegfs', 'gpfs', 'glusterfs',
+          'virtiofs', 'fuse')
 LOOK = 2.  # seconds after which a pack on a network disk is looked for again
 
 def _disk_kind(path):
@@ -130,7 +135,8 @@ def _look(self: Pack):
     "Raises `RunFailed` where the pack is no longer what was opened"
     self._look_again = time.monotonic() + LOOK
     if (read_json(self.path/'pack.json') or {}).get('build') != self.about['build']:
-        raise RunFailed(f'{short_path(self.path)} was deleted or packed again while it was read, and a network disk does not keep it: give the command again')
+        raise RunFailed(f'{short_path(self.path)} was deleted or packed again while it was read, and a network disk '
+                        'does not keep it: give the command again')
 
 # %% ../nbs/01h_packs.ipynb #35c76cec
 @patch
@@ -150,8 +156,8 @@ def from_pack(
     "The table of a pack, without the files that it was made from."
     pack = Pack(path)
     column = {k: pack.index[k].to_numpy() for k in ('item', 'label', 'split')}
-    table = Images(column['item'], column['label'].astype(np.int64), column['split'], pack.about['classes'], name=pack.about['name'],
-                   presize=pack.size, source=pack)
+    table = Images(column['item'], column['label'].astype(np.int64), column['split'], pack.about['classes'],
+                   name=pack.about['name'], presize=pack.size, source=pack)
     return keep_classes(table, classes)
 
 # %% ../nbs/01h_packs.ipynb #9944803d
@@ -167,9 +173,11 @@ def open_images(
     if isinstance(data, Images): return keep_classes(data, classes)
     if str(data) in EMBEDDED: return keep_classes(EMBEDDED[str(data)](), classes)
     if not path.is_dir(): path = located(str(data)) or path
-    if path.is_file(): raise InputError(f'data={str(data)!r} is a file: give the folder of class folders (unpack an archive first)')
+    if path.is_file():
+        raise InputError(f'data={str(data)!r} is a file: give the folder of class folders (unpack an archive first)')
     if not path.is_dir():
-        raise InputError(f"data={str(data)!r}: no such folder, and no name of the catalog; give a folder of class folders or of idx files, "
+        raise InputError(f"data={str(data)!r}: no such folder, and no name of the catalog; give a folder of class "
+                         "folders or of idx files, "
                          f"one of {', '.join(EMBEDDED)}, or a name of `imgexp data list`")
     if (path/'pack.json').exists(): return from_pack(path, classes)
     if any(path.glob('*-images-idx3-ubyte*')): return keep_classes(from_idx(path), classes)
@@ -185,12 +193,14 @@ def load_images(
 
 # %% ../nbs/01h_packs.ipynb #37c613a7
 class DataParams(Parameters, heading='data'):
-    data: str = param('digits', 'digits, shapes, shapes-sketch, a catalog name, or a folder of class folders, idx files or a pack')
+    data: str = param('digits', 'digits, shapes, shapes-sketch, a catalog name, or a folder of class folders, idx '
+                                'files or a pack')
     classes: str = param('', 'comma-separated names of the classes to keep; empty keeps all')
     subset: float = param(1.0, 'fraction of the training images kept', '(0, 1]')
 
 class PackParams(Parameters, heading='machine'):
-    pack: str = param('auto', 'a pack of the images where there is one; off, memory, or a pack by kind and size (raw-256)', in_id=False)
+    pack: str = param('auto', 'a pack of the images where there is one; off, memory, or a pack by kind and size '
+                              '(raw-256)', in_id=False)
 
 # %% ../nbs/01h_packs.ipynb #94da863c
 QUALITY = 90
@@ -214,7 +224,8 @@ def _jpeg(image):
 # %% ../nbs/01h_packs.ipynb #2705734f
 def _stamps(table, rows):
     "What a file of images is made from: name, label, split and state of each"
-    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))] for r in rows]
+    return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))]
+            for r in rows]
 
 def _path(table, row): return table.source.path(table.indices[row])
 
@@ -258,7 +269,8 @@ def _build_number(part):
 def _whole_shard(part, k, stamps, build):
     "sha-256 of a file of images that was finished from the same files in this build, else None"
     told = read_json(part/f'images-{k:05d}.json')
-    if not told or (told['stamps'], told['build']) != (stamps, build) or not (part/_shard_name(k)).is_file(): return None
+    if not told or (told['stamps'], told['build']) != (stamps, build) or not (part/_shard_name(k)).is_file():
+        return None
     return told['sha256'] if file_sha256(part/_shard_name(k)) == told['sha256'] else None
 
 # %% ../nbs/01h_packs.ipynb #02a0a7de
@@ -274,11 +286,14 @@ def _make_shard(part, table, kind, build, k, rows, pool, tick):
         held.append(image)
         tick(1)
     sha = _write_arrow(part/_shard_name(k), _batch(table, rows, held), build)
-    if _stamps(table, rows) != stamps: raise RunFailed(f'{short_path(table.source.root)} changed while it was packed: give the command again')
+    if _stamps(table, rows) != stamps:
+        raise RunFailed(f'{short_path(table.source.root)} changed while it was packed: give the command again')
     states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '' is made again, and read again
-    write_json(part/f'images-{k:05d}.json', {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
+    write_json(part/f'images-{k:05d}.json',
+               {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
     db, _ = known_contents(printable(table.source.root), known=False)  # hashed once for all that asks later
-    remember_contents(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s, h in zip(rows, states, held)])
+    remember_contents(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s,
+                           h in zip(rows, states, held)])
     db.close()
     return sha
 
@@ -301,9 +316,11 @@ def _rows_each(n, each):
 def _index(part, shards, build):
     "Write index.arrow from the files of images; its sha-256, and the errors by name"
     import pyarrow as pa
-    tables = [_arrow(pa.memory_map(os.fsencode(part/_shard_name(k))), build).read_all().select(_INDEX) for k in range(shards)]
+    tables = [_arrow(pa.memory_map(os.fsencode(part/_shard_name(k))), build).read_all().select(_INDEX)
+              for k in range(shards)]
     index = pa.concat_tables(tables).combine_chunks()
-    errors = {r['item']: r['error'] for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
+    errors = {r['item']: r['error']
+              for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
     return _write_arrow(part/'index.arrow', index, build), errors
 
 # %% ../nbs/01h_packs.ipynb #f9c8323a
@@ -326,7 +343,8 @@ class Bar:
         if self.bar is not None: self.bar.update(n)
         elif now - self.told > 10 and 10*before//self.total < 10*self.done//self.total < 10:
             rate, self.told = self.done/(now - self.began), now
-            self.tell(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, {duration((self.total - self.done)/rate)} to go')
+            self.tell(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
+                      f'{duration((self.total - self.done)/rate)} to go')
     def close(self):
         "Leave the terminal as it was."
         if self.bar is not None: self.bar.close()
@@ -335,21 +353,24 @@ class Bar:
 def _room(part, wanted):
     "Raises InputError where the disk is too small"
     free = shutil.disk_usage(part).free + sum(f.stat().st_size for f in part.iterdir())
-    if wanted*1.05 > free: raise InputError(f'{short_path(part.parent)} has {file_size(free)} free, and this pack needs about {file_size(wanted)}: '
+    if wanted*1.05 > free: raise InputError(f'{short_path(part.parent)} has {file_size(free)} free, and this pack '
+                                            f'needs about {file_size(wanted)}: '
                                             'choose another --dest, a smaller --size, or --kind jpeg')
 
 # %% ../nbs/01h_packs.ipynb #6ab662f0
 def _finish(part, whole, table, kind, size, build, files, rows, tell):
     "Complete `part` and give it the name `whole`; the errors by name"
     files['index.arrow'], errors = _index(part, len(files), build)
-    about = {'format': FORMAT, 'build': build, 'name': table.name, 'kind': kind, 'size': size, 'quality': QUALITY if kind == 'jpeg' else None,
-             'images': len(table), 'classes': table.classes, 'rows': rows, 'bytes': sum((part/f).stat().st_size for f in files),
-             'files': files, 'source': str(table.source.root)}
+    about = {'format': FORMAT, 'build': build, 'name': table.name, 'kind': kind, 'size': size,
+             'quality': QUALITY if kind == 'jpeg' else None,
+             'images': len(table), 'classes': table.classes, 'rows': rows,
+             'bytes': sum((part/f).stat().st_size for f in files), 'files': files, 'source': str(table.source.root)}
     write_json(part/'pack.json', about)
     about['fingerprint'] = fingerprint(from_pack(part))
     write_json(part/'pack.json', about)
     for stray in part.iterdir():
-        if stray.name not in (*files, 'pack.json', 'build.json') and not stray.name.startswith('images-'): stray.unlink()
+        if stray.name not in (*files, 'pack.json', 'build.json') and not stray.name.startswith('images-'):
+            stray.unlink()
     _put(part, whole, tell)
     for side in (whole/'build.json', *whole.glob('images-*')):
         if side.name not in files: side.unlink()
@@ -363,7 +384,9 @@ def _put(part, whole, tell):
     for old in part.parent.iterdir():
         if not (old.name.startswith(f'.{whole.name}.') and old.name.endswith('.old')): continue
         try: shutil.rmtree(old)
-        except OSError as e: tell(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read it): delete it later')
+        except OSError as e:
+            tell(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read '
+                 'it): delete it later')
 
 # %% ../nbs/01h_packs.ipynb #05b04469
 def pack(
@@ -377,13 +400,17 @@ def pack(
     "Build a pack, or go on building it; raises `InputError` for what can't be packed."
     if kind not in PACK_KINDS: raise unknown_name(kind, PACK_KINDS, 'kind')
     if not 8 <= size <= 8192 and (size, kind) != (0, 'jpeg'):
-        raise InputError(f'size={size}: give 8 to 8192 px' + (', or 0 with kind jpeg, which keeps files as they are' if size else
+        raise InputError(f'size={size}: give 8 to 8192 px'
+                         + (', or 0 with kind jpeg, which keeps files as they are' if size else
                          '; 0 keeps files as they are and goes with kind jpeg'))
     table = open_images(data)
-    if isinstance(table.source, Pixels): raise InputError(f'{table.name} is in memory already: a pack would not be faster')
-    if isinstance(table.source, Pack): raise InputError(f'{short_path(data)} is a pack already: give the images that it was made from')
+    if isinstance(table.source, Pixels):
+        raise InputError(f'{table.name} is in memory already: a pack would not be faster')
+    if isinstance(table.source, Pack):
+        raise InputError(f'{short_path(data)} is a pack already: give the images that it was made from')
     folder = Path(dest or packs_dir()).expanduser().absolute()
-    if folder.is_relative_to(table.source.root): raise InputError(f'dest={short_path(folder)} lies among the images: name a folder elsewhere')
+    if folder.is_relative_to(table.source.root):
+        raise InputError(f'dest={short_path(folder)} lies among the images: name a folder elsewhere')
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), tell)
 
@@ -391,7 +418,8 @@ def pack(
 def _build(table, kind, size, folder, workers, tell):
     "Find the pack in `folder`, or make it"
     from filelock import FileLock, Timeout
-    plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY), *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
+    plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY),
+                                     *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
     whole = folder/f'{table.name}-{kind}-{size}-{plan}'
     part, began = folder/f'.{whole.name}.part', time.perf_counter()
     try:
@@ -405,8 +433,10 @@ def _build(table, kind, size, folder, workers, tell):
             Path(f'{part}.lock').unlink(missing_ok=True)
     except Timeout: raise RunFailed(f'{short_path(folder)}: another process is making this pack') from None
     tell(f"{len(table):,} images, {file_size(_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
-    if folder != packs_dir(): tell(f'notebooks find packs in {short_path(packs_dir())} by themselves; this one by data={short_path(whole)}')
-    for item, why in list(errors.items())[:10]: tell(f'{item} {why}: training will stop there, or leave it out by bad=skip')
+    if folder != packs_dir():
+        tell(f'notebooks find packs in {short_path(packs_dir())} by themselves; this one by data={short_path(whole)}')
+    for item, why in list(errors.items())[:10]:
+        tell(f'{item} {why}: training will stop there, or leave it out by bad=skip')
     if len(errors) > 10: tell(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
     return whole
 
@@ -421,7 +451,8 @@ def _make(part, whole, table, kind, size, workers, tell):
     rows = _rows_each(len(table), each)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            files = {_shard_name(k): _make_shard(part, table, kind, build, k, range(start, min(start + rows, len(table))), pool, bar.tick)
+            files = {_shard_name(k): _make_shard(part, table, kind, build, k,
+                                                 range(start, min(start + rows, len(table))), pool, bar.tick)
                      for k, start in enumerate(range(0, len(table), rows))}
         return _finish(part, whole, table, kind, size, build, files, rows, tell)
     finally: bar.close()
@@ -452,7 +483,8 @@ def _indices(pack, table):
 # %% ../nbs/01h_packs.ipynb #4a11dc5d
 def _find(table, wanted, folder=None, tell=lambda line: None):
     "The table with the first pack of one of these (kind, size) as its source, None if there is none"
-    known = [(p, a) for p, a in _known(folder) if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
+    known = [(p, a) for p,
+             a in _known(folder) if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
     for kind, size in wanted:
         for path, about in known:
             if (about['kind'], about['size']) != (kind, size): continue
@@ -487,7 +519,9 @@ def _fits(table):
     "Whether the shrunk images take less than half of the memory that is free, here or in this container"
     import psutil
     free = psutil.virtual_memory().available
-    try: free = min(free, int(Path('/sys/fs/cgroup/memory.max').read_text()) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
+    try:
+        free = min(free,
+                   int(Path('/sys/fs/cgroup/memory.max').read_text()) - int(Path('/sys/fs/cgroup/memory.current').read_text()))
     except (OSError, ValueError): pass  # no container, or one without a limit
     return len(table)*table.presize**2*1.4*3 < free/2
 
@@ -502,22 +536,26 @@ def packed(
     kind, _, side = pack.partition('-')
     if pack not in ('auto', 'off', 'memory') and not (kind in (*PACK_KINDS, 'memory') and side.isdecimal()
                                                       and (8 <= int(side) <= 8192 or pack == 'jpeg-0')):
-        raise InputError(f'pack={pack!r}: give auto, off, memory, or a pack by kind and size, as raw-256 or memory-128 (8 to 8192 px)')
+        raise InputError(f'pack={pack!r}: give auto, off, memory, or a pack by kind and size, as raw-256 or memory-128 '
+                         '(8 to 8192 px)')
     if pack == 'off' or not isinstance(table.source, Files): return table
     if kind == 'memory': return in_memory(table, int(side or enough(size)), tell)
     found = _find(table, _wanted(size) if pack == 'auto' else [(kind, int(side))], tell=tell)
     for path, about in _known(outdated=True):
-        if about.get('name') == table.name: tell(f'the pack {path.name} is left aside: another version of imgexp made it, pack it again')
+        if about.get('name') == table.name:
+            tell(f'the pack {path.name} is left aside: another version of imgexp made it, pack it again')
     if found is not None:
         tell(f'images from the pack {found.source.path.name}' + ' (pack=off takes the files)'*(pack == 'auto'))
         return found
     if pack != 'auto':
         raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
-                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind {kind} --size {side}` makes it')
+                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind {kind} --size {side}` makes '
+                         'it')
     if size > 64: return table
     for _, about in _known():
         if about['name'] == table.name:
-            tell(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: pack={about['kind']}-{about['size']} takes it")
+            tell(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: "
+                 f"pack={about['kind']}-{about['size']} takes it")
     return in_memory(table, enough(size), tell)
 
 # %% ../nbs/01h_packs.ipynb #e0b2bfd4
@@ -535,7 +573,8 @@ def in_memory(
 ) -> Images:
     "`table` shrunk to `presize`, kept in memory where there is room."
     table, fits = replace(table, presize=presize), _fits(replace(table, presize=presize))
-    tell(f'images shrunk to {presize} px, ' + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
+    tell(f'images shrunk to {presize} px, '
+         + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
     return replace(table, source=Resident(table), indices=np.arange(len(table))) if fits else table
 
 # %% ../nbs/01h_packs.ipynb #86e00716
@@ -557,12 +596,14 @@ def as_prepared(
     kind, _, side = prepared.partition('-')
     if own and isinstance(table.source, Pack) and preparation(table) != prepared:
         options = f"--kind {'raw' if kind == 'presize' else 'jpeg'} --size {side or 0}"
-        raise InputError(f"{short_path(table.source.path)} holds {preparation(table) or 'whole files'}, and the run saw {prepared or 'whole files'}: "
+        raise InputError(f"{short_path(table.source.path)} holds {preparation(table) or 'whole files'}, and the run "
+                         f"saw {prepared or 'whole files'}: "
                          f"`imgexp data pack {shlex.quote(table.source.about['source'])} {options}` makes such a pack")
     if not prepared or not isinstance(table.source, Files): return table
     found = _find(table, [('raw' if kind == 'presize' else kind, int(side))])
     if found is not None: return found
     if own and kind == 'jpeg':
         raise InputError(f'the pack {prepared} of {table.name} is gone: '
-                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind jpeg --size {side}` makes it again')
+                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind jpeg --size {side}` makes it '
+                         'again')
     return replace(table, presize=int(side))

@@ -125,8 +125,10 @@ def share_gradients(
     if world() == 1: return net
     devices = [torch.cuda.current_device()] if next(net.parameters()).is_cuda else None
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in known)  # the newer torch's name first
-    return DistributedDataParallel(net, devices, gradient_as_bucket_view=True, find_unused_parameters=True, **{buffers: False})
+    # the newer torch's name first
+    buffers = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in known)
+    return DistributedDataParallel(net, devices, gradient_as_bucket_view=True, find_unused_parameters=True,
+                                   **{buffers: False})
 
 # %% ../nbs/02f_parallel.ipynb #d5c185d0
 class _Total(torch.autograd.Function):
@@ -164,7 +166,8 @@ def _synced(norm, x):
     from torch.nn.modules._functions import SyncBatchNorm
     if norm.track_running_stats: norm.num_batches_tracked += 1
     k = norm.momentum if norm.momentum is not None else 1/norm.num_batches_tracked.item()
-    return SyncBatchNorm.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, k, dist.group.WORLD, world())
+    return SyncBatchNorm.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, k,
+                               dist.group.WORLD, world())
 
 # %% ../nbs/02f_parallel.ipynb #62bc4751
 def sync_batch_norm(

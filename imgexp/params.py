@@ -81,10 +81,12 @@ def check_value(
     try: out = convert(value, kind)
     except (ValueError, TypeError):
         hint = f': {_range_text(allowed)}' if isinstance(allowed, (str, tuple)) else ''
-        if kind is str and isinstance(value, bool): hint = ': YAML reads on, off, yes and no so: write the word in quotes'
+        if kind is str and isinstance(value, bool):
+            hint = ': YAML reads on, off, yes and no so: write the word in quotes'
         raise InputError(f'{name}={value!r} is not {VALUE_KINDS[kind]}{hint}') from None
     if kind is str and printable(out) != out:
-        raise InputError(f'{name}={printable(out)} cannot be printed as it is: rename it, or give a link to it by another name')
+        raise InputError(f'{name}={printable(out)} cannot be printed as it is: rename it, or give a link to it by '
+                         'another name')
     check_range(name, out, allowed)
     return out
 
@@ -106,7 +108,9 @@ class Parameters(Mapping):
     def __init_subclass__(cls, heading='', **kw):
         super().__init_subclass__(**kw)
         taken = [n for n in cls.__dict__.get('__annotations__', {}) if hasattr(Parameters, n)]
-        if taken: raise InputError(f'a parameter cannot be named {taken[0]!r}, as a method of every table is: choose another name, say {taken[0]}_')
+        if taken:
+            raise InputError(f'a parameter cannot be named {taken[0]!r}, as a method of every table is: choose another '
+                             f'name, say {taken[0]}_')
         cls.heading = heading
         dataclass(cls, repr=False, eq=False, kw_only=True)
 
@@ -140,7 +144,8 @@ def groups(cls: Parameters) -> dict: # lists of Field by heading
     "The declarations by group."
     groups, declared = {}, {f.name: f for f in fields(cls)}
     _add_groups(cls, groups, set())
-    return {heading: [declared[n] for n in groups[heading]] for heading in sorted(groups, key=_position) if groups[heading]}
+    return {heading: [declared[n] for n in groups[heading]] for heading in sorted(groups, key=_position)
+            if groups[heading]}
 
 # %% ../nbs/00f_params.ipynb #7f1b6db2
 @patch(cls_method=True)
@@ -184,7 +189,7 @@ def not_in_id(self: Parameters) -> list: # names
     "The parameters that do not change the result of a run."
     return [n for n, f in type(self).table().items() if not f.metadata['in_id']]
 
-# %% ../nbs/00f_params.ipynb #99163502
+# %% ../nbs/00f_params.ipynb #10bd9e7f
 @patch
 def changed(self: Parameters) -> dict: # name: value
     "The parameters that differ from their defaults."
@@ -198,7 +203,7 @@ def _html_rows(values, table):
     return ''.join(f"<tr>{cell}{escape(n)}</td>{cell}<code>{escape(repr(v))}</code></td>"
                    f"{cell}{escape(table[n].metadata['help'])}</td></tr>" for n, v in values.items())
 
-# %% ../nbs/00f_params.ipynb #31984473
+# %% ../nbs/00f_params.ipynb #697892ac
 @patch
 def _repr_html_(self: Parameters):
     table, first = type(self).table(), self.given | self.changed().keys()
@@ -233,7 +238,8 @@ def make_table(
     for name in allowed or {}:
         if name not in defaults: raise unknown_name(name, list(defaults))
     declared = {n: param(v, '', (allowed or {}).get(n), n not in MANAGEMENT) for n, v in defaults.items()}
-    return type('NotebookParams', (Parameters,), {'__annotations__': {n: type(v) for n, v in defaults.items()}} | declared)
+    return type('NotebookParams', (Parameters,),
+                {'__annotations__': {n: type(v) for n, v in defaults.items()}} | declared)
 
 # %% ../nbs/00f_params.ipynb #2743750f
 def _table_of_cell(scope, allowed):

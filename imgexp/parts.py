@@ -48,7 +48,7 @@ class Mixtures(Part):
         if self.erase: x = _erase(x, u[:, 8:13], self.erase)
         self.learn.xb, self.learn.yb = (x,), (y,)
 
-# %% ../nbs/02h_parts.ipynb #49652736
+# %% ../nbs/02h_parts.ipynb #862e7c42
 class Schedule(Part):
     "Counts the optimizer's steps and sets learning rate and momentum before each."
     order, run_valid = 10, False
@@ -60,10 +60,12 @@ class Schedule(Part):
     def before_fit(self): self.total = self.since + (self.learn.n_epoch - self.learn.base)*self.dls.train.batches.n
     def before_batch(self):
         rate, momentum = self.policy((self.done - self.since)/(self.total - self.since), self.peak)
-        self.opt.set_hypers(**{'lr': [rate*g.get('lr_scale', 1.) for g in self.opt.opt.param_groups]} | ({} if momentum is None else {'mom': momentum}))
+        self.opt.set_hypers(**{'lr': [rate*g.get('lr_scale', 1.) for g in self.opt.opt.param_groups]}
+                            | ({} if momentum is None else {'mom': momentum}))
     def after_batch(self): self.done += 1
     def state(self): return {'done': self.done, 'since': self.since, 'base': self.learn.base, 'peak': self.peak}
-    def load(self, state): self.done, self.since, self.learn.base, self.peak = (state[k] for k in ('done', 'since', 'base', 'peak'))
+    def load(self, state):
+        self.done, self.since, self.learn.base, self.peak = (state[k] for k in ('done', 'since', 'base', 'peak'))
 
 # %% ../nbs/02h_parts.ipynb #ff6a7163
 class EMA(Part):
@@ -79,7 +81,8 @@ class EMA(Part):
         own, known = self.model.state_dict(keep_vars=True), self.mean
         own = {k: v for k, v in own.items() if v.is_floating_point()}
         self.learn.average = self
-        self.mean = {k: v.detach().clone().copy_(known.get(k, v)) for k, v in own.items()}  # in the network's memory layout
+        # in the network's memory layout
+        self.mean = {k: v.detach().clone().copy_(known.get(k, v)) for k, v in own.items()}
         self.pairs = [(v, self.mean[k]) for k, v in own.items()]
         self.weights = [pair for pair in self.pairs if isinstance(pair[0], nn.Parameter)]
     def after_fit(self): self.learn.average = None
@@ -114,7 +117,8 @@ def _swap(self: EMA):
 def measure(self: EMA):
     "Measure the batch norm statistics of the averaged weights; frozen ones stay."
     self.model.train()
-    norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+             and m.track_running_stats]
     self.model.eval()
     if not norms: return
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
@@ -136,7 +140,8 @@ def not_finite(
     if name := bad(model.named_parameters()): return f'weights {name}'
     found = []
     def look(name, out):
-        if isinstance(out, torch.Tensor) and not found and not out.isfinite().all(): found.append(f'output of layer {name}')
+        if isinstance(out, torch.Tensor) and not found and not out.isfinite().all():
+            found.append(f'output of layer {name}')
     hooks = [m.register_forward_hook(lambda m, i, out, name=n: look(name, out)) for n, m in model.named_modules() if n]
     try:
         with torch.no_grad(), context: model(images)
@@ -168,7 +173,8 @@ class Finite(Part):
         epoch, batch = divmod(at, self.dls.train.batches.n)
         late = (self.learn.epoch, self.dls.train.batch) != (epoch, batch)  # the weights have taken it up since
         what = self._what()
-        raise RunFailed(f'train_loss is not finite in epoch {epoch + 1}, batch {batch + 1}' + f" ({'since then' if late else 'first'}: {what})"*bool(what) +
+        raise RunFailed(f'train_loss is not finite in epoch {epoch + 1}, batch {batch + 1}'
+                        + f" ({'since then' if late else 'first'}: {what})"*bool(what) +
                         f": try a smaller lr (now {self.opt.hypers[0]['lr']:.2g}), clip=1, or precision=fp32")
     def _what(self):
         images = self.xb[0][:self.learn.micro_batch or None]
@@ -213,7 +219,8 @@ class EarlyStop(Part):
         if all_max(self.over or bool(self.history.to.stop_reason)): raise CancelFitException
     def after_epoch(self):
         value, best = self.history.row[self.by], self.best
-        if math.isfinite(value) and (best is None or (value > best if HIGHER[self.by] else value < best)): self.best, self.waited = value, 0
+        if math.isfinite(value) and (best is None or (value > best if HIGHER[self.by] else value < best)):
+            self.best, self.waited = value, 0
         else: self.waited += 1
         if self.over and self.learn.epoch + 1 < self.learn.n_epoch:
             self.tell(f'no better {self.by} in {self.patience} epochs: ends after epoch {self.learn.epoch + 1}')
@@ -224,7 +231,9 @@ class EarlyStop(Part):
 def _counts(pred, y):
     "Sums over a batch, on its device: loss, top-1, top-5 (NaN where targets are mixtures), images"
     kind, n = torch.float32 if y.device.type == 'mps' else torch.float64, torch.full((), len(y), device=y.device)
-    if y.ndim == 2: return torch.stack([F.cross_entropy(pred, y, reduction='sum'), *torch.full((2,), torch.nan, device=y.device), n]).to(kind)
+    if y.ndim == 2:
+        return torch.stack([F.cross_entropy(pred, y, reduction='sum'), *torch.full((2,), torch.nan, device=y.device),
+                            n]).to(kind)
     probs = pred.softmax(1)
     before, loss = ranks(probs, y), -true_probs(probs, y).to(kind).log().sum()
     return torch.stack([loss, *((before < k).sum().to(kind) for k in (1, 5)), n.to(kind)])
@@ -259,16 +268,19 @@ class History(Part):
     def after_epoch(self):
         sums, self.sums = {k: all_sum(v).tolist() for k, v in self.sums.items()}, {}
         for split in ('train', 'valid'):
-            if not sums.get(split, [0])[-1]: raise RunFailed(f'none of the {split} images can be read: mend them, or name other data')
-        self.row = dict(epoch=self.learn.epoch + 1, step=self.schedule.done, images=self.images, seconds=round(self.elapsed(), 2),
-                        lr=self.opt.hypers[0]['lr'])
-        for split, (loss, top1, _, n) in sums.items(): self.row |= {f'{split}_loss': loss/n, f'{split}_top1': None if np.isnan(top1) else top1/n}
+            if not sums.get(split, [0])[-1]:
+                raise RunFailed(f'none of the {split} images can be read: mend them, or name other data')
+        self.row = dict(epoch=self.learn.epoch + 1, step=self.schedule.done, images=self.images,
+                        seconds=round(self.elapsed(), 2), lr=self.opt.hypers[0]['lr'])
+        for split, (loss, top1, _, n) in sums.items():
+            self.row |= {f'{split}_loss': loss/n, f'{split}_top1': None if np.isnan(top1) else top1/n}
         if self.learn.sizes: self.row['train_size'] = self.learn.train_size(self.learn.epoch)
         self.row |= dict(valid_top5=sums['valid'][2]/sums['valid'][3], img_per_s=round(self.speed, 1),
                          peak_mem_mb=all_max(round(peak_memory(self.dls.device))))
 
     def state(self):
-        return {'sums': {k: all_sum(v) for k, v in self.sums.items()}, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
+        return {'sums': {k: all_sum(v) for k, v in self.sums.items()}, 'images': self.images, 'seconds': self.elapsed(),
+                'skipped': self.skipped()}
     def load(self, state):
         "Go on adding where a checkpoint stands; the first process holds what all have added so far"
         self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
@@ -295,7 +307,8 @@ class Progress(Part):
         if sys.stderr.isatty() and rank() == 0:
             from tqdm import tqdm
             done = self.learn.first_batch
-            self.bar = tqdm(total=len(self.dls.train) + done, initial=done, leave=False, desc=f'epoch {self.learn.epoch + 1}/{self.learn.n_epoch}')
+            self.bar = tqdm(total=len(self.dls.train) + done, initial=done, leave=False,
+                            desc=f'epoch {self.learn.epoch + 1}/{self.learn.n_epoch}')
 
     def after_batch(self):
         if not self.learn.training: return
@@ -311,7 +324,8 @@ class Progress(Part):
         r = self.history.row
         top1 = f"{r['train_top1']:.1%} (valid {r['valid_top1']:.1%})" if r['train_top1'] is not None else f"valid {r['valid_top1']:.1%}"
         decay = f", weight decay {r['weight_decay']:.2g}" if 'weight_decay' in r else ''
-        self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid {r['valid_loss']:.3f}), "
+        self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid "
+                  f"{r['valid_loss']:.3f}), "
                   f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
 
@@ -339,9 +353,11 @@ class Bottleneck(Part):
         waited, moved = self.dls.train.waited - self.before[0], self.dls.train.moved - self.before[1]
         spent = {'waiting': waited, 'moving': moved, 'computing': self.seconds - waited - moved}
         self.shares = {k: round(v/self.seconds, 3) for k, v in spent.items()}
-        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them', 'computing'), self.shares.values()))
+        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them',
+                                                                       'computing'), self.shares.values()))
                   + self._advice())
     def _advice(self):
         source = self.dls.train.table.source
         if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''
-        return '; more workers would help' if not isinstance(source, Files) else '; `imgexp data pack` or more workers would help'
+        return '; more workers would help' if not isinstance(source,
+                                                             Files) else '; `imgexp data pack` or more workers would help'

@@ -40,9 +40,10 @@ _SMALL = _QUICK | dict(
     crop=0.7, erase=0.25, epochs=12, batch_size=128, optimizer='sgd', lr=0.2, weight_decay=5e-4, label_smoothing=0.1)
 
 _OURS = {
-    'quick': Recipe(_QUICK, expected='97.7 ± 0.9 % (digits, 3 seeds, n=359)', cost='15 s, 2 CPU cores', source='imgexp', differs='nothing'),
-    'scratch-small': Recipe(_SMALL, expected='92.8 ± 0.1 % (Fashion-MNIST 28 px, 3 × n=10,000)', cost='8 min, 2 CPU cores', source='imgexp',
-                            differs='nothing')}
+    'quick': Recipe(_QUICK, expected='97.7 ± 0.9 % (digits, 3 seeds, n=359)', cost='15 s, 2 CPU cores', source='imgexp',
+                    differs='nothing'),
+    'scratch-small': Recipe(_SMALL, expected='92.8 ± 0.1 % (Fashion-MNIST 28 px, 3 × n=10,000)',
+                            cost='8 min, 2 CPU cores', source='imgexp', differs='nothing')}
 
 # %% ../nbs/02j_recipes.ipynb #02a6ef01
 _ALL = 'Nesterov momentum (there plain)'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fetch']
 
-# %% ../nbs/01_retrieval.ipynb #2
+# %% ../nbs/01_retrieval.ipynb #89805b18
 import json, os, re, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +21,11 @@ from .files import display_path, read_json, write_json
 from .layouts import LAYOUTS, parent_of, place_images, read_lines, read_mat, subfolders, unknown_class
 from .text import message
 
-# %% ../nbs/01_retrieval.ipynb #6
-def _from_mirror(remote, base_url): return replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}") if base_url else remote
+# %% ../nbs/01_retrieval.ipynb #2ccce4e0
+def _from_mirror(remote, base_url):
+    return replace(remote, url=f"{base_url.rstrip('/')}/{remote.name}") if base_url else remote
 
-# %% ../nbs/01_retrieval.ipynb #7
+# %% ../nbs/01_retrieval.ipynb #a651b01a
 _INDEX = Remote('https://storage.googleapis.com/download.tensorflow.org/data/imagenet_class_index.json', 35_363,
                 'md5:c2c37ea517e94d9795004a39431a14cb')  # Keras
 
@@ -33,7 +34,7 @@ def _class_index(base_url='', **net):
     path = download(_from_mirror(_INDEX, base_url), data_dir(), **net)
     return dict(json.loads(path.read_text()).values())
 
-# %% ../nbs/01_retrieval.ipynb #8
+# %% ../nbs/01_retrieval.ipynb #c6912068
 def _imagenet_ids(names, index):
     "WordNet ids of ids and names; raises `InputError` for an unknown or ambiguous name"
     out = []
@@ -47,7 +48,7 @@ def _imagenet_ids(names, index):
         out += ids
     return out
 
-# %% ../nbs/01_retrieval.ipynb #11
+# %% ../nbs/01_retrieval.ipynb #35f46b4a
 @dataclass
 class _Job:
     "A data set that is being fetched"
@@ -71,7 +72,7 @@ class _Job:
         remote = _from_mirror(replace(remote, page=remote.page or self.entry.page), self.base_url)
         return download(remote, self.downloads, stop=stop, **self.net)
 
-# %% ../nbs/01_retrieval.ipynb #12
+# %% ../nbs/01_retrieval.ipynb #a40f79c7
 @patch
 def unpack(self: _Job, path, folder, **kw):
     "Unpack an archive once; a damaged download is removed."
@@ -85,13 +86,13 @@ def unpack(self: _Job, path, folder, **kw):
         raise BadArchive(f'{e}: it was removed, the same command fetches it again') from None
     done.touch()
 
-# %% ../nbs/01_retrieval.ipynb #13
+# %% ../nbs/01_retrieval.ipynb #1ec09a7c
 @patch
 def drop(self: _Job, path):
     "Remove a downloaded archive unless it is to be kept."
     if not self.keep and path.parent == self.downloads: path.unlink(missing_ok=True)
 
-# %% ../nbs/01_retrieval.ipynb #14
+# %% ../nbs/01_retrieval.ipynb #b72dd666
 @patch
 def clear(self: _Job):
     "Remove temporary files."
@@ -100,7 +101,7 @@ def clear(self: _Job):
     try: self.downloads.parent.rmdir()
     except OSError: pass
 
-# %% ../nbs/01_retrieval.ipynb #16
+# %% ../nbs/01_retrieval.ipynb #af2da5a1
 @contextmanager
 def _one_at_a_time(root):
     "One process at a time; a second one says that it waits"
@@ -114,7 +115,7 @@ def _one_at_a_time(root):
     try: yield
     finally: lock.release()
 
-# %% ../nbs/01_retrieval.ipynb #17
+# %% ../nbs/01_retrieval.ipynb #040fa538
 def _hub_files(job):
     "Files listed by the Hugging Face hub, each with size and sha-256"
     try: rows = json.loads(job.get(Remote(job.entry.listing, file='listing.json')).read_text())
@@ -125,7 +126,7 @@ def _hub_files(job):
     return tuple(Remote(f"{base}/{r['path']}", r['size'], f"sha256:{r['lfs']['oid']}")
                  for r in rows if r['path'].endswith('.parquet'))
 
-# %% ../nbs/01_retrieval.ipynb #18
+# %% ../nbs/01_retrieval.ipynb #0b091e0e
 def _fetch_all(job):
     "Download all files, unpack them, place the images"
     if job.entry.layout == 'parquet' and not find_spec('pyarrow'):
@@ -149,7 +150,7 @@ def _fetch_all(job):
         raise BadArchive(f'the files of {job.root.name} are not those of the official layout '
                          f'({type(e).__name__}: {e})') from None
 
-# %% ../nbs/01_retrieval.ipynb #20
+# %% ../nbs/01_retrieval.ipynb #b6bc85c5
 def _class_folder(job, wnid, read):
     "Unpack a class by `read`, and move it to `train/` once it is complete"
     target, raw = job.root/'train'/wnid, job.raw/wnid
@@ -159,7 +160,7 @@ def _class_folder(job, wnid, read):
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(raw, target)
 
-# %% ../nbs/01_retrieval.ipynb #21
+# %% ../nbs/01_retrieval.ipynb #d020c298
 def _fetch_classes(job):
     "One archive per class, several at once"
     def one(wnid, stop):
@@ -169,7 +170,7 @@ def _fetch_classes(job):
         job.drop(path)
     each(one, job.classes, job.jobs)
 
-# %% ../nbs/01_retrieval.ipynb #22
+# %% ../nbs/01_retrieval.ipynb #4d713d5e
 def _official_train(job, path):
     "ILSVRC2012_img_train.tar: an archive of one archive per class"
     seen, links = set(), []
@@ -184,7 +185,7 @@ def _official_train(job, path):
     for wnid in job.classes:
         if wnid not in seen: raise InputError(f'class {wnid} is none of the {len(seen) or 1000} in {path.name}')
 
-# %% ../nbs/01_retrieval.ipynb #23
+# %% ../nbs/01_retrieval.ipynb #ef155f0b
 def _official_valid(job, path, devkit):
     "ILSVRC2012_img_val.tar, with the labels of the devkit"
     job.unpack(devkit, job.raw/'devkit')
@@ -195,7 +196,7 @@ def _official_valid(job, path, devkit):
     names = [f'ILSVRC2012_val_{i + 1:08d}.JPEG' for i in range(len(labels))]
     place_images((('valid', c, n, job.raw/'val'/n) for n, c in zip(names, labels)), job.root, job.classes)
 
-# %% ../nbs/01_retrieval.ipynb #24
+# %% ../nbs/01_retrieval.ipynb #248133b2
 def _check_imagenet(entry, wanted, local):
     "Raise `InputError` unless classes or official archives are given"
     train, val, devkit = (local.get(r.name) for r in entry.files())
@@ -213,7 +214,7 @@ def _fetch_imagenet(job):
     if val: _official_valid(job, val, devkit)
     if not (train or val): _fetch_classes(job)
 
-# %% ../nbs/01_retrieval.ipynb #25
+# %% ../nbs/01_retrieval.ipynb #2898f3a0
 def _user_archives(entry, size, archives):
     "{name: path} of the archives that the user has, each verified as the published one"
     published, out = {r.name: r for r in entry.files(size)}, {}
@@ -228,7 +229,7 @@ def _user_archives(entry, size, archives):
         out[path.name] = path
     return out
 
-# %% ../nbs/01_retrieval.ipynb #26
+# %% ../nbs/01_retrieval.ipynb #b3dd88b1
 def _counts(root):
     "Number of images: {split: {class: n}}"
     def n(folder): return sum(1 for _ in os.scandir(folder))
@@ -242,7 +243,7 @@ def _is_complete(root, wanted, more):
     return all((root/s/c).is_dir() and any(os.scandir(root/s/c)) for s, cs in state['counts'].items() for c in cs) \
         and all(any(c in cs for cs in state['counts'].values()) for c in wanted)
 
-# %% ../nbs/01_retrieval.ipynb #27
+# %% ../nbs/01_retrieval.ipynb #f2c6faf7
 def _finish(job):
     "Write down the counts, and say where they differ from the published ones"
     name, counts, old = job.root.name, _counts(job.root), read_json(job.root/'.imgexp.json') or {}
@@ -256,7 +257,7 @@ def _finish(job):
         if complete and not job.entry.by_class and published is not None and found[s] != published:
             message(f'{name}: {s} has {found[s]:,} images where {published:,} are published')
 
-# %% ../nbs/01_retrieval.ipynb #28
+# %% ../nbs/01_retrieval.ipynb #8c38a270
 def fetch(
     name: str | Entry,    # 'food-101', 'imagenette-320', …: see `catalog()`
     dest: str | Path | None = None,  # folder of data sets, the result is dest/NAME; `data_dir()` by default
@@ -279,7 +280,8 @@ def fetch(
     if entry.by_class: _check_imagenet(entry, wanted, local)
     job = _Job(entry, size, root, wanted, local, base_url, keep, jobs, net)
     with _one_at_a_time(root):
-        if _is_complete(root, wanted, local if entry.by_class else ()): message(f'{root.name} is there already: {display_path(root)}')
+        if _is_complete(root, wanted, local if entry.by_class else ()):
+            message(f'{root.name} is there already: {display_path(root)}')
         else:
             root.mkdir(exist_ok=True)
             write_json(root/'.imgexp.json', (read_json(root/'.imgexp.json') or {}) | {'unfinished': True})

@@ -44,7 +44,8 @@ def list_runs(
     "The table of all runs: state, duration, epochs, accuracy, disk, and the parameters in which they differ."
     import pandas as pd
     folder = Path(root or project_root())/'runs'
-    folders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name != 'sweeps') if folder.is_dir() else []
+    folders = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.')
+                     and d.name != 'sweeps') if folder.is_dir() else []
     rows = [row for row in map(_row, folders) if row]
     shown = _shown([params for _, params in rows], columns)
     table = pd.DataFrame([row | {k: params[k] for k in shown if k in params} for row, params in rows],

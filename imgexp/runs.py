@@ -194,8 +194,8 @@ def _record_attempt(self: Run):
     a, b = _deciding(previous[-1]), _deciding(current)
     changed = ', '.join(f'{k} {a[k]} before, {b[k]} now' for k in a if a[k] != b[k])
     if changed:
-        print(f'run {self.name} continues, but its result will not be bit for bit that of an uninterrupted one: {changed}',
-              file=sys.stderr)
+        print(f'run {self.name} continues, but its result will not be bit for bit that of an uninterrupted one: '
+              f'{changed}', file=sys.stderr)
 
 # %% ../nbs/00g_runs.ipynb #8765c18b
 @patch
@@ -370,7 +370,8 @@ def _repr_html_(self: Run):
     "State, main numbers with n and interval, and the directory"
     color = {'done': '#2a7d3a', 'failed': '#b3261e', 'died': '#b3261e'}.get(self.state, '#8a6d00')
     error = self.status.get('error')
-    rows = [*self.headline(), *([('error', error)] if error else []), *self.attempt_rows(), ('directory', short_path(self.dir))]
+    rows = [*self.headline(), *([('error', error)] if error else []), *self.attempt_rows(),
+            ('directory', short_path(self.dir))]
     cell = "<td style='text-align:left'>"
     body = ''.join(f'<tr>{cell}{escape(k)}</td>{cell}{escape(str(v))}</td></tr>' for k, v in rows)
     return (f"<div><b>{escape(self.name)}</b> <span style='color:{color}'>● {escape(self.state)}</span>"

@@ -35,7 +35,8 @@ def _regular(k, spike=1.):
 def _box(w, h): return np.array([[-w, -h], [w, -h], [w, h], [-w, h]])
 def _oval(w): return _regular(48) * [w, 1]
 
-_CROSS = np.array([[-1, -3], [1, -3], [1, -1], [3, -1], [3, 1], [1, 1], [1, 3], [-1, 3], [-1, 1], [-3, 1], [-3, -1], [-1, -1]]) / 3.2
+_CROSS = np.array([[-1, -3], [1, -3], [1, -1], [3, -1], [3, 1], [1, 1], [1, 3], [-1, 3], [-1, 1], [-3, 1], [-3, -1],
+                   [-1, -1]]) / 3.2
 _ARROW = np.array([[0, -1], [.8, 0], [.35, 0], [.35, 1], [-.35, 1], [-.35, 0], [-.8, 0]])
 SHAPES = {'circle': _oval(1), 'ellipse': _oval(.72), 'square': _box(.8, .8), 'rectangle': _box(.6, .9),
           'pentagon': _regular(5), 'hexagon': _regular(6), 'star5': _regular(5, .45), 'star6': _regular(6, .55),
@@ -71,7 +72,8 @@ def draw_shape(
     slope = np.linspace(0, 1, size)[:, None, None]
     noise = uniforms(int(u[6]*2**31), 0, np.arange(size*size)).reshape(size, size, 1) - .5
     if domain == 'sketch':
-        edge = cv2.polylines(np.zeros((size, size), np.uint8), [points], True, 255, max(1, size//24), cv2.LINE_AA, 4)[..., None]/255.
+        edge = cv2.polylines(np.zeros((size, size), np.uint8), [points], True, 255, max(1, size//24), cv2.LINE_AA,
+                             4)[..., None]/255.
         ink = np.maximum(edge, mask*(1 - texture)*.7)
         return np.uint8(np.clip((230 + 20*noise)*(1 - ink) + 40*ink, 0, 255).repeat(3, 2))
     ground = 255*(u[7:10]*(1 - slope) + u[10:13]*slope)*.6 + 40
@@ -88,7 +90,8 @@ def shapes(
     seed: int = 0,          # another seed draws other images
 ) -> Images:
     "Colored textured shapes drawn by code."
-    if not 2 <= n_classes <= len(SHAPES)*len(TEXTURES): raise InputError(f'n_classes={n_classes} is out of range: 2 to 40')
+    if not 2 <= n_classes <= len(SHAPES)*len(TEXTURES):
+        raise InputError(f'n_classes={n_classes} is out of range: 2 to 40')
     labels = np.arange(n) % n_classes
     u = uniforms(seed, 0 if domain == 'photo' else 1, np.arange(n), 24)
     pixels = np.stack([draw_shape(c, size, row, domain) for c, row in zip(labels, u)])

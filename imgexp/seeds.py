@@ -26,13 +26,15 @@ def train_seeds(
     n: int,      # number of seeds, 1 and up
 ) -> list:       # of `Run`, finished
     "One run for each seed; the same call continues, and repeats nothing that is finished."
-    (distributed, rank_zero_print, all_max), began, runs, minutes = _collectives(), time.monotonic(), [], p.get('max_minutes', 0)
+    (distributed, rank_zero_print,
+     all_max), began, runs, minutes = _collectives(), time.monotonic(), [], p.get('max_minutes', 0)
     reuse = {'resume': 'reuse'} if p.resume == 'auto' else {}
     with distributed():
         for seed in range(p.seed, p.seed + n):
             rank_zero_print(f'seed {seed} ({seed - p.seed + 1} of {n})')
             left = minutes - (time.monotonic() - began)/60
-            if all_max(minutes > 0 and left <= 0): raise Stopped('the time allowed by max_minutes is over; the same command continues')
+            if all_max(minutes > 0 and left <= 0):
+                raise Stopped('the time allowed by max_minutes is over; the same command continues')
             one = p.replace(seed=seed, **reuse, **({'max_minutes': left} if minutes else {}))
             one.given = p.given | {'seed'}
             runs.append(experiment.train(one))
@@ -52,9 +54,11 @@ def over_seeds(
 ):              # a pandas table: a row for each run, then mean, standard deviation, and the numbers of images
     "Results of several seeds with mean and standard deviation."
     import pandas as pd
-    rows = [{'seed': r.params.get('seed'), 'run': r.name} | {f'{s}_top1': r.top1(s) for s in ('valid', 'test')} for r in runs]
+    rows = [{'seed': r.params.get('seed'), 'run': r.name} | {f'{s}_top1': r.top1(s) for s in ('valid', 'test')}
+            for r in runs]
     table = pd.DataFrame(rows).dropna(axis=1, how='all').set_index('seed')
     numbers = table.select_dtypes('number')
     foot = pd.DataFrame({'mean': numbers.mean(), 'sd': numbers.std()}).T
-    foot.insert(0, 'run', ', '.join([f'{len(runs)} seeds', *filter(None, (_images_of(runs, s) for s in ('valid', 'test')))]))
+    foot.insert(0, 'run',
+                ', '.join([f'{len(runs)} seeds', *filter(None, (_images_of(runs, s) for s in ('valid', 'test')))]))
     return pd.concat([table, foot]).rename_axis('seed').round(4)

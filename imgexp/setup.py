@@ -31,10 +31,13 @@ class ProgressiveParams(Parameters, heading='training'):
     sizes: str = param('', 'sides of the training images over the epochs (128-192, or 160-192@0.65-0.8); empty as size')
 
 class RecipeParams(Parameters, heading='training'):
-    recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; it fills in what you do not set', ['', *RECIPES], in_id=False)
-    extend: str = param('', 'a finished run to train further, for so many more epochs, with its parameters where you give none')
+    recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; it fills in what you do not set',
+                        ['', *RECIPES], in_id=False)
+    extend: str = param('', 'a finished run to train further, for so many more epochs, with its parameters where you '
+                            'give none')
 
-class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, ProgressiveParams, PackParams, RunParams):
+class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, ProgressiveParams, PackParams,
+                  RunParams):
     "Parameters of `imgexp train`."
 
 # %% ../nbs/02n_setup.ipynb #63fcbcae
@@ -43,12 +46,17 @@ def find_parent(
 ): # the finished `Run` that is trained further, or None
     "The run that `extend` names; raises `InputError` where there is none, or it is not finished, or not one of 03_train."
     if not p.extend: return None
-    named = [] if (Path(p.extend)/'params.json').is_file() else [Run(d) for d in runs_dir().glob(f'*{p.extend}*') if (d/'params.json').is_file()]
-    finished = [r for r in named if r.finished and not r.params.get('extend', '').endswith(p.extend)]  # its children carry its name too
+    named = [] if (Path(p.extend)/'params.json').is_file() else [Run(d) for d in runs_dir().glob(f'*{p.extend}*')
+                                                                 if (d/'params.json').is_file()]
+    # its children carry its name too
+    finished = [r for r in named if r.finished and not r.params.get('extend', '').endswith(p.extend)]
     run = finished[0] if len(finished) == 1 else _find(p.extend)
-    if not run.finished: raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: give its own parameters again, and it continues')
+    if not run.finished:
+        raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: give its own parameters again, and it '
+                         'continues')
     if run.notebook == '03_train': return run
-    raise InputError(f'extend={p.extend!r}: run {run.name} is one of {run.notebook}: only a run of 03_train can be trained further')
+    raise InputError(f'extend={p.extend!r}: run {run.name} is one of {run.notebook}: only a run of 03_train can be '
+                     'trained further')
 
 def _find(name):
     try: return find_run(name)
@@ -60,8 +68,10 @@ def _parent_values(p, given, parent):
     renamed = RENAMED.get(parent.notebook, {})
     values = {renamed.get(k, k): v for k, v in parent.params.items()}
     for k in given & {'arch', 'retrain', 'optimizer'}:
-        if p[k] != values[k]: raise InputError(f'{k}={p[k]!r}: run {parent.name} has {values[k]!r}: leave {k} out to extend it')
-    if values['sizes']: values['sizes'] = str(image_sizes(values['sizes'], values['size'], values['epochs'])[-1])  # where it ended
+        if p[k] != values[k]:
+            raise InputError(f'{k}={p[k]!r}: run {parent.name} has {values[k]!r}: leave {k} out to extend it')
+    # where it ended
+    if values['sizes']: values['sizes'] = str(image_sizes(values['sizes'], values['size'], values['epochs'])[-1])
     folder = Path(parent.folder)/values['data']
     if not Path(values['data']).exists() and folder.is_dir(): values['data'] = str(folder)
     base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs')}
@@ -73,7 +83,8 @@ def _recipe_values(p, given):
     if not p.recipe: return {}
     values = recipe(p.recipe, *(p[k] if k in given else 0 for k in ('batch_size', 'epochs')))
     if 'optimizer' in given and 'lr' not in given and values['optimizer'] != p.optimizer:
-        raise InputError(f"optimizer={p.optimizer!r}: the learning rate of recipe={p.recipe} is for {values['optimizer']}: "
+        raise InputError(f"optimizer={p.optimizer!r}: the learning rate of recipe={p.recipe} is for "
+                         f"{values['optimizer']}: "
                          'give lr too (0 asks the LR finder)')
     return values
 
@@ -84,7 +95,8 @@ def resolve_train(
     "Fill in the values of a recipe, or of the run that is trained further; raises `InputError` where they contradict."
     given, parent = p.given | p.changed().keys(), find_parent(p)
     if p.recipe and parent:
-        raise InputError(f'extend={p.extend!r} keeps the recipe of that run: leave recipe out, or start anew without extend')
+        raise InputError(f'extend={p.extend!r} keeps the recipe of that run: leave recipe out, or start anew without '
+                         'extend')
     values = _parent_values(p, given, parent) if parent else _recipe_values(p, given)
     filled = {k: v for k, v in values.items() if k in p and (k not in given or k == 'extend')}
     out = p.replace(**filled)
@@ -113,7 +125,8 @@ def load_learner(
         if p.arch.startswith(('vit', 'maxvit')):
             raise InputError(f'sizes={p.sizes!r}: {p.arch} takes images of one size: leave sizes empty')
         check_size(p.arch, side)
-    model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'], drop_path=p.drop_path)
+    model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'],
+                        drop_path=p.drop_path)
     norm = IMAGENET if p.weights else normalization(kept, p.size)
     return make_learner(kept, model, norm, sizes=_sizes(p), **LearnerParams.of(p))
 
@@ -127,7 +140,7 @@ def fit_run(
     if not run.finished: learn.set_precision(run.resolved.get('precision', p.precision))
     return fit(run, learn, parent=find_parent(p), **FitParams.of(p))
 
-# %% ../nbs/02n_setup.ipynb #92487955
+# %% ../nbs/02n_setup.ipynb #4b2b72ee
 def dependencies(
     p: TrainParams,
     table,     # of `load_table`
@@ -135,7 +148,8 @@ def dependencies(
 ) -> dict:     # data, weights; prepared, augment, extend where they apply
     "Identities of data, weights and code that the parameters name: part of the run's id."
     parent = find_parent(p)
-    optional = {'prepared': preparation(table), 'augment': augment_id(p.augment), 'extend': end_id(parent) if parent else ''}
+    optional = {'prepared': preparation(table), 'augment': augment_id(p.augment),
+                'extend': end_id(parent) if parent else ''}
     depends = {'data': table_id(table), 'weights': model.report.weights_id} | {k: v for k, v in optional.items() if v}
     for run in _unfinished_on_other_images(p, depends):
         before, now = (d.get('prepared', 'as they are') for d in (run.depends, depends))

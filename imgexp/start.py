@@ -71,7 +71,8 @@ def find_run(
     "The run called `name`; raises `InputError` where there is none, or more than one."
     folder = Path(folder or project_root()/'runs')
     if os.sep in name or name in ('.', '..'): return _run_at(Path(name))
-    names = sorted(d.name for d in folder.iterdir() if d.name[0] != '.' and (d/'params.json').is_file()) if folder.is_dir() else []
+    names = sorted(d.name for d in folder.iterdir() if d.name[0] != '.'
+                   and (d/'params.json').is_file()) if folder.is_dir() else []
     if name in names: return Run(folder/name)
     if name and (Path(name)/'params.json').is_file(): return _run_at(Path(name))
     matches = [n for n in names if name in n]
@@ -101,8 +102,10 @@ def _new_run(folder, record):
     part.mkdir()
     versions = {k: v for k in _RECORDED if (v := package_version(k))}
     try:
-        write_json(part/'params.json', record | {'versions': versions, 'git': git_commit(project_root()), 'folder': str(Path.cwd())})
-        while (path := folder/f"{datetime.fromtimestamp(began):%Y%m%d-%H%M%S}-{record['notebook']}-{record['id']}").exists(): began += 1
+        write_json(part/'params.json',
+                   record | {'versions': versions, 'git': git_commit(project_root()), 'folder': str(Path.cwd())})
+        while (path := folder/f"{datetime.fromtimestamp(began):%Y%m%d-%H%M%S}-{record['notebook']}-{record['id']}").exists():
+            began += 1
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -122,7 +125,8 @@ def _named_run(folder, record, name):
 def _candidates(folder, record):
     "Runs with the same id, newest first"
     runs = [Run(d) for d in sorted(folder.glob(f"*-{record['notebook']}-{record['id']}"), reverse=True) if d.is_dir()]
-    return [r for r in runs if r.id == record['id'] and (r.status or not (r.dir/'status.json').exists())]  # or killed before it began
+    # or killed before it began
+    return [r for r in runs if r.id == record['id'] and (r.status or not (r.dir/'status.json').exists())]
 
 # %% ../nbs/00h_start.ipynb #e98c796b
 def _reusable(run, record, observed):
@@ -175,7 +179,8 @@ def run_busy(
     "An error that names the owner of a run."
     s = run.status
     left = 0 if is_locked(run.dir/'lock') else STALE - seconds_since_write(run.dir/'status.json')
-    return RunBusy(f"run {run.name} belongs to process {s.get('pid')} on {s.get('host')} (since {s.get('started')}): wait for it, "
+    return RunBusy(f"run {run.name} belongs to process {s.get('pid')} on {s.get('host')} (since {s.get('started')}): "
+                   "wait for it, "
                    'stop it, or give resume=never for a run of its own'
                    + f'; if that machine is gone, the same command continues in {left:.0f} s'*(left > 0))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIAL_COLUMNS', 'counts_as_point', 'Sweep', 'reported_values', 'sweeps_dir', 'find_sweep']
 
-# %% ../nbs/06b_study.ipynb #2
+# %% ../nbs/06b_study.ipynb #17bf2ebb
 import hashlib, json, math
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,13 +19,14 @@ from .journal import load_optuna, open_storage, retrying
 from .start import runs_dir
 from .sweep_config import Halving, all_values, draw_share, read_metric, read_space, read_stopper
 
-# %% ../nbs/06b_study.ipynb #6
+# %% ../nbs/06b_study.ipynb #f0d28af2
 def _as_optuna(p, grid):
     "Optuna's distribution of a parameter, and a function from its choice to the value"
     load_optuna()
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     s, kind = p.settings, p.distribution
-    if grid or kind in ('constant', 'categorical'): return CategoricalDistribution([json.dumps(v) for v in all_values(p)]), json.loads
+    if grid or kind in ('constant', 'categorical'):
+        return CategoricalDistribution([json.dumps(v) for v in all_values(p)]), json.loads
     if kind == 'int_uniform': return IntDistribution(int(s['min']), int(s['max'])), int
     if kind == 'uniform': return FloatDistribution(s['min'], s['max']), float
     if kind == 'log_uniform': return FloatDistribution(math.exp(s['min']), math.exp(s['max']), log=True), float
@@ -37,7 +38,7 @@ def _optunas_choice(p, share, value, grid):
     if grid or p.distribution in ('constant', 'categorical'): return json.dumps(value)
     return value if p.distribution in ('int_uniform', 'uniform', 'log_uniform', 'log_uniform_values') else share
 
-# %% ../nbs/06b_study.ipynb #8
+# %% ../nbs/06b_study.ipynb #3b51301a
 def _pure_sampler(sweep):
     class DeterministicSampler(load_optuna().samplers.BaseSampler):
         at = None, None
@@ -53,14 +54,14 @@ def _sampler(sweep, number):
     seed = int(draw_share(sweep.seed, number, 'sampler')*2**32)
     return load_optuna().samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
 
-# %% ../nbs/06b_study.ipynb #9
+# %% ../nbs/06b_study.ipynb #53a4f1a9
 def counts_as_point(
     trial, # Optuna's record of it
 ) -> bool:
     "Whether a trial is a point of its own: neither a retry nor over the limit."
     return not trial.user_attrs.keys() & {'repeats', 'surplus'}
 
-# %% ../nbs/06b_study.ipynb #11
+# %% ../nbs/06b_study.ipynb #d5768ff2
 class Sweep:
     "A sweep: its folder, its configuration, and the journal of its trials."
     def __init__(
@@ -69,14 +70,18 @@ class Sweep:
     ):
         self.dir = Path(dir)
         self._saved = read_json(self.dir/'sweep.json')
-        if not self._saved: raise InputError(f'{short_path(self.dir)} is not a sweep: `imgexp sweep init FILE` makes one')
+        if not self._saved:
+            raise InputError(f'{short_path(self.dir)} is not a sweep: `imgexp sweep init FILE` makes one')
         self.name = self.dir.name
-        self.config, self.program, self.seed, self.threads, self.storage_name = (self._saved[k] for k in ('config', 'program', 'seed', 'threads', 'storage'))
+        self.config, self.program, self.seed, self.threads, self.storage_name = (self._saved[k]
+                                                                                 for k in ('config', 'program', 'seed',
+                                                                                           'threads', 'storage'))
         self.grid = self.config['method'] == 'grid'
         self.metric = read_metric(self.config.get('metric'))
         self.space = read_space(self.config['parameters'])
         self.by_name = {p.name: p for p in self.space}
-        self.stopper = read_stopper(self.config['early_terminate'], self.metric) if self.config.get('early_terminate') else None
+        self.stopper = read_stopper(self.config['early_terminate'],
+                                    self.metric) if self.config.get('early_terminate') else None
     @property
     def stopped(self): return (self.dir/'stop').exists()
     @property
@@ -86,29 +91,33 @@ class Sweep:
     @cached_property
     def varying(self): return [p.name for p in self.space if p.distribution != 'constant']
     @cached_property
-    def id(self): return hashlib.sha256(json.dumps([self.config, self.program, self.seed], sort_keys=True).encode()).hexdigest()[:8]
+    def id(self):
+        return hashlib.sha256(json.dumps([self.config, self.program, self.seed],
+                                         sort_keys=True).encode()).hexdigest()[:8]
     @cached_property
     def storage(self): return retrying(open_storage(self.storage_name, self.dir), f'the journal of sweep {self.name}')
     @cached_property
     def choices(self): return {p.name: _as_optuna(p, self.grid) for p in self.space}
     @cached_property
     def study(self): return self._study(_pure_sampler(self))
-    def reached(self, value): return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
+    def reached(self, value):
+        return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
     def trials(self): return self.study.get_trials(deepcopy=False)
     def trial_id(self, number): return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
     @cached_property
     def study_id(self): return self.storage.get_study_id_from_name(self.study.study_name)
 
-# %% ../nbs/06b_study.ipynb #12
+# %% ../nbs/06b_study.ipynb #48bc54e9
 @patch
 def _study(self: Sweep, sampler):
     optuna, name = load_optuna(), f'{self.name}-{self.id}'
     try: return optuna.load_study(study_name=name, storage=self.storage, sampler=sampler)  # which writes nothing
     except KeyError: pass
     direction = 'minimize' if self.metric.lower else 'maximize'
-    return optuna.create_study(storage=self.storage, study_name=name, sampler=sampler, load_if_exists=True, direction=direction)
+    return optuna.create_study(storage=self.storage, study_name=name, sampler=sampler, load_if_exists=True,
+                               direction=direction)
 
-# %% ../nbs/06b_study.ipynb #13
+# %% ../nbs/06b_study.ipynb #52762df6
 @patch
 def trial(
     self: Sweep,
@@ -117,7 +126,7 @@ def trial(
     "Optuna's record of a trial."
     return self.storage.get_trial(self.trial_id(number))
 
-# %% ../nbs/06b_study.ipynb #14
+# %% ../nbs/06b_study.ipynb #0479984f
 @patch
 def draw(
     self: Sweep,
@@ -128,7 +137,7 @@ def draw(
     p, share = self.by_name[name], draw_share(self.seed, k, name)
     return share, self.space.point(k)[name] if self.grid else p.value(share)
 
-# %% ../nbs/06b_study.ipynb #15
+# %% ../nbs/06b_study.ipynb #cdbbd95e
 @patch
 def point(
     self: Sweep,
@@ -137,7 +146,7 @@ def point(
     "All values of the k-th point of a random or grid sweep; for bayes, an example of what it may draw."
     return {p.name: self.draw(k, p.name)[1] for p in self.space}
 
-# %% ../nbs/06b_study.ipynb #19
+# %% ../nbs/06b_study.ipynb #c8d501b5
 @patch
 def draw_values(
     self: Sweep,
@@ -152,10 +161,11 @@ def draw_values(
     self.set_attrs(t.number, values=values)
     return values
 
-_SUGGEST = {'CategoricalDistribution': 'suggest_categorical', 'FloatDistribution': 'suggest_float', 'IntDistribution': 'suggest_int'}
+_SUGGEST = {'CategoricalDistribution': 'suggest_categorical', 'FloatDistribution': 'suggest_float',
+            'IntDistribution': 'suggest_int'}
 def _ends(d): return (list(d.choices),) if hasattr(d, 'choices') else (d.low, d.high)
 
-# %% ../nbs/06b_study.ipynb #20
+# %% ../nbs/06b_study.ipynb #a30f3509
 @patch
 @contextmanager
 def locked(self: Sweep):
@@ -173,7 +183,7 @@ def point_index(
     "Index of the point of a trial: repeated trials are not counted."
     return number - sum(not counts_as_point(t) for t in self.trials()[:number])
 
-# %% ../nbs/06b_study.ipynb #22
+# %% ../nbs/06b_study.ipynb #2fbc1642
 @patch
 def attr(
     self: Sweep,
@@ -184,7 +194,7 @@ def attr(
     "An attribute of a trial."
     return self.trial(number).user_attrs.get(key, default)
 
-# %% ../nbs/06b_study.ipynb #23
+# %% ../nbs/06b_study.ipynb #19618c8a
 @patch
 def set_attrs(
     self: Sweep,
@@ -194,7 +204,7 @@ def set_attrs(
     "Set attributes of a trial."
     for k, v in attrs.items(): self.storage.set_trial_user_attr(self.trial_id(number), k, to_plain(v))
 
-# %% ../nbs/06b_study.ipynb #24
+# %% ../nbs/06b_study.ipynb #c39e067f
 @patch
 def report(
     self: Sweep,
@@ -212,7 +222,7 @@ def reported_values(
     "Values of the metric, in the order of epochs."
     return [v for _, v in sorted(trial.intermediate_values.items())]
 
-# %% ../nbs/06b_study.ipynb #25
+# %% ../nbs/06b_study.ipynb #5b0bd3b7
 @patch
 def complete(
     self: Sweep,
@@ -229,7 +239,7 @@ def complete(
     else: self.study.tell(number, best)
     return best
 
-# %% ../nbs/06b_study.ipynb #26
+# %% ../nbs/06b_study.ipynb #9d53636f
 @patch
 def fail(
     self: Sweep,
@@ -241,7 +251,7 @@ def fail(
     self.set_attrs(number, error=error[:500])
     self.study.tell(number, state=TrialState.FAIL)
 
-# %% ../nbs/06b_study.ipynb #31
+# %% ../nbs/06b_study.ipynb #c46553cc
 @patch
 def stop_reason(
     self: Sweep,
@@ -252,11 +262,13 @@ def stop_reason(
     values, t = reported_values(trials[number]), trials[number]
     if self.reached(self.metric.best(values)): return 'the target is reached'
     if isinstance(self.stopper, Halving): early = self.stopper.pruner.prune(self.study, t)
-    elif self.stopper: early = self.stopper.ends(values, [reported_values(o) for o in trials if o.intermediate_values], self.metric.lower)
+    elif self.stopper:
+        early = self.stopper.ends(values, [reported_values(o) for o in trials if o.intermediate_values],
+                                  self.metric.lower)
     else: early = False
     return f'ended early after {len(values)} epoch' + 's'*(len(values) != 1) if early else ''
 
-# %% ../nbs/06b_study.ipynb #36
+# %% ../nbs/06b_study.ipynb #784fbfc1
 _FAILURES = 3
 
 @patch
@@ -265,13 +277,15 @@ def end_reason(self: Sweep) -> str:
     if self.stopped: return 'it was stopped'
     trials = self.trials()
     repeated = {t.user_attrs.get('repeats') for t in trials}
-    ended = [t.state.name for t in trials if t.state.is_finished() and t.number not in repeated and 'surplus' not in t.user_attrs]
+    ended = [t.state.name for t in trials if t.state.is_finished() and t.number not in repeated
+             and 'surplus' not in t.user_attrs]
     only_failures = len(ended) >= min(_FAILURES, self.cap) and set(ended) == {'FAIL'}
-    if only_failures and not any(t.intermediate_values for t in trials if t.state.name == 'RUNNING'): return f"the first {len(ended)} trial{'s'*(len(ended) != 1)} failed"
+    if only_failures and not any(t.intermediate_values for t in trials if t.state.name == 'RUNNING'):
+        return f"the first {len(ended)} trial{'s'*(len(ended) != 1)} failed"
     best = self.best()
     return 'the target is reached' if best and self.reached(best['value']) else ''
 
-# %% ../nbs/06b_study.ipynb #37
+# %% ../nbs/06b_study.ipynb #157820a1
 @patch
 def remaining(self: Sweep) -> int:
     "Number of trials that may still be started."
@@ -285,10 +299,11 @@ def best(self: Sweep) -> dict:
     value = self.metric.best([r['value'] for r in rows])
     return next((r for r in rows if r['value'] == value), None)
 
-TRIAL_COLUMNS = frozenset(('trial', 'state', 'trained', 'seconds', 'run', 'error'))  # of `Sweep.table`, besides metric and parameters
+# of `Sweep.table`, besides metric and parameters
+TRIAL_COLUMNS = frozenset(('trial', 'state', 'trained', 'seconds', 'run', 'error'))
 _STATES = {'COMPLETE': 'done', 'PRUNED': 'ended early', 'FAIL': 'failed', 'WAITING': 'waiting', 'RUNNING': 'running'}
 
-# %% ../nbs/06b_study.ipynb #39
+# %% ../nbs/06b_study.ipynb #0e2b0bf3
 @patch
 def rows(self: Sweep) -> list:
     "A dictionary per trial: trial (its number), state, value (its best), trained (epochs), seconds, values (of its parameters), run, error."
@@ -296,22 +311,24 @@ def rows(self: Sweep) -> list:
     for t in self.trials():
         a = t.user_attrs
         if 'surplus' in a: continue
-        measured = {'value': self.metric.best(reported_values(t)), 'trained': len(t.intermediate_values), 'seconds': a.get('seconds')}
+        measured = {'value': self.metric.best(reported_values(t)), 'trained': len(t.intermediate_values),
+                    'seconds': a.get('seconds')}
         out.append({'trial': t.number, 'state': _STATES[t.state.name], **measured,
                     'values': a.get('values', {}), 'run': a.get('run', ''), 'error': a.get('error', '')})
     return out
 
-# %% ../nbs/06b_study.ipynb #40
+# %% ../nbs/06b_study.ipynb #e34720f9
 @patch
 def table(self: Sweep):
     "pandas table, a row per trial, the best first."
     import pandas as pd
     rows = [{k: v for k, v in r.items() if k != 'values'} | r['values'] for r in self.rows()]
     front = ['state', 'value', 'trained', 'seconds', *self.by_name]
-    frame = pd.DataFrame(rows, columns=['trial', *front, 'run', 'error']).set_index('trial').rename(columns={'value': self.metric.name})
+    frame = pd.DataFrame(rows, columns=['trial', *front, 'run',
+                                        'error']).set_index('trial').rename(columns={'value': self.metric.name})
     return frame.sort_values(self.metric.name, ascending=self.metric.lower, na_position='last', kind='stable')
 
-# %% ../nbs/06b_study.ipynb #44
+# %% ../nbs/06b_study.ipynb #621a1c11
 def sweeps_dir():
     "Folder of all sweeps: runs/sweeps."
     return runs_dir()/'sweeps'

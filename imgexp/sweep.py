@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_TRIALS', 'make_sweep', 'seconds_per_trial', 'default_jobs', 'plan_sweep', 'run_sweep', 'evaluate_best',
            'extend_sweep', 'retry_failed', 'stop_sweep', 'log_to_wandb', 'run_on_wandb', 'send_to_wandb']
 
-# %% ../nbs/06e_sweep.ipynb #2
+# %% ../nbs/06e_sweep.ipynb #a8e8768f
 import math, re, time
 from statistics import mean, median
 
@@ -25,7 +25,7 @@ from .tracker import track_mode
 from .trials import check_experiment, check_program, program_call, sweep_experiment
 from .workers import Job, Local, run_jobs, thread_count, usable_cores, visible_gpus, worker_environments
 
-# %% ../nbs/06e_sweep.ipynb #5
+# %% ../nbs/06e_sweep.ipynb #6e9cdf2f
 DEFAULT_TRIALS = 20  # where nothing limits them
 
 def _default_threads():
@@ -33,7 +33,7 @@ def _default_threads():
     gpus = len(visible_gpus())
     return thread_count(worker_environments(gpus)[0]) if gpus else 1
 
-# %% ../nbs/06e_sweep.ipynb #6
+# %% ../nbs/06e_sweep.ipynb #73f85cde
 def make_sweep(
     config: dict,       # W&B's keys, as `read_yaml` returns them
     name: str = '',     # by default that of the configuration
@@ -57,12 +57,14 @@ def make_sweep(
         raise InputError(f'{k!r} is a column of the table of trials: give the metric or parameter another name')
     size = space.size if config['method'] == 'grid' else math.inf
     cap = trials or config.get('run_cap') or (DEFAULT_TRIALS if size == math.inf else size)
-    saved = {'config': to_plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)), 'storage': storage, 'threads': threads}
+    saved = {'config': to_plain(config), 'program': program, 'seed': seed, 'trials': int(min(cap, size)),
+             'storage': storage, 'threads': threads}
     folder = sweeps_dir()/name
     existing = read_json(folder/'sweep.json')
     if existing and any(existing.get(k) != saved[k] for k in saved.keys() - {'trials', 'threads'}):
         if any(r['value'] is not None or r['state'] == 'running' for r in Sweep(folder).rows()):
-            raise InputError(f'sweep {name} already exists with a different configuration: give --name, or remove {short_path(folder)}')
+            raise InputError(f'sweep {name} already exists with a different configuration: give --name, or remove '
+                             f'{short_path(folder)}')
         existing = None  # nothing was measured: a corrected configuration replaces it
         (folder/'wandb.json').unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def make_sweep(
     if (more := int(min(trials, size)) - sweep.cap) > 0: extend_sweep(sweep, more)
     return sweep
 
-# %% ../nbs/06e_sweep.ipynb #8
+# %% ../nbs/06e_sweep.ipynb #40c44357
 def seconds_per_trial(
     sweep: Sweep,
 ) -> float: # None where nothing was measured
@@ -85,7 +87,7 @@ def seconds_per_trial(
     first = [estimate(defaults | sweep.point(k), runs, sweep.threads) for k in range(min(sweep.cap, 20))]
     return None if None in first else sum(first)/len(first)
 
-# %% ../nbs/06e_sweep.ipynb #9
+# %% ../nbs/06e_sweep.ipynb #0f40d1eb
 def _fraction_of_epochs(sweep):
     "Fraction of the epochs that early termination trains, if one trial in eta survives each band"
     bands = getattr(sweep.stopper, 'bands', None) or [sweep.stopper.min_iter*sweep.stopper.eta**k for k in range(20)]
@@ -101,7 +103,7 @@ def default_jobs(
     "Number of trials at once: one per GPU, or as many as there are cores for their threads."
     return len(visible_gpus()) or max(1, usable_cores()//sweep.threads)
 
-# %% ../nbs/06e_sweep.ipynb #10
+# %% ../nbs/06e_sweep.ipynb #93f8c686
 def plan_sweep(
     sweep: Sweep,
     jobs: int = 0, # trials at once; 0: `default_jobs`
@@ -118,26 +120,30 @@ def plan_sweep(
     fraction = _fraction_of_epochs(sweep) if sweep.stopper else None
     return line + (f'; with early termination about {duration(max(each, n*each*fraction/jobs))}' if fraction else '')
 
-# %% ../nbs/06e_sweep.ipynb #12
+# %% ../nbs/06e_sweep.ipynb #c3e7ac9a
 class _Progress:
     "A line for each trial that ends, with the best so far and the time left"
-    def __init__(self, sweep, total, jobs, say): self.sweep, self.total, self.jobs, self.say, self.done = sweep, total, jobs, say, 0
+    def __init__(self, sweep, total, jobs, say):
+        self.sweep, self.total, self.jobs, self.say, self.done = sweep, total, jobs, say, 0
     def __call__(self, result, number):
         value = result.value or {}
         if 'over' in value: return
         if 'unwritable' in value: raise StorageFailed(result.error)
         self.done += 1
         best, name = self.sweep.best(), self.sweep.metric.name
-        varied = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in value.get('values', {}).items() if k in self.sweep.varying)
-        what = result.error or (f"{name} {value['value']:.4g}" if 'value' in value else '') + f" ({value['why']})"*bool(value.get('why'))
-        self.say(f"trial {value.get('trial', '?')} ({self.done}/{self.total}) {result.state} in {duration(result.seconds)}: {what} [{varied}]"
+        varied = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,
+                          v in value.get('values', {}).items() if k in self.sweep.varying)
+        what = result.error or (f"{name} {value['value']:.4g}" if 'value' in value
+                                else '') + f" ({value['why']})"*bool(value.get('why'))
+        self.say(f"trial {value.get('trial', '?')} ({self.done}/{self.total}) {result.state} in "
+                 f"{duration(result.seconds)}: {what} [{varied}]"
                   + (f"; best {best['value']:.4g}, trial {best['trial']}" if best else '') + self.to_go())
     def to_go(self):
         seconds = [r['seconds'] for r in self.sweep.rows() if r['seconds']]
         left = (self.total - self.done)*mean(seconds)/self.jobs if seconds else 0
         return f'; about {duration(left)} to go'*(left > 0)
 
-# %% ../nbs/06e_sweep.ipynb #13
+# %% ../nbs/06e_sweep.ipynb #3b55db8b
 def run_sweep(
     name: str = '',    # of a sweep
     jobs: int = 0,     # trials at once; 0: `default_jobs`
@@ -160,26 +166,32 @@ def run_sweep(
     _conclude(sweep, say)
     return sweep
 
-# %% ../nbs/06e_sweep.ipynb #14
+# %% ../nbs/06e_sweep.ipynb #37c8f610
 def _conclude(sweep, say):
     "Say how the trials ended, and evaluate the best"
     why, errors = sweep.end_reason(), [r['error'] for r in sweep.rows() if r['error']]
-    if 'failed' in why: raise RunFailed(f'{why}, the last with: {errors[-1]}; fix that, then `imgexp sweep retry {sweep.name}`')
+    if 'failed' in why:
+        raise RunFailed(f'{why}, the last with: {errors[-1]}; fix that, then `imgexp sweep retry {sweep.name}`')
     if failed := sum(r['state'] == 'failed' for r in sweep.rows()):
-        say(f"{failed} trial{'s'*(failed > 1)} failed: `imgexp sweep status {sweep.name}` shows the errors, `imgexp sweep retry {sweep.name}` repeats them")
+        say(f"{failed} trial{'s'*(failed > 1)} failed: `imgexp sweep status {sweep.name}` shows the errors, `imgexp "
+            f"sweep retry {sweep.name}` repeats them")
     if not (sweep.stopped or sweep.running()): evaluate_best(sweep, say)
-    else: say(f"sweep {sweep.name}: {why or 'another process works on it, on ' + ', '.join(sweep.hosts())}; the best trial is evaluated when all have ended")
+    else:
+        say(f"sweep {sweep.name}: {why or 'another process works on it, on ' + ', '.join(sweep.hosts())}; the best "
+            "trial is evaluated when all have ended")
 
-# %% ../nbs/06e_sweep.ipynb #15
+# %% ../nbs/06e_sweep.ipynb #408e4f8e
 def _states(sweep): return [(t.state.name, len(t.intermediate_values)) for t in sweep.trials()]
 
 def _trials_to_run(sweep, seconds=15.):
     "Number of new and abandoned trials; waits while there are none but a running one may turn out to be abandoned"
     until = time.monotonic() + seconds
-    while not (n := len(sweep.abandoned()) + sweep.remaining()) and sweep.running() and (time.monotonic() < until or sweep.missed_beat()): time.sleep(0.5)
+    while not (n := len(sweep.abandoned()) + sweep.remaining()) and sweep.running() and (time.monotonic() < until
+                                                                                         or sweep.missed_beat()):
+        time.sleep(0.5)
     return n
 
-# %% ../nbs/06e_sweep.ipynb #16
+# %% ../nbs/06e_sweep.ipynb #c482485d
 def evaluate_best(
     sweep: Sweep,
     say=print, # called with each line of progress
@@ -192,16 +204,18 @@ def evaluate_best(
     experiment = sweep_experiment(sweep.program)
     if best['run'] and experiment and not (runs_dir()/best['run']).is_dir():
         host = sweep.attr(best['trial'], 'owner')['host']
-        say(f"sweep {sweep.name}: the best trial, {best['trial']}, was run on {host}: the same command evaluates it there")
+        say(f"sweep {sweep.name}: the best trial, {best['trial']}, was run on {host}: the same command evaluates it "
+            "there")
         return None
     if best['run'] and experiment: out['test'] = evaluate_test(Run(runs_dir()/best['run']))
     write_json(sweep.dir/'best.json', out)
-    line, top1 = f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}", (out.get('test') or {}).get('top1')
+    line, top1 = f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}", (out.get('test')
+                                                                                           or {}).get('top1')
     if top1: line += f"; test top-1 {top1['value']:.1%} ({top1['low']:.1%} to {top1['high']:.1%}, n = {top1['n']:,})"
     say(line + f", run {best['run']}"*bool(best['run']))
     return out
 
-# %% ../nbs/06e_sweep.ipynb #18
+# %% ../nbs/06e_sweep.ipynb #b9a4cff0
 def extend_sweep(
     sweep: Sweep,
     trials: int, # additional ones, 1 and up
@@ -209,17 +223,19 @@ def extend_sweep(
     "Allow more trials; raises `InputError` if a grid has no more points."
     saved, size = read_json(sweep.dir/'sweep.json'), sweep.space.size if sweep.grid else math.inf
     if trials < 1: raise InputError(f'trials={trials}: give how many more, at least 1')
-    if saved['trials'] >= size: raise InputError(f'sweep {sweep.name}: all {size:,} points of its grid are in it already')
+    if saved['trials'] >= size:
+        raise InputError(f'sweep {sweep.name}: all {size:,} points of its grid are in it already')
     write_json(sweep.dir/'sweep.json', saved | {'trials': int(min(size, saved['trials'] + trials))})
 
-# %% ../nbs/06e_sweep.ipynb #19
+# %% ../nbs/06e_sweep.ipynb #deffaa26
 def retry_failed(
     sweep: Sweep,
 ) -> int: # their number
     "Queue the failed trials again, with the same values."
     trials = sweep.trials()
     repeated = {t.user_attrs.get('repeats') for t in trials}
-    failed = [t for t in trials if t.state.name == 'FAIL' and t.number not in repeated and 'surplus' not in t.user_attrs]
+    failed = [t for t in trials if t.state.name == 'FAIL' and t.number not in repeated
+              and 'surplus' not in t.user_attrs]
     for t in failed: sweep.study.enqueue_trial(t.params, user_attrs={'repeats': t.number})
     return len(failed)
 
@@ -229,9 +245,10 @@ def stop_sweep(
     "Start no more trials; running ones go on to their end. `run_sweep` continues the sweep."
     (sweep.dir/'stop').touch()
 
-# %% ../nbs/06e_sweep.ipynb #21
+# %% ../nbs/06e_sweep.ipynb #293c3ddc
 def _check_login(what):
-    if track_mode('auto') != 'online': raise InputError(f'{what} needs a login to Weights & Biases: `wandb login`, or leave it out')
+    if track_mode('auto') != 'online':
+        raise InputError(f'{what} needs a login to Weights & Biases: `wandb login`, or leave it out')
 
 def log_to_wandb(
     run,       # a `Run`
@@ -241,7 +258,7 @@ def log_to_wandb(
     import wandb
     wandb.log(row | {k: row[v] for k, v in KERAS_COLUMNS.items() if row.get(v) is not None})
 
-# %% ../nbs/06e_sweep.ipynb #22
+# %% ../nbs/06e_sweep.ipynb #df79d5ce
 def run_on_wandb(
     sweep: Sweep,
     say=print, # called with each line of progress
@@ -255,15 +272,17 @@ def run_on_wandb(
     say(f"sweep {saved['id']} of Weights & Biases, at most {sweep.cap} trials")
     def run_one():
         with wandb.init() as wandb_run:
-            program_call(sweep.program, dict(wandb_run.config), log_to_wandb, 'imgexp.sweep:log_to_wandb', track='off')()
+            program_call(sweep.program, dict(wandb_run.config), log_to_wandb, 'imgexp.sweep:log_to_wandb',
+                         track='off')()
     wandb.agent(saved['id'], function=run_one, count=sweep.cap, **project)
 
-# %% ../nbs/06e_sweep.ipynb #23
+# %% ../nbs/06e_sweep.ipynb #603e5b80
 def send_to_wandb(
     sweep: Sweep,
 ):
     "Send the table of trials to W&B."
     import wandb
     _check_login('--wandb')
-    with wandb.init(project=sweep.config.get('project', 'imgexp'), name=sweep.name, group=sweep.name, job_type='sweep', config=sweep.config) as wandb_run:
+    with wandb.init(project=sweep.config.get('project', 'imgexp'), name=sweep.name, group=sweep.name, job_type='sweep',
+                    config=sweep.config) as wandb_run:
         wandb_run.log({'trials': wandb.Table(dataframe=sweep.table().reset_index())})

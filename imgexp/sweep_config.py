@@ -38,8 +38,10 @@ def _categorical(p, values, probabilities=None):
 _RANGE, _BELL, _SHAPE = {'min': None, 'max': None}, {'mu': 0., 'sigma': 1.}, {'a': 1., 'b': 1.}  # None: has to be given
 _DISTRIBUTIONS = {
     'constant': (lambda p, value: value, {'value': None}), 'categorical': (_categorical, {'values': None}),
-    'categorical_w_probabilities': (_categorical, {'values': None, 'probabilities': None}), 'int_uniform': (_int_uniform, _RANGE),
-    'uniform': (_uniform, _RANGE), 'log_uniform': (_log_uniform, _RANGE), 'log_uniform_values': (_log_uniform_values, _RANGE),
+    'categorical_w_probabilities': (_categorical, {'values': None, 'probabilities': None}),
+    'int_uniform': (_int_uniform, _RANGE),
+    'uniform': (_uniform, _RANGE), 'log_uniform': (_log_uniform, _RANGE),
+    'log_uniform_values': (_log_uniform_values, _RANGE),
     'inv_log_uniform': (_inv_log_uniform, _RANGE), 'inv_log_uniform_values': (_inv_log_uniform_values, _RANGE),
     'normal': (_normal, _BELL), 'log_normal': (_log_normal, _BELL), 'beta': (_beta, _SHAPE)}
 _DISTRIBUTIONS |= {f'q_{k}': (f, keys | {'q': 1}) for k, (f, keys) in _DISTRIBUTIONS.items()
@@ -77,7 +79,8 @@ def _guess(name, given):
     "The distribution that W&B takes where none is named"
     if 'value' in given: return 'constant'
     if 'values' in given: return 'categorical_w_probabilities' if 'probabilities' in given else 'categorical'
-    if {'min', 'max'} <= given.keys(): return 'int_uniform' if isinstance(given['min'], int) and isinstance(given['max'], int) else 'uniform'
+    if {'min', 'max'} <= given.keys():
+        return 'int_uniform' if isinstance(given['min'], int) and isinstance(given['max'], int) else 'uniform'
     raise InputError(f'parameter {name}: give value, values, or min and max')
 
 # %% ../nbs/06_sweep_config.ipynb #294b9d88
@@ -86,23 +89,29 @@ def read_parameter(
     given: dict, # as it stands below `parameters` in the YAML file
 ) -> Parameter:
     "A parameter; raises `InputError` for what is unknown, missing, or no range."
-    if not isinstance(given, dict): raise InputError(f'parameter {name}: write {name}: {{value{"s"*isinstance(given, list)}: {given}}}')
+    if not isinstance(given, dict):
+        raise InputError(f'parameter {name}: write {name}: {{value{"s"*isinstance(given, list)}: {given}}}')
     kind = given.get('distribution') or _guess(name, given)
-    if kind not in _DISTRIBUTIONS: raise InputError(f'parameter {name}: {unknown_name(kind, list(_DISTRIBUTIONS), "distribution")}')
+    if kind not in _DISTRIBUTIONS:
+        raise InputError(f'parameter {name}: {unknown_name(kind, list(_DISTRIBUTIONS), "distribution")}')
     known, own = _DISTRIBUTIONS[kind][1], {k: v for k, v in given.items() if k != 'distribution'}
-    for k in own.keys() - known.keys(): raise InputError(f'parameter {name}: {unknown_name(k, list(known), f"setting of {kind}")}')
+    for k in own.keys() - known.keys():
+        raise InputError(f'parameter {name}: {unknown_name(k, list(known), f"setting of {kind}")}')
     missing = [k for k, v in known.items() if v is None and k not in own]
     if missing: raise InputError(f"parameter {name}: {kind} needs {' and '.join(missing)}")
     settings = {k: _number(name, k, own.get(k, v)) for k, v in known.items()}
     _check_settings(name, kind, settings)
     out = Parameter(name, kind, settings)
-    if 'q' in settings and not operator.le(*_range(out)): raise InputError(f"parameter {name}: there is no whole number from min={settings['min']} to max={settings['max']}: give a q below 1")
+    if 'q' in settings and not operator.le(*_range(out)):
+        raise InputError(f"parameter {name}: there is no whole number from min={settings['min']} to "
+                         f"max={settings['max']}: give a q below 1")
     return out
 
 # %% ../nbs/06_sweep_config.ipynb #1e470c17
 def _number(name, key, value):
     "`value`, which YAML reads as text where it stands as 1e-3"
-    if key in ('value', 'values', 'probabilities') or isinstance(value, (int, float)) and not isinstance(value, bool): return value
+    if key in ('value', 'values', 'probabilities') or isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
     try: return float(value)
     except (TypeError, ValueError): raise InputError(f'parameter {name}: {key}={value!r} is not a number') from None
 
@@ -114,8 +123,10 @@ def _check_settings(name, kind, s):
     if kind == 'int_uniform' and any(s[k] != int(s[k]) for k in s): no('int_uniform needs whole numbers')
     if s.get('q', 1) <= 0: no(f"q={s['q']} has to be more than 0")
     if s.get('sigma', 1) < 0 or min(s.get('a', 1), s.get('b', 1)) <= 0: no('sigma, a and b cannot be negative')
-    if 'values' in s and not (isinstance(s['values'], list) and s['values']): no('values has to be a list that is not empty')
-    if 'probabilities' in s and not (isinstance(s['probabilities'], list) and len(s['probabilities']) == len(s['values'])
+    if 'values' in s and not (isinstance(s['values'], list) and s['values']):
+        no('values has to be a list that is not empty')
+    if 'probabilities' in s and not (isinstance(s['probabilities'], list)
+                                     and len(s['probabilities']) == len(s['values'])
                                      and min(s['probabilities']) >= 0 < sum(s['probabilities'])):
         no('probabilities has to be a list of numbers, one for each of values')
 
@@ -149,11 +160,13 @@ def all_values(
     "All values of a parameter, for a grid."
     s = p.settings
     if p.distribution == 'constant': return [s['value']]
-    if 'probabilities' in s: raise InputError(f'parameter {p.name}: a grid takes each value once: leave probabilities out')
+    if 'probabilities' in s:
+        raise InputError(f'parameter {p.name}: a grid takes each value once: leave probabilities out')
     if 'values' in s: return s['values']
     if p.distribution == 'int_uniform': return range(int(s['min']), int(s['max']) + 1)
     if p.distribution == 'q_uniform': return np.arange(s['min'], s['max'], s['q']).tolist()
-    raise InputError(f'parameter {p.name}: a grid needs values, or whole numbers from min to max; {p.distribution} has no end of them')
+    raise InputError(f'parameter {p.name}: a grid needs values, or whole numbers from min to max; {p.distribution} has '
+                     'no end of them')
 
 def _key(value):
     "1 and 1.0 are one value"
@@ -174,7 +187,8 @@ def read_space(
     prefix: str = '', # of the names of nested ones
 ) -> Space:
     "The space of a sweep."
-    if not isinstance(given, dict) or not given: raise InputError('parameters is missing or empty: name what shall vary')
+    if not isinstance(given, dict) or not given:
+        raise InputError('parameters is missing or empty: name what shall vary')
     nested = [read_space(v['parameters'], f'{prefix}{k}.').parameters if isinstance(v, dict) and 'parameters' in v else
               [read_parameter(f'{prefix}{k}', v)] for k, v in given.items()]
     return Space([p for own in nested for p in own])
@@ -210,10 +224,12 @@ def read_hyperband(
     known = ['type', 'min_iter', 'max_iter', 's', 'eta', 'strict']
     for k in given.keys() - {*known}: raise InputError(f'early_terminate: {unknown_name(k, known, "setting")}')
     for k in given.keys() - {'type', 'strict'}:
-        if not isinstance(given[k], (int, float)) or isinstance(given[k], bool): raise InputError(f'early_terminate: {k}={given[k]!r} is not a number')
+        if not isinstance(given[k], (int, float)) or isinstance(given[k], bool):
+            raise InputError(f'early_terminate: {k}={given[k]!r} is not a number')
     eta, strict = given.get('eta', 3), given.get('strict', False)
     if eta <= 1: raise InputError(f'early_terminate: eta={eta} has to be more than 1')
-    if 'max_iter' in given and 's' in given: bands = [int(given['max_iter']/eta**k) for k in range(int(given['s']), 0, -1)]
+    if 'max_iter' in given and 's' in given:
+        bands = [int(given['max_iter']/eta**k) for k in range(int(given['s']), 0, -1)]
     elif 'min_iter' in given: bands = [int(given['min_iter']*eta**k) for k in range(100)]
     else: raise InputError('early_terminate: hyperband needs min_iter, or max_iter and s')
     bands = [b for b in bands if b >= 1]
@@ -221,8 +237,10 @@ def read_hyperband(
     return Hyperband(bands, eta, bool(strict))
 
 # %% ../nbs/06_sweep_config.ipynb #2b1f09ce
-KERAS_COLUMNS = {'val_accuracy': 'valid_top1', 'val_acc': 'valid_top1', 'val_loss': 'valid_loss', 'accuracy': 'train_top1', 'acc': 'train_top1', 'loss': 'train_loss',
-            'val_top_5_accuracy': 'valid_top5', 'val_sparse_categorical_accuracy': 'valid_top1', 'val_categorical_accuracy': 'valid_top1'}
+KERAS_COLUMNS = {'val_accuracy': 'valid_top1', 'val_acc': 'valid_top1', 'val_loss': 'valid_loss',
+                 'accuracy': 'train_top1', 'acc': 'train_top1', 'loss': 'train_loss',
+            'val_top_5_accuracy': 'valid_top5', 'val_sparse_categorical_accuracy': 'valid_top1',
+            'val_categorical_accuracy': 'valid_top1'}
 
 @dataclass
 class Metric:
@@ -245,19 +263,25 @@ def read_metric(
     "What to optimize; raises `InputError` for unknown settings, and for test images."
     given = given or {'name': 'valid_top1', 'goal': 'maximize'}
     if not isinstance(given, dict): raise InputError(f'metric: write metric: {{name: {given}, goal: maximize}}')
-    for k in given.keys() - {'name', 'goal', 'target'}: raise InputError(f"metric: {unknown_name(k, ['name', 'goal', 'target'], 'setting')}")
+    for k in given.keys() - {'name', 'goal', 'target'}:
+        raise InputError(f"metric: {unknown_name(k, ['name', 'goal', 'target'], 'setting')}")
     name = given.get('name')
     if not name: raise InputError('metric: give its name, a column of the history like valid_top1 or val_loss')
-    if re.search(r'(^|[_/])test', name): raise InputError(f'metric: {name}: test images choose nothing: take a column of the validation images, like valid_top1')
+    if re.search(r'(^|[_/])test', name):
+        raise InputError(f'metric: {name}: test images choose nothing: take a column of the validation images, like '
+                         'valid_top1')
     column = KERAS_COLUMNS.get(name, name)
     goal = given.get('goal', 'minimize')
     if goal not in ('minimize', 'maximize'): raise invalid_choice('metric.goal', goal, ['minimize', 'maximize'])
-    if goal == 'minimize' and re.search('top1|top5|acc', column): raise InputError(f'metric: {name} would be made as bad as possible: give goal: maximize')
+    if goal == 'minimize' and re.search('top1|top5|acc', column):
+        raise InputError(f'metric: {name} would be made as bad as possible: give goal: maximize')
     return Metric(name, column, goal == 'minimize', given.get('target'))
 
 # %% ../nbs/06_sweep_config.ipynb #c9a7740b
-_KEYS = {'program', 'method', 'metric', 'parameters', 'early_terminate', 'run_cap', 'name', 'description', 'project', 'entity'}
-_REFUSED = {'command': 'trials are started by imgexp, not by a command line', 'controller': 'there is no controller: Optuna samples here',
+_KEYS = {'program', 'method', 'metric', 'parameters', 'early_terminate', 'run_cap', 'name', 'description', 'project',
+         'entity'}
+_REFUSED = {'command': 'trials are started by imgexp, not by a command line',
+            'controller': 'there is no controller: Optuna samples here',
             'launch': 'jobs are not sent anywhere: run the command on each machine'}
 _METHODS = ['grid', 'random', 'bayes']
 
@@ -276,7 +300,8 @@ def check_config(
     if config['method'] == 'grid': space.lists()
     if config.get('early_terminate'): read_stopper(config['early_terminate'], metric)
     cap = config.get('run_cap')
-    if cap is not None and not (isinstance(cap, int) and cap > 0): raise InputError(f'run_cap={cap!r} is not a whole number of at least 1')
+    if cap is not None and not (isinstance(cap, int) and cap > 0):
+        raise InputError(f'run_cap={cap!r} is not a whole number of at least 1')
 
 # %% ../nbs/06_sweep_config.ipynb #23dd9536
 def read_yaml(
@@ -312,12 +337,16 @@ def read_stopper(
     metric: Metric, # what is measured
 ):               # `Hyperband` or `Halving`
     "What ends trials early; raises `InputError` for what is unknown."
-    if not isinstance(given, dict): raise InputError(f'early_terminate: write early_terminate: {{type: {given}, min_iter: 1}}')
+    if not isinstance(given, dict):
+        raise InputError(f'early_terminate: write early_terminate: {{type: {given}, min_iter: 1}}')
     kind = given.get('type', 'hyperband')
     if kind == 'hyperband': return read_hyperband(given)
     if kind != 'asha': raise invalid_choice('early_terminate.type', kind, ['hyperband', 'asha'])
-    for k in given.keys() - {'type', 'min_iter', 'eta'}: raise InputError(f"early_terminate: {unknown_name(k, ['min_iter', 'eta'], 'setting of asha')}")
+    for k in given.keys() - {'type', 'min_iter', 'eta'}:
+        raise InputError(f"early_terminate: {unknown_name(k, ['min_iter', 'eta'], 'setting of asha')}")
     try: out = Halving(int(given.get('min_iter', 1)), int(given.get('eta', 3)))
-    except (TypeError, ValueError): raise InputError('early_terminate: min_iter and eta of asha are whole numbers') from None
-    if out.min_iter < 1 or out.eta < 2: raise InputError('early_terminate: asha needs min_iter of at least 1 and eta of at least 2')
+    except (TypeError, ValueError):
+        raise InputError('early_terminate: min_iter and eta of asha are whole numbers') from None
+    if out.min_iter < 1 or out.eta < 2:
+        raise InputError('early_terminate: asha needs min_iter of at least 1 and eta of at least 2')
     return out

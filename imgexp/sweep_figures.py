@@ -56,9 +56,13 @@ def plot_parallel(
 
 def _parallel_plotly(sweep, axes, values):
     import plotly.graph_objects as go
-    dimensions = [dict(label=_markup(n), values=v, tickvals=list(t), ticktext=list(t.values())) for n, (v, t) in axes.items()]
+    dimensions = [dict(label=_markup(n), values=v, tickvals=list(t), ticktext=list(t.values())) for n,
+                  (v, t) in axes.items()]
     line = dict(color=values, colorscale='Viridis', reversescale=sweep.metric.lower, showscale=True)
-    return go.Figure(go.Parcoords(line=line, dimensions=dimensions)).update_layout(title=_markup(f'{sweep.name}: n = {len(values)} trials'), height=400)
+    return go.Figure(go.Parcoords(line=line,
+                                  dimensions=dimensions)).update_layout(title=_markup(f'{sweep.name}: n = '
+                                                                                      f'{len(values)} trials'),
+                                                                                      height=400)
 
 # %% ../nbs/06f_sweep_figures.ipynb #e3a0e618
 def _parallel_static(sweep, axes, values):
@@ -69,11 +73,16 @@ def _parallel_static(sweep, axes, values):
         return (np.asarray(v, float) - low)/((high - low) or 1)
     heights = np.array([unit(v, t) for v, t in axes.values()])
     colors = plt.get_cmap('viridis_r' if sweep.metric.lower else 'viridis')(unit(values, []))
-    for k in np.argsort(values)[::-1 if sweep.metric.lower else 1]: ax.plot(heights[:, k], color=colors[k], lw=1, alpha=0.8)
+    for k in np.argsort(values)[::-1 if sweep.metric.lower else 1]:
+        ax.plot(heights[:, k], color=colors[k], lw=1, alpha=0.8)
     for x, (v, t) in enumerate(axes.values()):
         ax.axvline(x, color='0.5', lw=0.8)
-        for at, text in zip(unit(list(t), v), t.values()): ax.text(x + 0.03, at, plot_text(text), fontsize=7, va='center', bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
-    ax.set_xticks(range(len(axes)), map(plot_text, axes), fontsize=8); ax.set_yticks([]); ax.set_title(plot_text(f'{sweep.name}: n = {len(values)} trials'), fontsize=9)
+        for at, text in zip(unit(list(t), v), t.values()):
+            ax.text(x + 0.03, at, plot_text(text), fontsize=7, va='center',
+                    bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
+    ax.set_xticks(range(len(axes)), map(plot_text, axes),
+                  fontsize=8); ax.set_yticks([]); ax.set_title(plot_text(f'{sweep.name}: n = {len(values)} trials'),
+                                                               fontsize=9)
     for s in ax.spines.values(): s.set_visible(False)
     plt.close(fig)
     return fig
@@ -107,15 +116,21 @@ def plot_importance(
     "Importance as bars; the color tells whether more of it goes with a better or a worse metric."
     table = importance(sweep)[::-1]
     good = (table.correlation < 0) == sweep.metric.lower
-    colors, title = ['#009E73' if g else '#D55E00' for g in good], f'{sweep.name}: n = {len(_ended(sweep)[0])} trials; green: more is better'
+    colors, title = ['#009E73' if g else '#D55E00'
+                     for g in good], f'{sweep.name}: n = {len(_ended(sweep)[0])} trials; green: more is better'
     if not static:
         import plotly.graph_objects as go
-        return go.Figure(go.Bar(x=table.importance, y=list(map(_markup, table.index)), orientation='h', marker_color=colors, customdata=table.correlation,
-                                hovertemplate='%{y}: %{x:.2f}, correlation %{customdata:.2f}<extra></extra>')).update_layout(title=_markup(title), height=120 + 25*len(table))
+        return go.Figure(go.Bar(x=table.importance, y=list(map(_markup, table.index)), orientation='h',
+                                marker_color=colors, customdata=table.correlation,
+                                hovertemplate='%{y}: %{x:.2f}, correlation '
+                                              '%{customdata:.2f}<extra></extra>')).update_layout(title=_markup(title),
+                                                                                                 height=120
+                                                                                                 + 25*len(table))
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 0.8 + 0.25*len(table)))
     ax.barh(list(map(plot_text, table.index)), table.importance, color=colors)
-    ax.set_xlabel('importance'); ax.set_title(plot_text(title), fontsize=9); ax.spines[['top', 'right']].set_visible(False)
+    ax.set_xlabel('importance'); ax.set_title(plot_text(title),
+                                              fontsize=9); ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
 
@@ -133,14 +148,19 @@ def plot_trials(
     if not static:
         import plotly.graph_objects as go
         text = ['<br>'.join(_markup(f'{k} = {v}') for k, v in r['values'].items()) for r in rows]
-        return go.Figure([go.Scatter(x=numbers, y=values, mode='markers', marker_color=colors, text=text, name='trials'),
-                          go.Scatter(x=numbers, y=best, mode='lines', line_shape='hv', line_color='#D55E00', name='best so far')]
-                         ).update_layout(title=_markup(title), xaxis_title='trial', yaxis_title=_markup(sweep.metric.name), height=400)
+        return go.Figure([go.Scatter(x=numbers, y=values, mode='markers', marker_color=colors, text=text,
+                                     name='trials'),
+                          go.Scatter(x=numbers, y=best, mode='lines', line_shape='hv', line_color='#D55E00',
+                                     name='best so far')]
+                         ).update_layout(title=_markup(title), xaxis_title='trial',
+                                         yaxis_title=_markup(sweep.metric.name), height=400)
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 2.6))
     ax.scatter(numbers, values, c=colors, s=12)
     ax.step(numbers, best, where='post', color='#D55E00', label='best so far')
-    ax.set_xlabel('trial'); ax.set_ylabel(plot_text(sweep.metric.name)); ax.set_title(plot_text(title), fontsize=9); ax.legend(fontsize=8, frameon=False)
+    ax.set_xlabel('trial'); ax.set_ylabel(plot_text(sweep.metric.name)); ax.set_title(plot_text(title),
+                                                                                      fontsize=9); ax.legend(fontsize=8,
+                                                                                                             frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
@@ -163,11 +183,14 @@ def plot_slices(
         return fig.update_layout(yaxis_title=_markup(sweep.metric.name), height=350)
     import matplotlib.pyplot as plt
     columns = min(4, len(axes))
-    fig, grid = plt.subplots(-(-len(axes)//columns), columns, figsize=(2.2*columns, 2.2*-(-len(axes)//columns)), sharey=True, squeeze=False)
+    fig, grid = plt.subplots(-(-len(axes)//columns), columns, figsize=(2.2*columns, 2.2*-(-len(axes)//columns)),
+                             sharey=True, squeeze=False)
     for ax in grid.flat[len(axes):]: ax.axis('off')
     for ax, (n, (v, t)) in zip(grid.flat, axes.items()):
         ax.scatter(v, values, s=10, alpha=0.7, color='#0072B2')
-        ax.set_xticks(list(t), map(plot_text, t.values()), fontsize=7); ax.set_title(plot_text(n), fontsize=8); ax.spines[['top', 'right']].set_visible(False)
+        ax.set_xticks(list(t), map(plot_text, t.values()),
+                      fontsize=7); ax.set_title(plot_text(n),
+                                                fontsize=8); ax.spines[['top', 'right']].set_visible(False)
     for row in grid: row[0].set_ylabel(plot_text(sweep.metric.name), fontsize=8)
     fig.tight_layout(); plt.close(fig)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'train']
 
-# %% ../nbs/03_train.ipynb #2
+# %% ../nbs/03_train.ipynb #5165774c
 from .experiments import METRICS, Experiment
 from .parallel import distributed, from_first, rank_zero_print
 from .params import takes
@@ -15,18 +15,18 @@ from .setup import TrainParams, dependencies, fit_run, load_learner, load_table,
 from .start import start_run
 from .trained import load_network
 
-# %% ../nbs/03_train.ipynb #23
+# %% ../nbs/03_train.ipynb #d5693287
 def _start(p, table, learn, observer=None):
     "The run, made or found by the first process"
     started = []
     def first():
-        started.append(start_run('03_train', p, dependencies(p, table, learn.model), resolved={'precision': learn.precision},
-                                 observer=observer))
+        started.append(start_run('03_train', p, dependencies(p, table, learn.model),
+                                 resolved={'precision': learn.precision}, observer=observer))
         return str(started[0].dir)
     folder = from_first(first)
     return started[0] if started else Run(folder)
 
-# %% ../nbs/03_train.ipynb #24
+# %% ../nbs/03_train.ipynb #41e830c6
 def _run_experiment(
     p: TrainParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -41,8 +41,9 @@ def _run_experiment(
             conclude(run, learn, fit_run(p, run, learn), p.upload)
     return run
 
-# %% ../nbs/03_train.ipynb #25
-EXPERIMENT = Experiment('03_train', TrainParams, _run_experiment, load_network, (*METRICS, 'ema_top1', 'ema_loss'), resolve_train)
+# %% ../nbs/03_train.ipynb #02637bfe
+EXPERIMENT = Experiment('03_train', TrainParams, _run_experiment, load_network, (*METRICS, 'ema_top1', 'ema_loss'),
+                        resolve_train)
 
 @takes(TrainParams)
 def train(

@@ -71,7 +71,8 @@ def with_classes(
     "The table with its labels in the order of `classes`; raises `InputError` for a class that is not among them."
     unknown = [c for c in table.classes if c not in classes]
     if unknown:
-        raise InputError(f'class {unknown[0]!r} of {table.name} is unknown to the run, which knows {", ".join(classes[:10])}')
+        raise InputError(f'class {unknown[0]!r} of {table.name} is unknown to the run, which knows '
+                         f'{", ".join(classes[:10])}')
     new = np.array([classes.index(c) for c in table.classes])
     return Images(**{**vars(table), 'labels': new[table.labels], 'classes': list(classes)})
 
@@ -81,7 +82,8 @@ def _table_for(trained, data, classes):
     if isinstance(data, str) and not data:
         if classes: raise InputError(f'classes={classes!r} chooses among other data: name them (data=…)')
         return with_classes(own_data(trained.run), trained.classes)
-    return as_prepared(with_classes(load_images(data, classes), trained.classes), trained.run.depends.get('prepared', ''))
+    return as_prepared(with_classes(load_images(data, classes), trained.classes),
+                       trained.run.depends.get('prepared', ''))
 
 # %% ../nbs/02o_trained.ipynb #8cd3da61
 def _predict(trained, split, data, classes, bad):
@@ -94,7 +96,8 @@ def _predict(trained, split, data, classes, bad):
     if not n: raise InputError(f'{table.name} has no {split} images: choose another split')
     probs, rows, skipped = trained.probabilities(table, split, bad)
     if not len(rows):
-        raise InputError(f'none of the {n:,} {split} images of {table.name} can be decoded: mend them, or choose other data')
+        raise InputError(f'none of the {n:,} {split} images of {table.name} can be decoded: mend them, or choose other '
+                         'data')
     if skipped: print(left_out(skipped, n, split), file=sys.stderr)
     return probs, table, rows, skipped
 
@@ -146,7 +149,8 @@ def predict(
     table = as_prepared(_folder_table(folder, self.classes), self.run.depends.get('prepared', ''))
     names = table.items
     probs, rows, skipped = self.probabilities(table, 'test', 'skip')
-    out = pd.DataFrame({'file': pd.Series(names, dtype=object), 'predicted': None, 'probability': np.nan, 'error': None})
+    out = pd.DataFrame({'file': pd.Series(names, dtype=object), 'predicted': None, 'probability': np.nan,
+                        'error': None})
     if len(rows):
         out.loc[rows, 'predicted'] = np.array(self.classes, object)[probs.argmax(1)]
         out.loc[rows, 'probability'] = probs.max(1).astype(float).round(4)
@@ -180,7 +184,8 @@ class Network(Trained):
         from imgexp.learner import best_device
         self.device = device or best_device()
         layout = torch.contiguous_format if torch.device(self.device).type == 'mps' else torch.channels_last
-        super().__init__(run, model.to(self.device, memory_format=layout).eval(), about, checkpoint, _precision(run, self.device))
+        super().__init__(run, model.to(self.device, memory_format=layout).eval(), about, checkpoint,
+                         _precision(run, self.device))
         self.net, n = self.model, run.params.get('batch_size', 64)  # net: what is called, on batches of batch_size
         self.batch_size = min(n, run.params.get('micro_batch') or n)
 
@@ -188,7 +193,8 @@ class Network(Trained):
         "As `Trained.probabilities`"
         from imgexp.results import predict
         workers = 0 if isinstance(table.source, Pixels) or len(table) < 200 else min(8, os.cpu_count())
-        loader = Loader(table, split, self.size, self.batch_size, workers=workers, device=self.device, train=False, bad=bad)
+        loader = Loader(table, split, self.size, self.batch_size, workers=workers, device=self.device, train=False,
+                        bad=bad)
         probs, _, rows = predict(self.net, loader, self.about['norm'], self.precision)
         return probs, rows, loader.skipped
 
@@ -216,9 +222,12 @@ def read_network(
     from imgexp.models import build_model
     index, folder = read_index(run), run.dir/'checkpoints'
     aliases = {'last': index['last'], 'best': index['best'][0]['name'] if index['best'] else None}
-    path = checkpoint_path(run, aliases, checkpoint, sorted(p.stem for g in ('step-*', 'weights-*') for p in folder.glob(g)))
-    weights, about = read_weights(path if path.exists() else path.with_name(f'{path.name}.safetensors'), weights_kind(index['by']))
-    model = build_model(about['arch'], len(about['classes']), size=about['size'], stem=about['stem'], head=about['head'])
+    path = checkpoint_path(run, aliases, checkpoint,
+                           sorted(p.stem for g in ('step-*', 'weights-*') for p in folder.glob(g)))
+    weights, about = read_weights(path if path.exists() else path.with_name(f'{path.name}.safetensors'),
+                                  weights_kind(index['by']))
+    model = build_model(about['arch'], len(about['classes']), size=about['size'], stem=about['stem'],
+                        head=about['head'])
     model.load_state_dict(weights)
     return model, about
 

@@ -48,11 +48,15 @@ HEAD = [*HEADS, 'logistic']
 
 class TransferNetworkParams(Parameters, heading='network'):
     arch: str = param('resnet18', 'any classification architecture of torchvision, or compact_resnet')
-    weights: str = param('', "empty (random), imagenet (torchvision's default) or IMAGENET1K_V1, or a .pth or .safetensors file")
+    weights: str = param('', "empty (random), imagenet (torchvision's default) or IMAGENET1K_V1, or a .pth or "
+                             ".safetensors file")
     retrain: int = param(0, 'what is trained: 0 the head, k the head and the last k blocks', (0, 1000))
-    head: str = param('linear', 'linear, mlp (one hidden layer), or logistic (linear at its optimum, weight decay chosen on validation)', HEAD)
-    size: int = param(0, 'side of the images in px; 0 is what the weights are made for (224 for most, also for a file; 64 without weights)', (0, 1024))
-    normalize: str = param('weights', 'images by what the weights were trained with; half (0.5 and 0.5), or data', NORMALIZE)
+    head: str = param('linear', 'linear, mlp (one hidden layer), or logistic (linear at its optimum, weight decay '
+                                'chosen on validation)', HEAD)
+    size: int = param(0, 'side of the images in px; 0 is what the weights are made for (224 for most, also for a file; '
+                         '64 without weights)', (0, 1024))
+    normalize: str = param('weights', 'images by what the weights were trained with; half (0.5 and 0.5), or data',
+                           NORMALIZE)
 
 # %% ../nbs/20_transfer.ipynb #6adce494
 class HeadParams(Parameters, heading='training'):
@@ -60,23 +64,27 @@ class HeadParams(Parameters, heading='training'):
     batch_size: int = param(64, 'images a step', (1, 65_536))
     lr: float = param(0.001, 'learning rate of Adam', '(0, 100]')
     weight_decay: float = param(0.0, 'of Adam (L2)', (-1, 10))
-    finetune_epochs: int = param(0, 'epochs in which everything is trained afterwards, through the images; the first block at a hundredth of the learning rate', (0, 10_000))
+    finetune_epochs: int = param(0, 'epochs in which everything is trained afterwards, through the images; the first '
+                                    'block at a hundredth of the learning rate', (0, 10_000))
     finetune_lr: float = param(0.0003, "largest learning rate of these, the head's", '(0, 100]')
 
 # %% ../nbs/20_transfer.ipynb #88f7019b
 class ViewParams(Parameters, heading='augmentation'):
     views: int = param(0, 'augmented views of each training image; 0 takes the images as they are', (0, 1000))
-    augment: str = param('crop-flip', 'of the views, and of fine-tuning: crop-flip, color, randaugment, trivial, autoaugment, or module:function')
+    augment: str = param('crop-flip', 'of the views, and of fine-tuning: crop-flip, color, randaugment, trivial, '
+                                      'autoaugment, or module:function')
 
 class CacheParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
     cache_gb: float = param(20.0, 'that all cached features may take on the disk', '(0, 1000000]', in_id=False)
 
-class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams, CacheParams, LoadParams, RunParams):
+class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams, CacheParams,
+                     LoadParams, RunParams):
     "Parameters of `imgexp transfer`."
 
 # %% ../nbs/20_transfer.ipynb #20aa0005
-AT_ONCE_MB, KEPT_MB = 16, 256  # features that are read at once; that stay in memory where every epoch takes them in the same order
+# features that are read at once; that stay in memory where every epoch takes them in the same order
+AT_ONCE_MB, KEPT_MB = 16, 256
 
 class _Taken:
     "A batch that is there"
@@ -99,7 +107,8 @@ class FeatureLoader(Loader):
         shuffle: bool | None = None, # by default where split is 'train'
     ):
         self.table, self.split, self.sets, self.bad, self.workers = table, split, sets, 'stop', 0
-        self.device, self.process, self.skipped = torch.device(device), (0, 1), {k: v for s in sets for k, v in s.skipped.items()}
+        self.device, self.process, self.skipped = torch.device(device), (0, 1), {k: v for s in sets for k,
+                                                                                 v in s.skipped.items()}
         rows = table.split(split)
         rows = rows[(np.array([s.where[rows, 0] for s in sets]) >= 0).all(0)]
         self.batches = Batches(rows, batch_size, seed, split == 'train' if shuffle is None else shuffle, self.process)
@@ -108,7 +117,8 @@ class FeatureLoader(Loader):
         "This loader, to be read from batch `start` of `epoch`"
         self.batches.epoch, self.batches.start = epoch, start
         return self
-    def _keeps(self, chosen): return not self.batches.shuffle and len(self.sets) == 1 and len(self.batches.rows)*_bytes(chosen) < KEPT_MB*1e6
+    def _keeps(self, chosen):
+        return not self.batches.shuffle and len(self.sets) == 1 and len(self.batches.rows)*_bytes(chosen) < KEPT_MB*1e6
     def _at_once(self, chosen): return max(1, int(AT_ONCE_MB*1e6)//max(1, self.batches.batch_size*_bytes(chosen)))
 
 # %% ../nbs/20_transfer.ipynb #75b3dad6
@@ -150,7 +160,8 @@ DECAYS = 10.**np.arange(0, -5.5, -0.5)  # weight decays that logistic tries, rel
 def _scale(x):
     "Mean and standard deviation of each feature"
     mean = x.mean(0)
-    return mean, (sum((part - mean).square().sum(0) for part in x.split(4096))/(len(x) - 1)).sqrt().clamp_min(1e-6)  # std would need as much memory again
+    # std would need as much memory again
+    return mean, (sum((part - mean).square().sum(0) for part in x.split(4096))/(len(x) - 1)).sqrt().clamp_min(1e-6)
 
 # %% ../nbs/20_transfer.ipynb #e08d0891
 @torch.no_grad()
@@ -177,7 +188,8 @@ def solve(
     mean, std = _scale(x)
     w = (layer.weight.detach()*std).requires_grad_()
     b = (layer.bias.detach() + layer.weight.detach() @ mean).requires_grad_()
-    found = torch.optim.LBFGS([w, b], max_iter=steps, history_size=10, line_search_fn='strong_wolfe', tolerance_grad=1e-5, tolerance_change=1e-9)
+    found = torch.optim.LBFGS([w, b], max_iter=steps, history_size=10, line_search_fn='strong_wolfe',
+                              tolerance_grad=1e-5, tolerance_change=1e-9)
     @torch.no_grad()
     def loss():
         own = w/std  # the same as features of unit variance, without a copy of them
@@ -237,7 +249,8 @@ def load_features(
         found = features(table, parts, view, **kw)
         return [found], found
     views = [replace(view, augment=p.augment, seed=seeds(p)['order'], number=k) for k in range(p.views)]
-    return [features(table, parts, v, splits=('train',), together=p.views, **kw) for v in views], features(table, parts, view, splits=('valid', 'test'), **kw)
+    return [features(table, parts, v, splits=('train',), together=p.views, **kw)
+            for v in views], features(table, parts, view, splits=('valid', 'test'), **kw)
 
 # %% ../nbs/20_transfer.ipynb #20aa000d
 def _in_precision(learn, x):
@@ -261,12 +274,15 @@ def make_head_learner(
     sets, plain = load_features(p, table, parts, norm, tell)
     model.to(device)
     logistic = p.head == 'logistic'
-    train = WholeLoader(table, 'train', sets, device) if logistic else FeatureLoader(table, 'train', sets, p.batch_size, seeds(p)['order'], device)
+    train = WholeLoader(table, 'train', sets, device) if logistic else FeatureLoader(table, 'train', sets, p.batch_size,
+                                                                                     seeds(p)['order'], device)
     kind, cbs = (LogisticLearner, [Decays()]) if logistic else (ImageLearner, [])
-    learn = kind(Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model, loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
+    learn = kind(Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model,
+                 loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
     if train.skipped or plain.skipped: tell(left_out(train.skipped | plain.skipped, len(table)))
     learn.table, learn.norm, learn.size, learn.training, learn.plain = table, norm, p.size, False, plain
-    learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix  # a head alone costs nothing
+    # a head alone costs nothing
+    learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix
     learn.scaler = torch.amp.GradScaler(device) if learn.precision == 'fp16' else None
     learn.net = learn.compiled = parts.suffix
     return learn
@@ -279,11 +295,14 @@ def predict_head(
 ) -> tuple:     # probabilities float32 [n, classes], labels int64 [n], rows of the table int64 [n]
     "What the network says of a split, from its features."
     learn.model.eval()
-    loader, probs, rows = FeatureLoader(learn.table, split, [learn.plain], 1024, device=learn.dls.device, shuffle=False), [], []
+    loader, probs, rows = FeatureLoader(learn.table, split, [learn.plain], 1024, device=learn.dls.device,
+                                        shuffle=False), [], []
     for x, _ in loader.at(0):
-        probs.append(learn.forward(learn.suffix, _in_precision(learn, x)).softmax(1).cpu().numpy()); rows.append(loader.rows)
+        probs.append(learn.forward(learn.suffix,
+                                   _in_precision(learn, x)).softmax(1).cpu().numpy()); rows.append(loader.rows)
     rows = np.concatenate(rows) if rows else np.zeros(0, int)
-    return np.concatenate(probs) if probs else np.zeros((0, len(learn.table.classes)), np.float32), learn.table.labels[rows], rows
+    return np.concatenate(probs) if probs else np.zeros((0, len(learn.table.classes)),
+                                                        np.float32), learn.table.labels[rows], rows
 
 # %% ../nbs/20_transfer.ipynb #db2b00d8
 class _Parted(torch.nn.Module):
@@ -294,7 +313,8 @@ class _Parted(torch.nn.Module):
         self.kind = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32)
     def forward(self, x):
         x = self.prefix(x).to(self.kind)
-        with torch.autocast(x.device.type, enabled=False) if self.head == 'fp32' else nullcontext(): return self.suffix(x.float() if self.head == 'fp32' else x)
+        with torch.autocast(x.device.type, enabled=False) if self.head == 'fp32' else nullcontext():
+            return self.suffix(x.float() if self.head == 'fp32' else x)
 
 def _parted(p, model, precision): return _Parted(cut(model, p.retrain), precision, precision if p.retrain else 'fp32')
 
@@ -307,7 +327,8 @@ def predictor(
     if best['epoch'] > p.epochs: return predict_split
     def look(learn, split):
         valid = learn.dls.valid
-        loader = Loader(learn.table, split, learn.size, 64, workers=valid.workers, device=valid.device, bad=valid.bad, train=False)
+        loader = Loader(learn.table, split, learn.size, 64, workers=valid.workers, device=valid.device, bad=valid.bad,
+                        train=False)
         return predict(_parted(p, learn.model, learn.precision), loader, learn.norm, learn.precision)
     return look
 
@@ -328,7 +349,8 @@ def resolve_transfer(
     p: TransferParams, # as the user gave them
 ) -> TransferParams:
     "Fill in the image size that the weights are made for, and an epoch for each weight decay of `logistic`."
-    return p.replace(size=p.size or own_size(p.arch, p.weights), epochs=len(DECAYS) if p.head == 'logistic' else p.epochs)
+    return p.replace(size=p.size or own_size(p.arch, p.weights),
+                     epochs=len(DECAYS) if p.head == 'logistic' else p.epochs)
 
 # %% ../nbs/20_transfer.ipynb #0a61a609
 def fit_head(
@@ -337,8 +359,10 @@ def fit_head(
     learn,     # of `make_head_learner`
 ) -> dict:     # the best checkpoint
     "Train what is not frozen, and load the weights of the best epoch."
-    best = fit(run, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant', keep_best=1, seed=p.seed)
-    if p.head == 'logistic': rank_zero_print(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
+    best = fit(run, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant',
+               keep_best=1, seed=p.seed)
+    if p.head == 'logistic':
+        rank_zero_print(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
     return best
 
 FIRST_LR = 0.01  # of the first block, relative to the head's, when everything is fine-tuned
@@ -353,9 +377,10 @@ def finetune(
 ) -> tuple:    # the learner, and the best checkpoint of all epochs
     "Train everything but batch norm's statistics from the best head on, images augmented and in the loop; the nearer to the input, the lower the learning rate."
     learn = make_learner(table, keep_statistics(set_retrain(model, -1)), norm, **LearnerParams.of(p))
-    rank_zero_print(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for {p.finetune_epochs} epochs')
-    return learn, fit(run, learn, first_lr=FIRST_LR, after=p.epochs, epochs=p.finetune_epochs, optimizer='adam', lr=p.finetune_lr,
-                      weight_decay=p.weight_decay, keep_best=1, seed=p.seed)
+    rank_zero_print(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for '
+                    f'{p.finetune_epochs} epochs')
+    return learn, fit(run, learn, first_lr=FIRST_LR, after=p.epochs, epochs=p.finetune_epochs, optimizer='adam',
+                      lr=p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed)
 
 # %% ../nbs/20_transfer.ipynb #b9260c85
 def _run_experiment(
@@ -364,17 +389,19 @@ def _run_experiment(
 ) -> Run:      # finished
     "Train, evaluate, and finish one run."
     p = resolve_transfer(p)
-    if launched() > 1: raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
+    if launched() > 1:
+        raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
     table = load_images(p.data, p.classes)
     if p.finetune_epochs: table = packed(table, p.size)
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
-    model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'], head='mlp' if p.head == 'mlp' else 'linear')
+    model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'],
+                        head='mlp' if p.head == 'mlp' else 'linear')
     _cut(p, model); policy(p.augment, p.size)  # what is refused leaves no run
     resolved = {'precision': choose_precision(p.precision, best_device())}
     set_retrain(model, p.retrain)
     more = {'prepared': preparation(table), 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
-    with start_run('20_transfer', p, {'data': table_id(table), 'weights': model.report.weights_id} | {k: v for k, v in more.items() if v}, resolved=resolved,
-                   observer=observer) as run:
+    with start_run('20_transfer', p, {'data': table_id(table), 'weights': model.report.weights_id}
+                   | {k: v for k, v in more.items() if v}, resolved=resolved, observer=observer) as run:
         if run.finished:
             if len(kept.split('test')) and not run.observer: evaluate_test(run)
             return run
@@ -396,7 +423,8 @@ def _cut(p, model):
     return parts
 
 # %% ../nbs/20_transfer.ipynb #20aa000f
-EXPERIMENT = Experiment('20_transfer', TransferParams, _run_experiment, load_transfer_network, METRICS, resolve_transfer)
+EXPERIMENT = Experiment('20_transfer', TransferParams, _run_experiment, load_transfer_network, METRICS,
+                        resolve_transfer)
 
 @takes(TransferParams)
 def train(
@@ -413,9 +441,14 @@ def compare(
 ):               # a pandas table: a row for each run, the best on validation images first
     "A run for each architecture and head, on the same features; finished ones are not repeated."
     import pandas as pd
-    if not isinstance(archs, dict) or isinstance(heads, str) or not archs or not heads: raise InputError("give architectures with their weights, and a list of heads: compare({'resnet18': 'imagenet'}, ['linear'])")
+    if not isinstance(archs, dict) or isinstance(heads, str) or not archs or not heads:
+        raise InputError("give architectures with their weights, and a list of heads: compare({'resnet18': "
+                         "'imagenet'}, ['linear'])")
     def row(arch, weights, head):
         run = train(**{'resume': 'reuse'} | given | dict(arch=arch, weights=weights, head=head))
         told = {s: run.metrics[s]['top1'] for s in ('valid', 'test') if run.metrics.get(s)}
-        return {'arch': arch, 'head': head} | {f'{s}_{k}': v[k] for s, v in told.items() for k in ('value', 'low', 'high', 'n')} | {'run': run.name}
-    return pd.DataFrame([row(a, w, h) for a, w in archs.items() for h in heads]).rename(columns=lambda c: c.replace('value', 'top1')).sort_values('valid_top1', ascending=False, ignore_index=True)
+        return {'arch': arch, 'head': head} | {f'{s}_{k}': v[k] for s, v in told.items()
+                                               for k in ('value', 'low', 'high', 'n')} | {'run': run.name}
+    return pd.DataFrame([row(a, w, h) for a,
+                         w in archs.items() for h in heads]).rename(columns=lambda c: c.replace('value',
+                                                                                                'top1')).sort_values('valid_top1', ascending=False, ignore_index=True)

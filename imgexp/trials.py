@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sweep_experiment', 'check_program', 'check_experiment', 'program_call', 'observe', 'run_trial']
 
-# %% ../nbs/06d_trials.ipynb #2
+# %% ../nbs/06d_trials.ipynb #d8d963e1
 import errno, inspect, math, numbers, os, re, signal, time
 from contextlib import contextmanager
 from functools import cache, partial
@@ -21,7 +21,7 @@ from .study import Sweep
 from .sweep_config import KERAS_COLUMNS, all_values
 from .workers import find_function
 
-# %% ../nbs/06d_trials.ipynb #5
+# %% ../nbs/06d_trials.ipynb #fd14a0ca
 def sweep_experiment(
     program: str, # experiment, notebook or module:function
 ):                # an `Experiment`, or None
@@ -38,7 +38,7 @@ def _arguments(values):
         inner[last] = v
     return out
 
-# %% ../nbs/06d_trials.ipynb #6
+# %% ../nbs/06d_trials.ipynb #3e56f557
 def check_program(
     program: str, # experiment, notebook or module:function
     values: dict, # an example of a trial's
@@ -47,18 +47,21 @@ def check_program(
     if ':' in program:
         try: f = find_function(program)
         except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f'program={program!r}: {e}: give module:function, or an experiment like 10_keras_cnn') from None
+            raise InputError(f'program={program!r}: {e}: give module:function, or an experiment like '
+                             '10_keras_cnn') from None
         names, given = inspect.signature(f).parameters, _arguments(values)
-        required = [n for n, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        required = [n for n,
+                    p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         if not any(p.kind is p.VAR_KEYWORD for p in names.values()):
-            for k in given.keys() - names.keys(): raise InputError(f'program={program!r}: {unknown_name(k, list(names))}')
+            for k in given.keys() - names.keys():
+                raise InputError(f'program={program!r}: {unknown_name(k, list(names))}')
         for k in required:
             if k not in given: raise InputError(f'program={program!r} needs {k}: add it to the parameters of the sweep')
     elif program.endswith('.py'):
         raise InputError(f'program={program!r}: give an experiment like 10_keras_cnn, a notebook, or module:function')
     else: check_points(find_notebook(program), [values])
 
-# %% ../nbs/06d_trials.ipynb #7
+# %% ../nbs/06d_trials.ipynb #f5b6361e
 def check_experiment(
     program: str, # experiment, notebook or module:function
     space,      # of the sweep
@@ -76,7 +79,7 @@ def check_experiment(
         values = p.settings.get('values') or ends
         check_points(notebook, [{p.name: v} for v in values])
 
-# %% ../nbs/06d_trials.ipynb #8
+# %% ../nbs/06d_trials.ipynb #e2618ca7
 def program_call(
     program: str,  # experiment, notebook or module:function
     values: dict,  # of the trial
@@ -89,11 +92,13 @@ def program_call(
         with environment_variables(IMGEXP_OBSERVER=observer_name): return f(**arguments)
     if ':' in program: return partial(with_observer, find_function(program), **_arguments(values))
     notebook, more = find_notebook(program), {'resume': 'reuse'} | more
-    values = check_points(notebook, [{k: v for k, v in more.items() if k in parameter_table(notebook).table()} | values])[0]
-    if experiment := sweep_experiment(program): return partial(experiment.train, experiment.params.check(values), observer)
+    values = check_points(notebook,
+                          [{k: v for k, v in more.items() if k in parameter_table(notebook).table()} | values])[0]
+    if experiment := sweep_experiment(program):
+        return partial(experiment.train, experiment.params.check(values), observer)
     return partial(with_observer, execute, notebook=str(notebook), values=values)
 
-# %% ../nbs/06d_trials.ipynb #10
+# %% ../nbs/06d_trials.ipynb #bfc8554f
 @cache
 def _open_sweep(folder): return Sweep(folder)
 
@@ -105,7 +110,7 @@ def _undisturbed():
     finally:
         if asked: signal.raise_signal(signal.SIGINT if asked[0] == 'interrupted' else signal.SIGTERM)
 
-# %% ../nbs/06d_trials.ipynb #11
+# %% ../nbs/06d_trials.ipynb #741d3185
 def observe(
     run,       # a `Run`
     row: dict, # of its history
@@ -117,7 +122,7 @@ def observe(
 def _observe_trial(sweep, number, owner, run, row):
     with _undisturbed(): return _report_epoch(sweep, number, owner, run, row)
 
-# %% ../nbs/06d_trials.ipynb #12
+# %% ../nbs/06d_trials.ipynb #1bc4a4d1
 def _report_epoch(sweep, number, owner, run, row):
     "Report the epochs that the sweep has not seen yet; the reason to end the trial, or ''"
     sweep.check_owner(number, owner)
@@ -135,7 +140,7 @@ def _report_epoch(sweep, number, owner, run, row):
     if reason != before: sweep.set_attrs(number, why=reason)
     return reason
 
-# %% ../nbs/06d_trials.ipynb #13
+# %% ../nbs/06d_trials.ipynb #f2bbd01a
 def run_trial(
     folder: str, # of a sweep
 ) -> dict:       # trial, values, value, why; or over: why none was started
@@ -157,20 +162,21 @@ def run_trial(
     except BaseException as e: raise _note_error(sweep, number, values, lock.owner, e)
     finally: lock.release()
 
-# %% ../nbs/06d_trials.ipynb #14
+# %% ../nbs/06d_trials.ipynb #b7dfd5ae
 def _note_error(sweep, number, values, owner, e):
     "Note the error that ended a trial, and return it; the trial stays open if it was interrupted, or belongs to another process now"
     try: sweep.check_owner(number, owner)
     except TrialLost as lost: e = lost
     if isinstance(e, Exception) and not isinstance(e, TrialLost) and os_errno(e) in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFailed(f'trial {number} has no room left on the disk ({e}): free some; the same command continues')
+        return StorageFailed(f'trial {number} has no room left on the disk ({e}): free some; the same command '
+                             'continues')
     with _undisturbed():
         if isinstance(e, KeyboardInterrupt): sweep.set_attrs(number, stuck=None)
         elif not isinstance(e, TrialLost): sweep.fail(number, f'{type(e).__name__}: {e}')
     e.value = {'trial': number, 'values': values}
     return e
 
-# %% ../nbs/06d_trials.ipynb #15
+# %% ../nbs/06d_trials.ipynb #3dbb8701
 def _result_of(sweep, number, owner, call):
     "Result of the program; while another trial with the same values runs, wait for its run"
     while True:
@@ -180,7 +186,7 @@ def _result_of(sweep, number, owner, call):
             sweep.check_owner(number, owner)
             time.sleep(1)
 
-# %% ../nbs/06d_trials.ipynb #16
+# %% ../nbs/06d_trials.ipynb #9598d502
 def _measure(sweep, number, values, owner):
     "Call the program, and report what it returns: a number, a dictionary with the metric, or a finished run, whose history counts"
     observer = partial(_observe_trial, sweep, number, owner)
@@ -188,7 +194,8 @@ def _measure(sweep, number, values, owner):
     sweep.check_owner(number, owner)
     if isinstance(result, dict) and result.get('run'): result = Run(result['run'])
     if isinstance(result, Run):
-        sweep.set_attrs(number, run=result.name, why=result.metrics.get('ended', ''), trained_for=result.metrics.get('seconds', 0.))
+        sweep.set_attrs(number, run=result.name, why=result.metrics.get('ended', ''),
+                        trained_for=result.metrics.get('seconds', 0.))
         column = sweep.metric.column if sweep.metric.column in result.history else sweep.metric.name
         for k, v in enumerate(result.history.get(column, ()), 1): sweep.report(number, k, v)
         return

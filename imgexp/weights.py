@@ -93,7 +93,8 @@ def published_weights(
     if weights == 'imagenet': return known.DEFAULT
     names = [w.name for w in known]
     if weights in names: return known[weights]
-    raise InputError(f"weights={weights!r}: of {arch} there are {', '.join(names)}, and 'imagenet', which is {known.DEFAULT.name}.")
+    raise InputError(f"weights={weights!r}: of {arch} there are {', '.join(names)}, and 'imagenet', which is "
+                     f"{known.DEFAULT.name}.")
 
 # %% ../nbs/02a_weights.ipynb #729a3c7f
 def download_weights(

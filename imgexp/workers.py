@@ -6,7 +6,7 @@
 __all__ = ['Job', 'Result', 'find_function', 'work', 'visible_gpus', 'usable_cores', 'worker_environments', 'thread_count',
            'Local', 'Interrupted', 'run_jobs']
 
-# %% ../nbs/05_workers.ipynb #2
+# %% ../nbs/05_workers.ipynb #79deb71b
 import importlib, json, os, queue, signal, subprocess, sys, tempfile, threading, time, traceback
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .errors import InputError, Stopped, stop_requests
 from .files import to_plain
 
-# %% ../nbs/05_workers.ipynb #5
+# %% ../nbs/05_workers.ipynb #017615d0
 @dataclass
 class Job:
     "One call of a function in a worker process."
@@ -32,7 +32,7 @@ class Result:
     error: str = ''      # one line
     seconds: float = 0.
 
-# %% ../nbs/05_workers.ipynb #6
+# %% ../nbs/05_workers.ipynb #208ff5ef
 def find_function(
     name: str, # 'module:function'
 ):             # the function
@@ -41,7 +41,7 @@ def find_function(
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     return getattr(importlib.import_module(module), function)
 
-# %% ../nbs/05_workers.ipynb #7
+# %% ../nbs/05_workers.ipynb #7e11c8f5
 def _call(call, values):
     "Call a function: its `Result` as a dictionary"
     began = time.perf_counter()
@@ -50,7 +50,8 @@ def _call(call, values):
     except InputError as e: out = {'state': 'failed', 'error': str(e), 'value': _value_of(e)}
     except Exception as e:
         traceback.print_exc()
-        out = {'state': 'failed', 'error': ' '.join(traceback.format_exception_only(e)[-1].split()), 'value': _value_of(e)}
+        out = {'state': 'failed', 'error': ' '.join(traceback.format_exception_only(e)[-1].split()),
+               'value': _value_of(e)}
     return out | {'seconds': time.perf_counter() - began}
 
 def _value_of(e):
@@ -58,7 +59,7 @@ def _value_of(e):
     value = getattr(e, 'value', None)
     return to_plain(value) if isinstance(value, dict) else None
 
-# %% ../nbs/05_workers.ipynb #11
+# %% ../nbs/05_workers.ipynb #0438bee6
 def _terminated(number, frame): raise KeyboardInterrupt('terminated')
 
 def _listen(jobs, busy):
@@ -67,7 +68,7 @@ def _listen(jobs, busy):
     jobs.put(None)
     if busy.is_set(): os.kill(os.getpid(), signal.SIGTERM)
 
-# %% ../nbs/05_workers.ipynb #12
+# %% ../nbs/05_workers.ipynb #8cc6bf56
 def work():
     "Main loop of a worker process: jobs from stdin, one JSON outcome per line on the original stdout."
     out, jobs, busy = os.fdopen(os.dup(1), 'w', buffering=1), queue.SimpleQueue(), threading.Event()
@@ -83,16 +84,17 @@ def work():
             if outcome['state'] == 'stopped': return
     except (KeyboardInterrupt, BrokenPipeError): pass
 
-# %% ../nbs/05_workers.ipynb #13
+# %% ../nbs/05_workers.ipynb #d4877484
 _WORK = "import sys; sys.path[:] = [p for p in sys.path if p]; from imgexp.workers import work; work()"
 
-# %% ../nbs/05_workers.ipynb #14
+# %% ../nbs/05_workers.ipynb #e08ecac4
 class _Worker:
     "A worker process, seen from its parent; puts (worker, outcome) into a queue, and (worker, None) when it ends"
     def __init__(self, slot, env, outcomes):
         self.slot, self.job, self.log = slot, None, tempfile.TemporaryFile()
         self.process = subprocess.Popen([sys.executable, '-c', _WORK], env=os.environ | env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                                        start_new_session=True)
         threading.Thread(target=self._read, args=(outcomes,), daemon=True).start()
     def _read(self, outcomes):
         for line in self.process.stdout: outcomes.put((self, json.loads(line)))
@@ -116,7 +118,7 @@ class _Worker:
             try: p.kill()
             except psutil.NoSuchProcess: pass
 
-# %% ../nbs/05_workers.ipynb #15
+# %% ../nbs/05_workers.ipynb #f94397f3
 @patch
 def death(self: _Worker):
     "How it ended, and its last line of output"
@@ -127,10 +129,11 @@ def death(self: _Worker):
     last = next((line.strip() for line in reversed(lines) if line.strip()), '')
     return f'its process {ending}' + f' after: {last}'*bool(last)
 
-# %% ../nbs/05_workers.ipynb #17
+# %% ../nbs/05_workers.ipynb #a039ba06
 def visible_gpus() -> list: # of text, as CUDA_VISIBLE_DEVICES names them
     "NVIDIA GPUs that may be used; asks nvidia-smi, so that no framework is loaded."
-    if (named := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None: return [g for g in named.split(',') if g.strip() not in ('', '-1')]
+    if (named := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None:
+        return [g for g in named.split(',') if g.strip() not in ('', '-1')]
     try: listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError): return []
     return [str(k) for k, line in enumerate(l for l in listed.splitlines() if l.startswith('GPU '))]
@@ -139,7 +142,7 @@ def usable_cores() -> int:
     "Number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/05_workers.ipynb #18
+# %% ../nbs/05_workers.ipynb #1867b4f2
 def worker_environments(
     n: int, # workers
     n_cores: int = 0, # 0: all
@@ -148,7 +151,8 @@ def worker_environments(
 ) -> list:  # of dicts, one per worker
     "Environment variables of `n` workers: threads, and GPUs assigned round-robin."
     cards, each = visible_gpus() if cards is None else cards, str(max(1, (n_cores or usable_cores())//n))
-    threads = {k: str(threads or os.environ.get(k, each)) for k in ('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS')}
+    threads = {k: str(threads or os.environ.get(k, each))
+               for k in ('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS')}
     return [threads | ({'CUDA_VISIBLE_DEVICES': cards[k % len(cards)]} if cards else {}) for k in range(n)]
 
 def thread_count(
@@ -157,7 +161,7 @@ def thread_count(
     "Threads of a worker; of a list for nested levels (`4,2`) the first."
     return int(environment['OMP_NUM_THREADS'].split(',')[0])
 
-# %% ../nbs/05_workers.ipynb #21
+# %% ../nbs/05_workers.ipynb #c050dda0
 class Local:
     "Worker processes on this machine: each takes many jobs, and is replaced when it dies."
     def __init__(
@@ -189,7 +193,7 @@ class Local:
     def _forget(self, worker):
         if self.workers.get(worker.slot) is worker: del self.workers[worker.slot]
 
-# %% ../nbs/05_workers.ipynb #22
+# %% ../nbs/05_workers.ipynb #76830de9
 @patch
 def stop(
     self: Local,
@@ -198,7 +202,7 @@ def stop(
     "Ask all jobs to write a checkpoint and stop."
     for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
 
-# %% ../nbs/05_workers.ipynb #23
+# %% ../nbs/05_workers.ipynb #5ae411ca
 @patch
 def close(self: Local):
     "Let the workers end."
@@ -208,7 +212,7 @@ def close(self: Local):
         except subprocess.TimeoutExpired: w.kill()
     self.workers = {}
 
-# %% ../nbs/05_workers.ipynb #25
+# %% ../nbs/05_workers.ipynb #2d12b947
 class Interrupted(Stopped):
     "Jobs were asked to stop; `results` holds the outcomes so far."
     def __init__(
@@ -219,7 +223,7 @@ class Interrupted(Stopped):
         super().__init__(f'{why}; the same command continues')
         self.results = results
 
-# %% ../nbs/05_workers.ipynb #26
+# %% ../nbs/05_workers.ipynb #249dd995
 def run_jobs(
     jobs,            # of `Job`
     n: int = 1,      # jobs at once
@@ -251,7 +255,7 @@ def run_jobs(
     if asked: raise Interrupted(asked[0], results)
     return results
 
-# %% ../nbs/05_workers.ipynb #27
+# %% ../nbs/05_workers.ipynb #2f0913b4
 def _result(job, outcome, asked):
     if outcome['state'] == 'died': outcome = outcome | {'state': 'stopped' if asked else 'failed'}
     return Result(job, **outcome)
