@@ -202,7 +202,8 @@ def _imgexp(table, size=SIZE, workers=WORKERS, augment='crop-flip'):
     return Epochs()
 
 def _packed(folder, kind, size):
-    from imgexp.packs import from_pack, pack
+    from imgexp.pack_writing import pack
+    from imgexp.packs import from_pack
     place = Path(tempfile.gettempdir())/'imgexp-bench'
     return from_pack(pack(folder, size, kind, place, tell=lambda line: None))
 
@@ -378,17 +379,17 @@ print(json.dumps([epoch() for _ in range(5)]))
 '''
 
 FIRST = '''
-import json, imgexp.loader, imgexp.packs, torch
+import json, imgexp.loader, imgexp.sources, torch
 imported = time.perf_counter()
-next(iter(imgexp.loader.Loader(imgexp.packs.load_images(sys.argv[1]), 'train', 224, 64, 'crop-flip', workers=2)))
+next(iter(imgexp.loader.Loader(imgexp.sources.load_images(sys.argv[1]), 'train', 224, 64, 'crop-flip', workers=2)))
 print(json.dumps(time.perf_counter() - imported))
 '''
 
 INDEX = '''
-import json, psutil, pyarrow, imgexp.packs
+import json, psutil, pyarrow, imgexp.sources
 def megabytes(): return psutil.Process().memory_info().rss/1e6
 imported, before = time.perf_counter(), megabytes()
-table = imgexp.packs.load_images(sys.argv[1])
+table = imgexp.sources.load_images(sys.argv[1])
 assert len(table) == 1_281_167
 print(json.dumps([time.perf_counter() - imported, megabytes() - before]))
 '''

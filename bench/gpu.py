@@ -36,7 +36,7 @@ def drawn_images(folder, n, classes=8):
 
 def packed_images(folder, images, kind):
     "A pack of the drawn images: 256 px, JPEG or raw"
-    from imgexp.packs import pack
+    from imgexp.pack_writing import pack
     dest = folder/'packs'
     return next(iter(dest.glob(f'*{kind}*')), None) or pack(str(images), 256, kind, dest, tell=lambda text: None)
 
@@ -88,7 +88,7 @@ def loader_rate(source, threads, args):
     "Images a second of two passes"
     import numpy as np, torch
     from imgexp.loader import Loader
-    from imgexp.packs import load_images
+    from imgexp.sources import load_images
     table = load_images(str(source))
     rows = np.resize(table.split('train'), 512 if args.quick else 8192)
     loader = Loader(table.take(rows), 'train', 224, 256, augment='crop-flip', workers=threads, device=args.device, seed=0)

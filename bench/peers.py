@@ -79,7 +79,7 @@ def run_fit(task, part, epochs=1, pack='', augment='none', **options):
     from imgexp.data import from_arrays
     from imgexp.loader import IMAGENET
     from imgexp.models import build_model
-    from imgexp.packs import load_images
+    from imgexp.sources import load_images
     from imgexp.start import start_run
     from imgexp.fit import fit
     from imgexp.learner import make_learner

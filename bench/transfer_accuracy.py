@@ -59,8 +59,9 @@ def finetune(args): yield from rows(args, finetune_epochs=3)
 def bf16(args):
     "The share of test predictions that change when the same head sees features of the other precision"
     from imgexp.evaluate import load_run
-    from imgexp.features import View, cut, features
-    from imgexp.packs import load_images
+    from imgexp.cutting import cut
+    from imgexp.features import View, features
+    from imgexp.sources import load_images
     import torch
     table = load_images(args.images)
     test = table.split('test')

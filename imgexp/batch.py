@@ -104,8 +104,8 @@ class Plan:
         todo = [s for s, d in zip(self.seconds, self.actions) if d in ('run', 'continue')]
         counts = Counter(self.actions)
         summary = ', '.join(f'{counts[k]} {v}' for k, v in _ACTIONS.items() if counts[k])
-        return f"{len(self.points)} job{'s'*(len(self.points) != 1)}: {summary}" + (f'; {self._time(todo)}' if todo
-                                                                                    else '')
+        jobs = f"{len(self.points)} job{'s'*(len(self.points) != 1)}: {summary}"
+        return f'{jobs}; {self._time(todo)}' if todo else jobs
     def _time(self, todo):
         if None in todo: return 'time unknown until the first of them has finished'
         total = max(sum(todo)/self.n, *todo, 0)
@@ -140,8 +140,8 @@ def plan_batch(
         if run and run.state == 'running': return 'busy'
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
         if run.finished:
-            return 'evaluate' if run.metrics.get('test', 0) is None else 'check' if any(map(_names_contents,
-                                                                                            p.values())) else 'reuse'
+            if run.metrics.get('test', 0) is None: return 'evaluate'
+            return 'check' if any(map(_names_contents, p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
     return Plan(notebook, points, [action(p, r) for p, r in zip(full, existing)], existing,
                 [estimate(p, runs, threads) for p in full], n)
@@ -211,7 +211,5 @@ def results_table(
         run = Run(r.value['run']) if r.value and r.value['run'] else None
         top1 = {f'{split}_top1': run.top1(split) if run else None for split in ('valid', 'test')}
         return r.job.values['values'] | {'state': r.state} | top1 | {'run': run.name if run else '', 'error': r.error}
-    return pd.DataFrame([row(r) for r in results],
-                        index=pd.RangeIndex(1, len(results) + 1, name='job')).drop(columns='resume',
-                                                                                   errors='ignore').dropna(axis=1,
-                                                                                                           how='all').round(4)
+    table = pd.DataFrame([row(r) for r in results], index=pd.RangeIndex(1, len(results) + 1, name='job'))
+    return table.drop(columns='resume', errors='ignore').dropna(axis=1, how='all').round(4)

@@ -22,7 +22,8 @@ from .catalog import SPLITS
 from .data import Files, Images, Pixels, read, stored, with_valid
 from .decoding import BadImage, decode, open_image, resize, without_warnings
 from .errors import InputError, RunFailed
-from .packs import Pack, load_images
+from .packs import Pack
+from .sources import load_images
 from .randomness import order
 from .text import plot_text, printable
 

@@ -7,8 +7,8 @@ __all__ = ['app', 'runs_app', 'Name', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'pr
 
 # %% ../nbs/90c_cli.ipynb #74fb1446
 import sys
-if __name__ == '__main__' and '__file__' in globals() and not (getattr(sys.flags, 'safe_path', False)
-                                                               or sys.flags.isolated):
+_safe = getattr(sys.flags, 'safe_path', False) or sys.flags.isolated
+if __name__ == '__main__' and '__file__' in globals() and not _safe:
     sys.path.append(sys.path.pop(0))
 
 # %% ../nbs/90c_cli.ipynb #35b88a54

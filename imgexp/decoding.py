@@ -159,8 +159,8 @@ def _blocks(raw):
             tables[body[0]], body = _codes(body[1:17], body[17:n]), body[n:]
         if code == 0xdd: every = int.from_bytes(body, 'big')
         if code in (0xc0, 0xc1):
-            height, width, samplings = *struct.unpack('>HH', body[1:5]), {body[i]: divmod(body[i + 1], 16)
-                                                                          for i in range(6, len(body), 3)}
+            height, width = struct.unpack('>HH', body[1:5])
+            samplings = {body[i]: divmod(body[i + 1], 16) for i in range(6, len(body), 3)}
         if code == 0xda: scan, order = stop, [(body[i], body[i + 1]) for i in range(1, len(body) - 3, 2)]
     across, down = (8*max(s[i] for s in samplings.values()) for i in (0, 1))
     n = -(-width//across) * -(-height//down)
@@ -246,8 +246,8 @@ def _decode_strictly(raw):
     shorter = raw[:-2].rstrip(b'\0') + _END
     if shorter != raw:
         with suppress(ValueError): return simplejpeg.decode_jpeg(shorter, 'RGB'), shorter
-    why = re.sub(r'extraneous bytes before marker \w+', 'bytes too many', why).replace('premature end of data segment',
-                                                                                       'data are missing')
+    why = re.sub(r'extraneous bytes before marker \w+', 'bytes too many', why)
+    why = why.replace('premature end of data segment', 'data are missing')
     kind = 'is a JPEG that cannot be read' if 'upported' in why else 'is damaged'
     raise BadImage(f'{kind}: {why[:1].lower()}{why[1:]}')
 

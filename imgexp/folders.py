@@ -150,8 +150,9 @@ def from_folders(
         for label, c in enumerate(kept):
             below = folder/named[c]
             found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
-            items += found; labels.append(np.full(len(found), label)); splits.append(np.full(len(found), split,
-                                                                                             np.int8))
+            items += found
+            labels.append(np.full(len(found), label))
+            splits.append(np.full(len(found), split, np.int8))
     left.tell(root)
     table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept,
                                    name=printable(root.name), source=Files(root, np.array(items, object))))

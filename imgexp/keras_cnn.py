@@ -25,7 +25,8 @@ from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, cle
     n_blocks)
 from .loader import BadImageParams, SizeParams
 from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
-from .packs import DataParams, load_images, packed, preparation
+from .packs import packed, preparation
+from .sources import DataParams, load_images
 from .params import Parameters, RunParams, SeedParams, param, seeds, takes
 from .runs import Run
 from .start import start_run
@@ -122,9 +123,11 @@ def _row(p, model, arrays, epoch, logs, spent, began):
                 seconds=round(spent + time.perf_counter() - began, 2), lr=float(model.optimizer.learning_rate),
                 train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'],
                 valid_top1=valid['top1']['value'],
-                valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1),
-                peak_mem_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin'
-                                                                                      else 1e3)))
+                valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1), peak_mem_mb=_peak_memory())
+
+def _peak_memory():
+    "In MB"
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3))
 
 def _listener(keras, asked):
     "A callback that ends a training within an epoch on a request to stop"

@@ -40,8 +40,9 @@ def load_keras():
     return keras
 
 # %% ../nbs/09_keras_network.ipynb #890737b6
-ACTIVATIONS, STRATEGIES, KERAS_PRECISIONS = ['relu', 'silu', 'gelu', 'mish'], ['same', 'half',
-                                                                               'pyramid'], ['auto', 'fp32', 'bf16']
+ACTIVATIONS = ['relu', 'silu', 'gelu', 'mish']
+STRATEGIES = ['same', 'half', 'pyramid']
+KERAS_PRECISIONS = ['auto', 'fp32', 'bf16']
 
 # %% ../nbs/09_keras_network.ipynb #bc317efc
 def block_filters(

@@ -99,7 +99,7 @@ class ToInput(Part):
     def before_batch(self): self.learn.xb = (to_input(self.xb[0], self.learn.norm),)
 
 # %% ../nbs/02g_learner.ipynb #03cb5934
-# default weight decay
+# {name: (class, default weight decay)}
 OPTIMIZERS = {'sgd': (torch.optim.SGD, 5e-4), 'adam': (torch.optim.Adam, 0.), 'adamw': (torch.optim.AdamW, 1e-2)}
 
 def make_optimizer(
@@ -309,9 +309,8 @@ def _device(device):
 def _make_loaders(table, p, device, transform):
     "Loaders of the training and the validation images"
     workers = p.workers
-    if workers < 0:
-        workers = 0 if isinstance(table.source, Pixels) and torch.device(device).type == 'cpu' else min(8,
-                                                                                                        os.cpu_count())
+    in_memory = isinstance(table.source, Pixels) and torch.device(device).type == 'cpu'
+    if workers < 0: workers = 0 if in_memory else min(8, os.cpu_count())
     common = dict(size=p.size, workers=workers, device=device, bad=p.bad, seed=seeds(p)['order'],
                   process=(rank(), world()))
     at_once = min(p.batch_size, p.micro_batch*world() or p.batch_size)

@@ -166,8 +166,8 @@ def make_batch(
     out = np.empty((len(rows), size, size, 3), np.uint8)
     bad = Maker(table, size, augment, seed, flip)(out, rows, epoch)
     if bad:
-        out, rows, bad = np.delete(out, list(bad), 0), np.delete(rows, list(bad)), {table.items[rows[i]]: why for i,
-                                                                                    why in bad.items()}
+        names = {table.items[rows[i]]: why for i, why in bad.items()}
+        out, rows, bad = np.delete(out, list(bad), 0), np.delete(rows, list(bad)), names
     return out, table.labels[rows], rows, bad
 
 # %% ../nbs/01i_loader.ipynb #bd70e928

@@ -9,7 +9,7 @@ __all__ = ['LookParams', 'show_counts']
 from .catalog import SPLITS
 from .data import Images
 from .loader import SizeParams
-from .packs import DataParams
+from .sources import DataParams
 from .params import SeedParams, param
 from .style import BLUE, LIGHT_GRAY, ORANGE
 from .text import plot_text

@@ -94,8 +94,8 @@ class MLP(nn.Module):
         dropout:float=0.2, # share of them that is dropped in training
     ):
         super().__init__()
-        self.hidden, self.relu, self.dropout, self.out = nn.Linear(n_in,
-                                                                   hidden), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
+        self.hidden, self.relu = nn.Linear(n_in, hidden), nn.ReLU(inplace=True)
+        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(hidden, n_classes)
     def forward(self, x): return self.out(self.dropout(self.relu(self.hidden(x))))
 
 # %% ../nbs/02_networks.ipynb #c22d3352

@@ -127,8 +127,8 @@ def execute(
                                            extra_arguments=_KERNEL)
             except Exception as e: error = _one_line(e)
         run, reused = _run_of_kernel(run_file, Path(notebook).stem)
-        saved_at, value = _keep(out, run, reused, notebook, error), {'run': str(run.dir) if run else '',
-                                                                     'reused': reused}
+        value = {'run': str(run.dir) if run else '', 'reused': reused}
+        saved_at = _keep(out, run, reused, notebook, error)
     if asked: raise _with_value(KeyboardInterrupt('terminated'), value)
     if error: raise _with_value(InputError(error if run else f'{error} ({saved_at})'), value)
     return value

@@ -269,7 +269,7 @@ class History(Part):
         sums, self.sums = {k: all_sum(v).tolist() for k, v in self.sums.items()}, {}
         for split in ('train', 'valid'):
             if not sums.get(split, [0])[-1]:
-                raise RunFailed(f'none of the {split} images can be read: mend them, or name other data')
+                raise RunFailed(f'none of the {split} images can be read: fix them, or name other data')
         self.row = dict(epoch=self.learn.epoch + 1, step=self.schedule.done, images=self.images,
                         seconds=round(self.elapsed(), 2), lr=self.opt.hypers[0]['lr'])
         for split, (loss, top1, _, n) in sums.items():
@@ -279,10 +279,10 @@ class History(Part):
                          peak_mem_mb=all_max(round(peak_memory(self.dls.device))))
 
     def state(self):
-        return {'sums': {k: all_sum(v) for k, v in self.sums.items()}, 'images': self.images, 'seconds': self.elapsed(),
-                'skipped': self.skipped()}
+        sums = {k: all_sum(v) for k, v in self.sums.items()}
+        return {'sums': sums, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
     def load(self, state):
-        "Go on adding where a checkpoint stands; the first process holds what all have added so far"
+        "Continue from a checkpoint; the first process holds the sums of all."
         self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
         self.images, self.seconds = state['images'], state['seconds']
         for loader, names in zip((self.dls.train, self.dls.valid), state['skipped']): loader.skipped.update(names)
@@ -353,9 +353,8 @@ class Bottleneck(Part):
         waited, moved = self.dls.train.waited - self.before[0], self.dls.train.moved - self.before[1]
         spent = {'waiting': waited, 'moving': moved, 'computing': self.seconds - waited - moved}
         self.shares = {k: round(v/self.seconds, 3) for k, v in spent.items()}
-        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(('waiting for images', 'moving them',
-                                                                       'computing'), self.shares.values()))
-                  + self._advice())
+        names = 'waiting for images', 'moving them', 'computing'
+        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(names, self.shares.values())) + self._advice())
     def _advice(self):
         source = self.dls.train.table.source
         if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''

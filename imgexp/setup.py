@@ -19,7 +19,8 @@ from .fit import FitParams, best_column, fit, parse_epochs
 from .learner import LearnerParams, make_learner
 from .loader import IMAGENET, normalization
 from .models import NetworkParams, build_model, check_size
-from .packs import DataParams, PackParams, load_images, packed, preparation
+from .packs import packed, preparation
+from .sources import DataParams, PackParams, load_images
 from .params import Parameters, RunParams, param, seeds
 from .recipes import RECIPES, recipe
 from .runs import Run
@@ -46,8 +47,8 @@ def find_parent(
 ): # the finished `Run` that is trained further, or None
     "The run that `extend` names; raises `InputError` where there is none, or it is not finished, or not one of 03_train."
     if not p.extend: return None
-    named = [] if (Path(p.extend)/'params.json').is_file() else [Run(d) for d in runs_dir().glob(f'*{p.extend}*')
-                                                                 if (d/'params.json').is_file()]
+    matching = [Run(d) for d in runs_dir().glob(f'*{p.extend}*') if (d/'params.json').is_file()]
+    named = [] if (Path(p.extend)/'params.json').is_file() else matching
     # its children carry its name too
     finished = [r for r in named if r.finished and not r.params.get('extend', '').endswith(p.extend)]
     run = finished[0] if len(finished) == 1 else _find(p.extend)

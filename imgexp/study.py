@@ -72,16 +72,14 @@ class Sweep:
         self._saved = read_json(self.dir/'sweep.json')
         if not self._saved:
             raise InputError(f'{short_path(self.dir)} is not a sweep: `imgexp sweep init FILE` makes one')
-        self.name = self.dir.name
-        self.config, self.program, self.seed, self.threads, self.storage_name = (self._saved[k]
-                                                                                 for k in ('config', 'program', 'seed',
-                                                                                           'threads', 'storage'))
+        self.name, self.config, self.program = self.dir.name, self._saved['config'], self._saved['program']
+        self.seed, self.threads, self.storage_name = (self._saved[k] for k in ('seed', 'threads', 'storage'))
         self.grid = self.config['method'] == 'grid'
         self.metric = read_metric(self.config.get('metric'))
         self.space = read_space(self.config['parameters'])
         self.by_name = {p.name: p for p in self.space}
-        self.stopper = read_stopper(self.config['early_terminate'],
-                                    self.metric) if self.config.get('early_terminate') else None
+        early = self.config.get('early_terminate')
+        self.stopper = read_stopper(early, self.metric) if early else None
     @property
     def stopped(self): return (self.dir/'stop').exists()
     @property
@@ -92,22 +90,31 @@ class Sweep:
     def varying(self): return [p.name for p in self.space if p.distribution != 'constant']
     @cached_property
     def id(self):
-        return hashlib.sha256(json.dumps([self.config, self.program, self.seed],
-                                         sort_keys=True).encode()).hexdigest()[:8]
+        text = json.dumps([self.config, self.program, self.seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
     @cached_property
     def storage(self): return retrying(open_storage(self.storage_name, self.dir), f'the journal of sweep {self.name}')
     @cached_property
     def choices(self): return {p.name: _as_optuna(p, self.grid) for p in self.space}
     @cached_property
     def study(self): return self._study(_pure_sampler(self))
-    def reached(self, value):
-        return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
-    def trials(self): return self.study.get_trials(deepcopy=False)
-    def trial_id(self, number): return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
     @cached_property
     def study_id(self): return self.storage.get_study_id_from_name(self.study.study_name)
 
 # %% ../nbs/06b_study.ipynb #48bc54e9
+@patch
+def trials(self: Sweep) -> list:
+    "Optuna's records of all trials."
+    return self.study.get_trials(deepcopy=False)
+
+@patch
+def reached(
+    self: Sweep,
+    value: float, # of the metric; None where there is none
+) -> bool:
+    "Whether a value reaches the metric's target."
+    return None not in (value, self.metric.target) and not self.metric.better(self.metric.target, value)
+
 @patch
 def _study(self: Sweep, sampler):
     optuna, name = load_optuna(), f'{self.name}-{self.id}'
@@ -118,6 +125,14 @@ def _study(self: Sweep, sampler):
                                direction=direction)
 
 # %% ../nbs/06b_study.ipynb #52762df6
+@patch
+def trial_id(
+    self: Sweep,
+    number: int, # of a trial
+) -> int:
+    "Optuna's id of a trial."
+    return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+
 @patch
 def trial(
     self: Sweep,

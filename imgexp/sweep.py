@@ -186,10 +186,10 @@ def _states(sweep): return [(t.state.name, len(t.intermediate_values)) for t in 
 def _trials_to_run(sweep, seconds=15.):
     "Number of new and abandoned trials; waits while there are none but a running one may turn out to be abandoned"
     until = time.monotonic() + seconds
-    while not (n := len(sweep.abandoned()) + sweep.remaining()) and sweep.running() and (time.monotonic() < until
-                                                                                         or sweep.missed_beat()):
+    while True:
+        n = len(sweep.abandoned()) + sweep.remaining()
+        if n or not sweep.running() or time.monotonic() > until and not sweep.missed_beat(): return n
         time.sleep(0.5)
-    return n
 
 # %% ../nbs/06e_sweep.ipynb #c482485d
 def evaluate_best(
@@ -209,8 +209,8 @@ def evaluate_best(
         return None
     if best['run'] and experiment: out['test'] = evaluate_test(Run(runs_dir()/best['run']))
     write_json(sweep.dir/'best.json', out)
-    line, top1 = f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}", (out.get('test')
-                                                                                           or {}).get('top1')
+    line = f"best: trial {best['trial']}, {sweep.metric.name} {best['value']:.4g}"
+    top1 = (out.get('test') or {}).get('top1')
     if top1: line += f"; test top-1 {top1['value']:.1%} ({top1['low']:.1%} to {top1['high']:.1%}, n = {top1['n']:,})"
     say(line + f", run {best['run']}"*bool(best['run']))
     return out

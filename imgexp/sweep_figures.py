@@ -56,13 +56,11 @@ def plot_parallel(
 
 def _parallel_plotly(sweep, axes, values):
     import plotly.graph_objects as go
-    dimensions = [dict(label=_markup(n), values=v, tickvals=list(t), ticktext=list(t.values())) for n,
-                  (v, t) in axes.items()]
+    dimensions = [dict(label=_markup(n), values=v, tickvals=list(t), ticktext=list(t.values()))
+                  for n, (v, t) in axes.items()]
     line = dict(color=values, colorscale='Viridis', reversescale=sweep.metric.lower, showscale=True)
-    return go.Figure(go.Parcoords(line=line,
-                                  dimensions=dimensions)).update_layout(title=_markup(f'{sweep.name}: n = '
-                                                                                      f'{len(values)} trials'),
-                                                                                      height=400)
+    figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions))
+    return figure.update_layout(title=_markup(f'{sweep.name}: n = {len(values)} trials'), height=400)
 
 # %% ../nbs/06f_sweep_figures.ipynb #e3a0e618
 def _parallel_static(sweep, axes, values):
@@ -80,9 +78,9 @@ def _parallel_static(sweep, axes, values):
         for at, text in zip(unit(list(t), v), t.values()):
             ax.text(x + 0.03, at, plot_text(text), fontsize=7, va='center',
                     bbox=dict(fc='white', ec='none', pad=0.5, alpha=0.85))
-    ax.set_xticks(range(len(axes)), map(plot_text, axes),
-                  fontsize=8); ax.set_yticks([]); ax.set_title(plot_text(f'{sweep.name}: n = {len(values)} trials'),
-                                                               fontsize=9)
+    ax.set_xticks(range(len(axes)), map(plot_text, axes), fontsize=8)
+    ax.set_yticks([])
+    ax.set_title(plot_text(f'{sweep.name}: n = {len(values)} trials'), fontsize=9)
     for s in ax.spines.values(): s.set_visible(False)
     plt.close(fig)
     return fig
@@ -116,21 +114,20 @@ def plot_importance(
     "Importance as bars; the color tells whether more of it goes with a better or a worse metric."
     table = importance(sweep)[::-1]
     good = (table.correlation < 0) == sweep.metric.lower
-    colors, title = ['#009E73' if g else '#D55E00'
-                     for g in good], f'{sweep.name}: n = {len(_ended(sweep)[0])} trials; green: more is better'
+    colors = ['#009E73' if g else '#D55E00' for g in good]
+    title = f'{sweep.name}: n = {len(_ended(sweep)[0])} trials; green: more is better'
     if not static:
         import plotly.graph_objects as go
-        return go.Figure(go.Bar(x=table.importance, y=list(map(_markup, table.index)), orientation='h',
-                                marker_color=colors, customdata=table.correlation,
-                                hovertemplate='%{y}: %{x:.2f}, correlation '
-                                              '%{customdata:.2f}<extra></extra>')).update_layout(title=_markup(title),
-                                                                                                 height=120
-                                                                                                 + 25*len(table))
+        hover = '%{y}: %{x:.2f}, correlation %{customdata:.2f}<extra></extra>'
+        figure = go.Figure(go.Bar(x=table.importance, y=list(map(_markup, table.index)), orientation='h',
+                                  marker_color=colors, customdata=table.correlation, hovertemplate=hover))
+        return figure.update_layout(title=_markup(title), height=120 + 25*len(table))
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 0.8 + 0.25*len(table)))
     ax.barh(list(map(plot_text, table.index)), table.importance, color=colors)
-    ax.set_xlabel('importance'); ax.set_title(plot_text(title),
-                                              fontsize=9); ax.spines[['top', 'right']].set_visible(False)
+    ax.set_xlabel('importance')
+    ax.set_title(plot_text(title), fontsize=9)
+    ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
 
@@ -158,9 +155,10 @@ def plot_trials(
     fig, ax = plt.subplots(figsize=(5, 2.6))
     ax.scatter(numbers, values, c=colors, s=12)
     ax.step(numbers, best, where='post', color='#D55E00', label='best so far')
-    ax.set_xlabel('trial'); ax.set_ylabel(plot_text(sweep.metric.name)); ax.set_title(plot_text(title),
-                                                                                      fontsize=9); ax.legend(fontsize=8,
-                                                                                                             frameon=False)
+    ax.set_xlabel('trial')
+    ax.set_ylabel(plot_text(sweep.metric.name))
+    ax.set_title(plot_text(title), fontsize=9)
+    ax.legend(fontsize=8, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig

@@ -19,7 +19,8 @@ from .errors import InputError
 from .folders import image_files
 from .loader import Loader, Pictures
 from .metrics import left_out, score
-from .packs import as_prepared, load_images
+from .packs import as_prepared
+from .sources import load_images
 
 # %% ../nbs/02o_trained.ipynb #fe7860ea
 class Trained:

@@ -26,7 +26,8 @@ from .data import keep_subset
 from .errors import InputError
 from .evaluate import evaluate_test
 from .experiments import METRICS, Experiment, stored_params
-from .features import View, cut, features
+from .cutting import cut
+from .features import View, features
 from .fit import fit
 from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, Part, TrainEvalCallback, best_device,
     choose_precision, make_learner)
@@ -34,7 +35,8 @@ from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
 from .metrics import left_out
 from .models import build_model, own_size
 from .networks import HEADS, keep_statistics, set_retrain
-from .packs import DataParams, load_images, packed, preparation
+from .packs import packed, preparation
+from .sources import DataParams, load_images
 from .parallel import launched, rank_zero_print
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
 from .results import conclude, predict, predict_split
@@ -107,8 +109,8 @@ class FeatureLoader(Loader):
         shuffle: bool | None = None, # by default where split is 'train'
     ):
         self.table, self.split, self.sets, self.bad, self.workers = table, split, sets, 'stop', 0
-        self.device, self.process, self.skipped = torch.device(device), (0, 1), {k: v for s in sets for k,
-                                                                                 v in s.skipped.items()}
+        self.device, self.process = torch.device(device), (0, 1)
+        self.skipped = {k: v for s in sets for k, v in s.skipped.items()}
         rows = table.split(split)
         rows = rows[(np.array([s.where[rows, 0] for s in sets]) >= 0).all(0)]
         self.batches = Batches(rows, batch_size, seed, split == 'train' if shuffle is None else shuffle, self.process)
@@ -274,8 +276,8 @@ def make_head_learner(
     sets, plain = load_features(p, table, parts, norm, tell)
     model.to(device)
     logistic = p.head == 'logistic'
-    train = WholeLoader(table, 'train', sets, device) if logistic else FeatureLoader(table, 'train', sets, p.batch_size,
-                                                                                     seeds(p)['order'], device)
+    if logistic: train = WholeLoader(table, 'train', sets, device)
+    else: train = FeatureLoader(table, 'train', sets, p.batch_size, seeds(p)['order'], device)
     kind, cbs = (LogisticLearner, [Decays()]) if logistic else (ImageLearner, [])
     learn = kind(Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model,
                  loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
@@ -449,6 +451,6 @@ def compare(
         told = {s: run.metrics[s]['top1'] for s in ('valid', 'test') if run.metrics.get(s)}
         return {'arch': arch, 'head': head} | {f'{s}_{k}': v[k] for s, v in told.items()
                                                for k in ('value', 'low', 'high', 'n')} | {'run': run.name}
-    return pd.DataFrame([row(a, w, h) for a,
-                         w in archs.items() for h in heads]).rename(columns=lambda c: c.replace('value',
-                                                                                                'top1')).sort_values('valid_top1', ascending=False, ignore_index=True)
+    table = pd.DataFrame([row(a, w, h) for a, w in archs.items() for h in heads])
+    table = table.rename(columns=lambda c: c.replace('value', 'top1'))
+    return table.sort_values('valid_top1', ascending=False, ignore_index=True)

@@ -13,7 +13,7 @@ from imgexp.data import Images, from_arrays
 from imgexp.decoding import decode
 from imgexp.folders import from_folders
 from imgexp.samples import shapes
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 from imgexp.errors import InputError
 
 pytestmark = pytest.mark.usefixtures('project')

@@ -10,7 +10,7 @@ from imgexp.contents import fingerprint
 from imgexp.data import keep_subset, read
 from imgexp.decoding import BadImage, decode
 from imgexp.loader import Loader, normalization
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 from imgexp.errors import InputError, RunFailed
 from imgexp.start import find_run
 from pictures import CLASSES, tree

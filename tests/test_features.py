@@ -8,11 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from imgexp.features import MADE, View, _lock, _make_room, cut, features, features_dir
+from imgexp.cutting import cut
+from imgexp.features import MADE, View, _lock, _make_room, features, features_dir
 from imgexp.learner import to_input
 from imgexp.loader import make_batch
 from imgexp.models import build_model
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 from imgexp.errors import InputError, RunFailed
 from pictures import tree
 
@@ -216,8 +217,9 @@ def test_clear_touches_nothing_else(parts):
 EXTRACT = '''
 import sys, time
 import imgexp.features as f
+from imgexp.cutting import cut
 from imgexp.models import build_model
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 f.FILE_SECONDS = 0
 add = f.FeatureCache.add
 def slow(self, *args):
@@ -225,7 +227,7 @@ def slow(self, *args):
     print('written', flush=True)
     time.sleep(float(sys.argv[1]))
 f.FeatureCache.add = slow
-found = f.features(load_images('digits'), f.cut(build_model('compact_resnet', 10, retrain=0)), f.View(32, ((0.5,)*3, (0.5,)*3)), 'fp32')
+found = f.features(load_images('digits'), cut(build_model('compact_resnet', 10, retrain=0)), f.View(32, ((0.5,)*3, (0.5,)*3)), 'fp32')
 print('computed', found.computed)
 '''
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from imgexp.data import Images, from_arrays, keep_classes
 from imgexp.look import show_counts
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 from imgexp.errors import InputError
 from imgexp.start import find_run, start_run
 from pictures import tree

@@ -14,10 +14,11 @@ from imgexp.data import keep_subset
 from imgexp.evaluate import load_run
 from imgexp.fit import fit
 from imgexp.experiments import stored_params
-from imgexp.features import View, cut, features, features_dir, module_id
+from imgexp.cutting import cut
+from imgexp.features import View, features, features_dir, module_id
 from imgexp.learner import make_learner
 from imgexp.models import build_model
-from imgexp.packs import load_images
+from imgexp.sources import load_images
 from imgexp.results import predict_split
 from imgexp.runs import Run
 from imgexp.start import start_run
