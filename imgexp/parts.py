@@ -278,14 +278,18 @@ class History(Part):
         self.row |= dict(valid_top5=sums['valid'][2]/sums['valid'][3], img_per_s=round(self.speed, 1),
                          peak_mem_mb=all_max(round(peak_memory(self.dls.device))))
 
-    def state(self):
-        sums = {k: all_sum(v) for k, v in self.sums.items()}
-        return {'sums': sums, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
-    def load(self, state):
-        "Continue from a checkpoint; the first process holds the sums of all."
-        self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
-        self.images, self.seconds = state['images'], state['seconds']
-        for loader, names in zip((self.dls.train, self.dls.valid), state['skipped']): loader.skipped.update(names)
+# %% ../nbs/02h_parts.ipynb #a1b2c3d4
+@patch
+def state(self: History):
+    sums = {k: all_sum(v) for k, v in self.sums.items()}
+    return {'sums': sums, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
+
+@patch
+def load(self: History, state):
+    "Continue from a checkpoint; the first process holds the sums of all."
+    self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
+    self.images, self.seconds = state['images'], state['seconds']
+    for loader, names in zip((self.dls.train, self.dls.valid), state['skipped']): loader.skipped.update(names)
 
 # %% ../nbs/02h_parts.ipynb #0486e1c9
 @patch

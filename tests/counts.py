@@ -31,7 +31,7 @@ def private_imports(root=ROOT):
             for module, what in _imports(ast.parse(path.read_text(encoding='utf-8'))) if what.startswith('_')]
 
 def long_cells(root=ROOT):
-    "['06b_sweep cell 41: 52 lines', …]"
+    "['06b_study cell 11: 52 lines', …]"
     sizes = ((nb, k, len(source.strip().splitlines())) for nb, k, source in cells(root))
     return [f'{nb} cell {k}: {n} lines' for nb, k, n in sizes if n > LONG_CELL]
 
