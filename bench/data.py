@@ -202,7 +202,7 @@ def _imgexp(table, size=SIZE, workers=WORKERS, augment='crop-flip'):
     return Epochs()
 
 def _packed(folder, kind, size):
-    from imgexp.pack_writing import pack
+    from imgexp.write_packs import pack
     from imgexp.packs import from_pack
     place = Path(tempfile.gettempdir())/'imgexp-bench'
     return from_pack(pack(folder, size, kind, place, tell=lambda line: None))

@@ -36,7 +36,7 @@ def drawn_images(folder, n, classes=8):
 
 def packed_images(folder, images, kind):
     "A pack of the drawn images: 256 px, JPEG or raw"
-    from imgexp.pack_writing import pack
+    from imgexp.write_packs import pack
     dest = folder/'packs'
     return next(iter(dest.glob(f'*{kind}*')), None) or pack(str(images), 256, kind, dest, tell=lambda text: None)
 

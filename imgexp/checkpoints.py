@@ -71,8 +71,8 @@ def write_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        jobs = {f'{kind}.safetensors': (_save_weights, tensors, about) for kind,
-                tensors in weights.items()} | {'state.pt': (_save_state, state)}
+        jobs = {f'{kind}.safetensors': (_save_weights, tensors, about)
+                for kind, tensors in weights.items()} | {'state.pt': (_save_state, state)}
         with writing(folder/name), ThreadPoolExecutor() as pool:
             files = dict(zip(jobs, pool.map(lambda f: _save(part/f, *jobs[f]), jobs)))
         write_json(part/'COMMITTED.json', _seal(told | {'step': step, 'files': files}))

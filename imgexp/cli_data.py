@@ -68,7 +68,7 @@ def data_pack(
     workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
 ):
     "Build a pack of a data set for speed; the same command continues an interrupted one."
-    from imgexp.pack_writing import pack
+    from imgexp.write_packs import pack
     stop_on_sigterm()
     print(pack(source, size, kind, dest, workers, tell=say))
 

@@ -166,8 +166,8 @@ def _blocks(raw):
     n = -(-width//across) * -(-height//down)
     data = [p.replace(b'\xff\0', b'\xff') for p in re.split(rb'\xff[\xd0-\xd7]', raw[scan:start])]
     mcus = [every]*((n - 1)//every) + [(n - 1) % every + 1] if every else [n]
-    tables_of = [(tables[t >> 4], tables[16 | t & 15]) for c,
-                 t in order for _ in range(samplings[c][0]*samplings[c][1])]
+    tables_of = [(tables[t >> 4], tables[16 | t & 15])
+                 for c, t in order for _ in range(samplings[c][0]*samplings[c][1])]
     return [bin(int.from_bytes(b'\1' + p, 'big'))[3:] for p in data], mcus, tables_of
 
 # %% ../nbs/01b_decoding.ipynb #0acb0438

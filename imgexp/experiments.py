@@ -54,8 +54,8 @@ def commands() -> dict: # {'train': ('03_train', 'One network, one data set, …
     "Command of each experiment, with its notebook and the first line of its module."
     def first_line(module):
         return ast.get_docstring(ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8')))
-    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module)) for notebook,
-            (module, _) in EXPERIMENTS.items()}
+    return {module.rpartition('.')[2].replace('_', '-'): (notebook, first_line(module))
+            for notebook, (module, _) in EXPERIMENTS.items()}
 
 # %% ../nbs/00k_experiments.ipynb #8b410a7c
 RENAMED = {}  # {notebook: {old name: new name}}

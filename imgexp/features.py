@@ -35,7 +35,7 @@ from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
 from .learner import autocast, best_device, choose_precision, no_memory, to_input
 from .loader import Loader
-from .pack_writing import Bar
+from .write_packs import Bar
 from .packs import preparation
 from .runs import STALE
 from .text import file_size
@@ -129,8 +129,8 @@ class FeatureCache:
         self.paths, self.values = [*self.held], [h['features'] for h in self.held.values()]
         keys = [h['contents'].numpy().view('S32')[:, 0] for h in self.held.values()]
         self.known = np.concatenate(keys) if keys else np.zeros(0, 'S32')
-        self.places = np.concatenate([np.stack([np.full(len(k), i), np.arange(len(k))], 1) for i,
-                                      k in enumerate(keys)]) if keys else np.zeros((0, 2), int)
+        self.places = np.concatenate([np.stack([np.full(len(k), i), np.arange(len(k))], 1)
+                                      for i, k in enumerate(keys)]) if keys else np.zeros((0, 2), int)
         self.sorted = np.argsort(self.known, kind='stable')
 
 # %% ../nbs/15_features.ipynb #aa928adf

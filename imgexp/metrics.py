@@ -366,8 +366,8 @@ def _draw_worst(ax, cm, classes, k=10):
     wrong = cm - np.diag(cm.diagonal())
     worst = np.argsort(-wrong, axis=None, kind='stable')[:k]
     pairs = [divmod(int(w), len(cm)) for w in worst if wrong.flat[w]]
-    lines = [f'{class_label(classes[i], 18)} → {class_label(classes[j], 18)}  {cm[i, j]:,} of {cm[i].sum():,}' for i,
-             j in pairs]
+    lines = [f'{class_label(classes[i], 18)} → {class_label(classes[j], 18)}  {cm[i, j]:,} of {cm[i].sum():,}'
+             for i, j in pairs]
     ax.scatter([j for _, j in pairs], [i for i, _ in pairs], 60, 'none', edgecolor='#222222', lw=0.8)
     text = 'most frequent confusions (ringed)\ntrue → predicted\n\n' + '\n'.join(lines) if lines else 'no confusions'
     ax.annotate(text, (1, 1), (12, 0), xycoords='axes fraction', textcoords='offset points', va='top', fontsize=8,

@@ -155,8 +155,8 @@ def rows_html(
     "A table; numbers stand on the right."
     def tr(tag, cells):
         side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
-        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>' for s,
-                                c in zip(side, cells)) + '</tr>'
+        return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>'
+                                for s, c in zip(side, cells)) + '</tr>'
     return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table>'
 
 # %% ../nbs/02_networks.ipynb #1e8421ae

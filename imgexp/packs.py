@@ -27,8 +27,10 @@ from .text import file_size, printable
 PACK_KINDS = ('jpeg', 'raw')
 FORMAT = 2
 
-def pack_about(path):
-    "pack.json of a folder; None where it isn't a pack"
+def pack_about(
+    path: str | Path, # a folder
+) -> dict:            # None if it is not a pack
+    "pack.json of a folder; raises `InputError` for a pack of another version."
     about = read_json(Path(path)/'pack.json')
     if about is not None and about.get('format') != FORMAT:
         raise InputError(f'{short_path(path)} was packed by another version of imgexp: pack it again')
@@ -76,11 +78,18 @@ def contents(
     return [b'' if (sha := raw[32*i:32*i + 32]) == bytes(32) else sha for i in indices]
 
 # %% ../nbs/01h_packs.ipynb #4b8a0497
-def shard_name(k): return f'images-{k:05d}.arrow'
+def shard_name(
+    k: int, # 0 and up
+) -> str:
+    "Name of the k-th file of images."
+    return f'images-{k:05d}.arrow'
 
 # %% ../nbs/01h_packs.ipynb #2471e623
-def open_arrow(whole, build):
-    "Reader of an arrow file in memory; raises ArrowInvalid unless it is whole and of this build"
+def open_arrow(
+    whole,      # the bytes of an Arrow file
+    build: str, # random number of the pack's build
+):              # pyarrow's reader
+    "Open an Arrow file in memory; raises `ArrowInvalid` unless it is whole and of this build."
     import pyarrow as pa
     held = pa.ipc.open_file(whole)
     if (held.schema.metadata or {}).get(b'build') != build.encode():
@@ -165,8 +174,11 @@ def packs(
     "The packs that are there."
     return [path for path, _ in known_packs(folder)]
 
-def known_packs(folder=None, outdated=False):
-    "(folder, pack.json) of each pack; or of those that another version of imgexp made"
+def known_packs(
+    folder: str | Path | None = None, # `packs_dir()` by default
+    outdated: bool = False,           # those of another version instead
+) -> list:                            # of (folder, contents of pack.json)
+    "The packs in a folder."
     found = ((p.parent, read_json(p)) for p in sorted(Path(folder or packs_dir()).glob('[!.]*/pack.json')))
     return [(path, about) for path, about in found if about and (about.get('format') != FORMAT) == outdated]
 
@@ -182,10 +194,15 @@ def _indices(pack, table):
     return indices if (indices >= 0).all() and pack.contents(indices) == contents(table) else None
 
 # %% ../nbs/01h_packs.ipynb #32dd8add
-def find_pack(table, wanted, folder=None, tell=lambda line: None):
-    "The table with the first pack of one of these (kind, size) as its source, None if there is none"
-    known = [(p, a) for p,
-             a in known_packs(folder) if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
+def find_pack(
+    table: Images,
+    wanted,   # of (kind, size), best first
+    folder: str | Path | None = None, # `packs_dir()` by default
+    tell=lambda line: None, # called with a line for a damaged pack
+) -> Images:  # None if there is none
+    "The table with the first fitting pack as its source."
+    known = [(p, a) for p, a in known_packs(folder)
+             if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
     for kind, size in wanted:
         for path, about in known:
             if (about['kind'], about['size']) != (kind, size): continue

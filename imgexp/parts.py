@@ -280,12 +280,16 @@ class History(Part):
 
 # %% ../nbs/02h_parts.ipynb #a1b2c3d4
 @patch
-def state(self: History):
+def state(self: History) -> dict:
+    "Sums, counts and seconds so far, of all processes."
     sums = {k: all_sum(v) for k, v in self.sums.items()}
     return {'sums': sums, 'images': self.images, 'seconds': self.elapsed(), 'skipped': self.skipped()}
 
 @patch
-def load(self: History, state):
+def load(
+    self: History,
+    state: dict, # of `state`
+):
     "Continue from a checkpoint; the first process holds the sums of all."
     self.sums = {k: v.to(self.dls.device) for k, v in state['sums'].items()} if rank() == 0 else {}
     self.images, self.seconds = state['images'], state['seconds']

@@ -57,8 +57,8 @@ def _figures(learn, history, predictions, best):
 def _skipped(learn, predictions):
     "Images that could not be decoded, and why; `imgexp data check` tells the reason where no loader of the learner met them"
     reasons = learn.dls.train.skipped | learn.dls.valid.skipped
-    missing = {str(learn.table.items[r]) for s,
-               (_, _, rows) in predictions.items() for r in np.setdiff1d(learn.table.split(s), rows)}
+    missing = {str(learn.table.items[r])
+               for s, (_, _, rows) in predictions.items() for r in np.setdiff1d(learn.table.split(s), rows)}
     unseen = {name: 'cannot be decoded' for name in sorted(missing - reasons.keys())}
     return {printable(k): v for k, v in (reasons | unseen).items()}
 
@@ -83,8 +83,8 @@ def conclude(
     predictions = {s: predict(learn, s) for s in splits}
     skipped, predictions = _skipped(learn, predictions), {s: v for s, v in predictions.items() if len(v[1])}
     if skipped and predict is predict_split: rank_zero_print(left_out(skipped, len(learn.table)))
-    metrics = {s: score(probs, labels, len(learn.table.split(s)) - len(labels)) for s,
-               (probs, labels, _) in predictions.items()}
+    metrics = {s: score(probs, labels, len(learn.table.split(s)) - len(labels))
+               for s, (probs, labels, _) in predictions.items()}
     if run.observer and len(learn.table.split('test')): metrics['test'] = None  # not evaluated
     figures = _figures(learn, run.history, predictions, best)
     if not run.finished:

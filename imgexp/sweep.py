@@ -131,8 +131,8 @@ class _Progress:
         if 'unwritable' in value: raise StorageFailed(result.error)
         self.done += 1
         best, name = self.sweep.best(), self.sweep.metric.name
-        varied = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,
-                          v in value.get('values', {}).items() if k in self.sweep.varying)
+        varied = ' '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}'
+                          for k, v in value.get('values', {}).items() if k in self.sweep.varying)
         what = result.error or (f"{name} {value['value']:.4g}" if 'value' in value
                                 else '') + f" ({value['why']})"*bool(value.get('why'))
         self.say(f"trial {value.get('trial', '?')} ({self.done}/{self.total}) {result.state} in "

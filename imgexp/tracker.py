@@ -41,8 +41,8 @@ def flatten(
 ) -> dict:        # {'test/top1': 0.9}
     "Nested dictionaries as one, names joined by slashes."
     if not isinstance(value, dict): return {prefix: value}
-    return {k: v for key, sub in value.items() for k,
-            v in flatten(sub, f'{prefix}/{key}' if prefix else str(key)).items()}
+    return {k: v for key, sub in value.items()
+            for k, v in flatten(sub, f'{prefix}/{key}' if prefix else str(key)).items()}
 
 # %% ../nbs/00e_tracker.ipynb #457c73ff
 class Tracker:

@@ -11,7 +11,7 @@ from imgexp.data import read
 from imgexp.decoding import BadImage, decode
 from imgexp.folders import from_folders, image_files, image_suffixes
 from imgexp.fetch import unpack
-from imgexp.pack_writing import pack
+from imgexp.write_packs import pack
 from imgexp.sources import load_images
 from imgexp.start import find_run
 from pictures import tree

@@ -6,13 +6,13 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from PIL import Image
 
-import imgexp.pack_writing as pack_writing
+import imgexp.write_packs as write_packs
 import imgexp.packs as packs
 from imgexp.contents import file_state, fingerprint
 from imgexp.data import Files, keep_subset, read, stored
 from imgexp.decoding import BadImage
 from imgexp.loader import Loader
-from imgexp.pack_writing import pack
+from imgexp.write_packs import pack
 from imgexp.packs import Pack, as_prepared, enough, packed, preparation
 from imgexp.sources import load_images
 from imgexp.errors import InputError, RunFailed
@@ -158,7 +158,7 @@ def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch
     assert packed(load_images(photos), 100).source.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
-    monkeypatch.setattr(pack_writing, '_rows_each', lambda *args: 1)
+    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 1)
     table = load_images(pack(photos, 96, 'raw', tell=quiet))
     inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
     for i in range(len(table)): read(table, i)
@@ -172,7 +172,7 @@ def negatives(photos):
 
 def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
     "Packed again or deleted while a training reads it: the old images, to the end."
-    monkeypatch.setattr(pack_writing, '_rows_each', lambda *args: 2)  # images in a file
+    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)  # images in a file
     path = pack(photos, 96, 'raw', tell=quiet)
     wanted, opened = batches(load_images(path)), load_images(path)
     read(opened, 0)
@@ -188,7 +188,7 @@ def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
 def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
     "Index and images are of one build, whichever file the new build arrives before."
     import pyarrow as pa
-    monkeypatch.setattr(pack_writing, '_rows_each', lambda *args: 2)
+    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)
     path, other = pack(photos, 96, 'raw', tell=quiet), photos.parent/'other'
     negatives(photos)
     new, real = pack(photos, 96, 'raw', other, tell=quiet), pa.memory_map
@@ -204,7 +204,7 @@ def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
 
 def test_files_of_two_builds_are_no_pack(photos, monkeypatch):
     "Copied over each other, say: an error, never another image."
-    monkeypatch.setattr(pack_writing, '_rows_each', lambda *args: 4)
+    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 4)
     path = pack(photos, 96, 'raw', tell=quiet)
     negatives(photos)
     other = pack(photos, 96, 'raw', photos.parent/'other', tell=quiet)
@@ -232,7 +232,7 @@ def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
         for c in ('cat', 'dog'):
             (project/'data'/split/c).mkdir(parents=True)
             for i in range(n): shutil.copy(photos/c/f'{i if split == "train" else i + 4}.jpg', project/'data'/split/c)
-    small = 'import imgexp.pack_writing as p; p._rows_each = lambda *args: 1; '
+    small = 'import imgexp.write_packs as p; p._rows_each = lambda *args: 1; '
     def packing():
         job = launcher.imgexp('data', 'pack', 'data', '--size', 32, '--kind', 'raw', root=project, before=small)
         assert job.wait() == 0, job.err
@@ -318,13 +318,13 @@ def test_damaged_progressive_jpegs_never_show_another_image(photos):
 
 OLD = 'import imgexp.contents; imgexp.contents.CLOCK = -1\n'  # as if the photos were older than two seconds
 SLOW = '''
-import imgexp.pack_writing, time
-real = imgexp.pack_writing._packed_image
+import imgexp.write_packs, time
+real = imgexp.write_packs._packed_image
 def slow(*args):
     time.sleep(0.05)
     return real(*args)
-imgexp.pack_writing._packed_image = slow
-imgexp.pack_writing._rows_each = lambda *args: 3
+imgexp.write_packs._packed_image = slow
+imgexp.write_packs._rows_each = lambda *args: 3
 ''' + OLD
 
 def packing(launcher, project, photos, before=SLOW): return launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project, before=before)
@@ -338,12 +338,12 @@ def test_killed_and_continued(launcher, project, photos, monkeypatch):
     done = {p: p.stat().st_mtime_ns for p in parts(project)}
     changed = done.popitem()[0]
     with open(changed, 'r+b') as f: f.write(b'damaged')  # a disk that lies
-    job = packing(launcher, project, photos, before="import imgexp.pack_writing; imgexp.pack_writing._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
     assert job.wait() == 0, job.err
     path = Path(job.out.strip())
     assert {path/p.name: t for p, t in done.items()}.items() <= {p: p.stat().st_mtime_ns for p in path.glob('*.arrow')}.items()
     assert Pack(path).damage() is None and not list(path.parent.glob('.*'))
-    monkeypatch.setattr(pack_writing, '_rows_each', lambda *args: 3)
+    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 3)
     assert same(batches(load_images(path)), batches(replace(load_images(photos), presize=96)))
 
 def test_terminated(launcher, project, photos):
@@ -371,7 +371,7 @@ def test_a_photo_that_changed_between_two_attempts(launcher, project, photos, ho
         told = json.loads(side.read_text())
         told['stamps'] = [[*rest, state and file_state(photos/rest[0])] for *rest, state in told['stamps']]
         side.write_text(json.dumps(told))
-    job = packing(launcher, project, photos, before="import imgexp.pack_writing; imgexp.pack_writing._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
     assert job.wait() == 0, job.err
     assert same(batches(load_images(Path(job.out.strip()))), batches(replace(load_images(photos), presize=96)))
 
@@ -380,7 +380,7 @@ def test_a_photo_that_was_moved_to_another_class_between_two_attempts(launcher, 
     until(lambda: len(parts(project)) >= 3, 'three files of images')
     job.send(signal.SIGKILL); job.wait()
     os.rename(photos/'cat/square.jpg', photos/'dog/-.jpg')  # the same place in the table
-    job = packing(launcher, project, photos, before="import imgexp.pack_writing; imgexp.pack_writing._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
     assert job.wait() == 0, job.err
     made = load_images(Path(job.out.strip()))
     assert fingerprint(made) == fingerprint(load_images(photos))
@@ -389,7 +389,7 @@ def test_a_photo_that_was_moved_to_another_class_between_two_attempts(launcher, 
 def test_killed_before_it_got_its_name(launcher, project, photos):
     "Between pack.json and the name: not a pack yet, and hardly anything is done again."
     job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project,
-                          before=OLD + "import imgexp.pack_writing, signal; imgexp.pack_writing.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
+                          before=OLD + "import imgexp.write_packs, signal; imgexp.write_packs.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
     job.wait()
     assert parts(project) and packs.packs() == []
     stamps = {p.name: p.stat().st_mtime_ns for p in parts(project)}
