@@ -205,7 +205,7 @@ def _packed(folder, kind, size):
     from imgexp.write_packs import pack
     from imgexp.packs import from_pack
     place = Path(tempfile.gettempdir())/'imgexp-bench'
-    return from_pack(pack(folder, size, kind, place, tell=lambda line: None))
+    return from_pack(pack(folder, size, kind, place, say=lambda line: None))
 
 def imgexp_folders(folder, full=False):
     import imgexp.loader
@@ -222,7 +222,7 @@ def imgexp_raw(folder): return _imgexp(_packed(folder, 'raw', 256))
 def imgexp_resident(folder, pack='memory-64', workers=0, augment='crop-flip'):
     from imgexp.folders import from_folders
     from imgexp.packs import packed
-    return _imgexp(packed(from_folders(folder), RESIDENT, pack, tell=lambda line: None), RESIDENT, workers, augment)
+    return _imgexp(packed(from_folders(folder), RESIDENT, pack, say=lambda line: None), RESIDENT, workers, augment)
 
 def _tensors(folder, side=RESIDENT):
     "All images, uint8 [IMAGES, 3, side, side], and their labels"

@@ -238,9 +238,9 @@ def source_files(
 ) -> dict:       # path by name; empty where there is no file
     "The files that a module consists of: its own, and those that it imports from the same folder. Of installed packages its own alone."
     from modulefinder import ModuleFinder
-    own, (first, _, _) = sys.modules[module], module.partition('.')
-    if not getattr(own, '__file__', None): return {}
-    path, top = Path(own.__file__).resolve(), sys.modules[first]
+    imported, (first, _, _) = sys.modules[module], module.partition('.')
+    if not getattr(imported, '__file__', None): return {}
+    path, top = Path(imported.__file__).resolve(), sys.modules[first]
     if _installed(path): return {module: path}
     whole = bool(getattr(top, '__file__', None))  # else the folder above has no __init__.py
     folder = Path(top.__file__).resolve().parents[hasattr(top, '__path__')] if whole else path.parent
@@ -293,13 +293,13 @@ def _parameters(f):
 # %% ../nbs/01g_augment.ipynb #d731fa14
 def _seeded(f):
     "Calls a copy of `f` that belongs to this thread, seeded; one stream for all its parts where it can take that"
-    own, joint = threading.local(), 'py_random' in _parameters(getattr(f, 'set_random_state', None))
+    local, joint = threading.local(), 'py_random' in _parameters(getattr(f, 'set_random_state', None))
     def call(image, u):
-        if not hasattr(own, 'f'): own.f = copy.deepcopy(f)
+        if not hasattr(local, 'f'): local.f = copy.deepcopy(f)
         seed = int(u[0]*2**32)
-        if joint: own.f.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        else: own.f.set_random_seed(seed)
-        out = own.f(image=image)
+        if joint: local.f.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        else: local.f.set_random_seed(seed)
+        out = local.f(image=image)
         return out['image'] if isinstance(out, dict) else out
     return call
 
@@ -462,7 +462,7 @@ class AugmentParams(Parameters, heading='augmentation'):
     augment: str = param('crop-flip', 'none, crop-flip, color, randaugment, trivial, autoaugment, or module:function')
     flip: str = param('random', 'mirrored images: random, alternating (every image in every second epoch), or none',
                       FLIPS)
-    crop: float = param(SCALE[0], "smallest part of an image's area that a random crop keeps", '(0, 1]')
+    min_scale: float = param(SCALE[0], "smallest part of an image's area that a random crop keeps", '(0, 1]')
 
 class MixParams(Parameters, heading='augmentation'):
     mixup: float = param(0.0, 'strength (alpha) of mixup; 0 is off', (0, 10))

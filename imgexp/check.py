@@ -208,16 +208,16 @@ def duplicates(
     "Images that show the same picture, in groups: every pixel the same, or hashes near."
     import pandas as pd
     seen = looked[looked.why == '']
-    found = pd.concat([_same(seen), _near(seen)]).sort_values('match', ascending=False, kind='stable')
-    found['group'] = found.groupby(['match', 'group'], sort=False).ngroup()
-    return found.sort_values('group', kind='stable')[_DOUBLE]
+    pairs = pd.concat([_same(seen), _near(seen)]).sort_values('match', ascending=False, kind='stable')
+    pairs['group'] = pairs.groupby(['match', 'group'], sort=False).ngroup()
+    return pairs.sort_values('group', kind='stable')[_DOUBLE]
 
 def leaks(
     looked,  # what `survey` returned
 ):  # pandas DataFrame, the groups of `duplicates` that have images in two splits or more
     "Pictures that are in more than one split."
-    found = duplicates(looked)
-    return found[found.groupby('group').split.transform('nunique') > 1]
+    pairs = duplicates(looked)
+    return pairs[pairs.groupby('group').split.transform('nunique') > 1]
 
 # %% ../nbs/01j_check.ipynb #179c6731
 FINDINGS = {
@@ -265,15 +265,15 @@ def _strange_images(looked):
 # %% ../nbs/01j_check.ipynb #50af5551
 def _strange_groups(looked):
     "(kind, duplicates, which of their rows, what to say of each)"
-    found = duplicates(looked)
-    groups = found.groupby('group')
+    pairs = duplicates(looked)
+    groups = pairs.groupby('group')
     across, apart = (groups[k].transform('nunique') > 1 for k in ('split', 'class'))
-    say = {'same': 'is the same as ' + found.like,
-           'near': 'is nearly ' + found.like + ' (' + found.bits.astype(str) + f' of {BITS} bits differ)'}
+    texts = {'same': 'is the same as ' + pairs.like,
+           'near': 'is nearly ' + pairs.like + ' (' + pairs.bits.astype(str) + f' of {BITS} bits differ)'}
     for match, near in (('same', ''), ('near', 'near ')):
-        of = found.match == match
+        matching = pairs.match == match
         for kind, which in (('leak', across), ('two labels', apart), ('duplicate', ~across & ~apart)):
-            yield near + kind, found, of & which, say[match]
+            yield near + kind, pairs, matching & which, texts[match]
 
 # %% ../nbs/01j_check.ipynb #c896ce61
 def _strange_classes(looked):
@@ -317,9 +317,9 @@ def _rows(kind, table, which, say):
 def _findings(looked):
     "One table of everything strange, errors first"
     import pandas as pd
-    found = [_rows(*f) for f in (*_strange_images(looked), *_strange_groups(looked)) if f[2].any()]
+    parts = [_rows(*f) for f in (*_strange_images(looked), *_strange_groups(looked)) if f[2].any()]
     classes = pd.DataFrame(_strange_classes(looked), columns=['kind', 'class', 'split', 'detail'])
-    out = pd.concat([*found, classes.assign(one=np.arange(len(classes)), row=-1, item='')], ignore_index=True)
+    out = pd.concat([*parts, classes.assign(one=np.arange(len(classes)), row=-1, item='')], ignore_index=True)
     out['severity'] = pd.Categorical(out.kind.map(lambda k: FINDINGS[k][0]), ['error', 'warning'], ordered=True)
     out['kind'] = pd.Categorical(out.kind, list(FINDINGS), ordered=True)
     out = out.sort_values(['kind', 'one'], kind='stable')
@@ -354,12 +354,12 @@ def kinds(
 ):  # pandas DataFrame, one row a kind
     "What was found, by kind: severity, count, images, examples."
     import pandas as pd
-    def row(found):
-        firsts = found[found.finding.isin(found.finding.unique()[:n])]
-        return dict(severity=found.severity.iloc[0], count=found.finding.nunique(), images=int((found.row >= 0).sum()),
+    def row(group):
+        firsts = group[group.finding.isin(group.finding.unique()[:n])]
+        return dict(severity=group.severity.iloc[0], count=group.finding.nunique(), images=int((group.row >= 0).sum()),
                     examples=[_example(f) for _, f in firsts.groupby('finding')])
-    found = {kind: row(f) for kind, f in self.findings.groupby('kind', observed=True)}
-    return pd.DataFrame(found.values(), pd.Index(found, name='kind'), ['severity', 'count', 'images', 'examples'])
+    group = {kind: row(f) for kind, f in self.findings.groupby('kind', observed=True)}
+    return pd.DataFrame(group.values(), pd.Index(group, name='kind'), ['severity', 'count', 'images', 'examples'])
 
 # %% ../nbs/01j_check.ipynb #0ec376a3
 @patch
@@ -399,16 +399,16 @@ def _thumbnail(table, row, side):
     return image & 0xf0 | 8  # 16 levels are enough here, and make small files
 
 # %% ../nbs/01j_check.ipynb #70873c8b
-def _draw_row(ax, table, kind, found, top, columns, side):
+def _draw_row(ax, table, kind, findings, top, columns, side):
     "Pictures of one kind of finding with their names, and a line under those that belong together"
-    ax.text(2, top + side/2, f'{kind}\n{found.finding.nunique():,}', fontsize=9, va='center')
-    for i, (_, one) in enumerate(found[:columns].iterrows()):
+    ax.text(2, top + side/2, f'{kind}\n{findings.finding.nunique():,}', fontsize=9, va='center')
+    for i, (_, one) in enumerate(findings[:columns].iterrows()):
         x, image = _LABEL + i*_cell(side), _thumbnail(table, one.row, side)
         name = f'{one.split} {one["class"]}'[:16], os.path.basename(one['item'])[-16:]
         ax.text(x, top - 4, '\n'.join(map(plot_text, name)), fontsize=6.5)
         if image is not None: ax.imshow(image, extent=(x, x + image.shape[1], top + image.shape[0], top))
         else: ax.text(x, top + 4, '\n'.join(map(plot_text, wrap(one.detail, 15))), fontsize=6.5, color='#a00', va='top')
-        if i and one.finding == found.finding.iloc[i - 1]:
+        if i and one.finding == findings.finding.iloc[i - 1]:
             ax.plot([x - _cell(side), x + side], [top + side + 4]*2, color='#0072B2')
 
 _LABEL = 104  # px for the name of the kind
@@ -424,12 +424,12 @@ def sheet(
     "Pictures of what was found: a row for each kind, the images of a group side by side."
     import matplotlib.pyplot as plt
     kinds = list(self.findings[self.findings.row >= 0].groupby('kind', observed=True))
-    columns = min(columns, max([3, *(len(found) for _, found in kinds)]))
+    columns = min(columns, max([3, *(len(findings) for _, findings in kinds)]))
     width, height = _LABEL + columns*_cell(side), (side + 32)*max(1, len(kinds))
     fig = plt.figure(figsize=(width/80, height/80), dpi=80)
     ax = fig.add_axes((0, 0, 1, 1))
     if not kinds: ax.text(2, height/2, plot_text(self.summary))
-    for i, (kind, found) in enumerate(kinds): _draw_row(ax, self.images, kind, found, i*(side + 32) + 26, columns, side)
+    for i, (kind, findings) in enumerate(kinds): _draw_row(ax, self.images, kind, findings, i*(side + 32) + 26, columns, side)
     ax.set(xlim=(0, width), ylim=(height, 0)); ax.set_axis_off()
     plt.close(fig)
     return fig

@@ -107,15 +107,15 @@ def checkpoints(
 # %% ../nbs/02i_checkpoints.ipynb #c931358a
 def newest_checkpoint(
     run,       # a `Run`
-    tell=partial(print, file=sys.stderr), # told of damaged ones
+    say=partial(print, file=sys.stderr), # told of damaged ones
 ):  # its path, or None where the run has none yet
     "The newest whole checkpoint; raises `RunFailed` where all of them are damaged."
-    found = checkpoints(run)
-    for path in found:
+    paths = checkpoints(run)
+    for path in paths:
         wrong = damage(path)
         if not wrong: return path
-        tell(f'{short_path(path)}: {wrong}; trying the one before')
-    if found: raise RunFailed(f'all {len(found)} checkpoints of run {run.name} are damaged: restore them from a copy, '
+        say(f'{short_path(path)}: {wrong}; trying the one before')
+    if paths: raise RunFailed(f'all {len(paths)} checkpoints of run {run.name} are damaged: restore them from a copy, '
                                'or give resume=never to begin anew')
 
 # %% ../nbs/02i_checkpoints.ipynb #e3c2b368
@@ -186,9 +186,9 @@ def _wanted(self: Checkpoints, due=False):
     "0 go on, 1 write a checkpoint, 2 write it and stop: the same for all processes"
     now = time.monotonic()
     if now > self.end and not self.asked: self.asked.append('the time allowed by max_minutes is over')
-    found = all_max(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
-    if found == 2 and not self.asked: self.asked.append('another process was asked to stop')
-    return found
+    state = all_max(2 if self.asked else int(due and rank() == 0 and now - self.wrote > self.minutes*60))
+    if state == 2 and not self.asked: self.asked.append('another process was asked to stop')
+    return state
 
 # %% ../nbs/02i_checkpoints.ipynb #0a84e56a
 @patch
@@ -355,7 +355,7 @@ def restore(
     run,    # a `Run`
     learn,  # an `ImageLearner` with its optimizer and its parts
     after: int = 0, # epochs that another learner trained: where these end, this one begins with their best weights
-    tell=rank_zero_print, # told where it continues
+    say=rank_zero_print, # told where it continues
 ) -> bool:  # whether there was something to continue
     "Continue from the newest whole checkpoint; raises `RunFailed` where all are damaged."
     name = from_first(lambda: getattr(newest_checkpoint(run), 'name', ''))
@@ -368,7 +368,7 @@ def restore(
     _begin_phase(run, learn, state) if begins else _continue(learn, state)
     if rank() == 0: _rewind(run, path, learn, state['batch'])
     if not begins:
-        tell(f"continuing {run.name} at epoch {state['epoch'] + 1}"
+        say(f"continuing {run.name} at epoch {state['epoch'] + 1}"
              + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
     return True
 

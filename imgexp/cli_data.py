@@ -70,7 +70,7 @@ def data_pack(
     "Build a pack of a data set for speed; the same command continues an interrupted one."
     from imgexp.write_packs import pack
     stop_on_sigterm()
-    print(pack(source, size, kind, dest, workers, tell=say))
+    print(pack(source, size, kind, dest, workers, say=say))
 
 # %% ../nbs/90a_cli_data.ipynb #3f3c2a6b
 @data_app.command('check')

@@ -92,9 +92,9 @@ def remember_contents(
 # %% ../nbs/01f_contents.ipynb #4d3cb8d2
 def _content_hashes(paths, root):
     "sha-256 of each file, read at most once while its state is the same; b'' for one that can't be read"
-    db, known = known_contents(printable(root))
+    db, hashes = known_contents(printable(root))
     keys, states = [printable(f) for f in paths], [file_state(f) for f in paths]
-    out = [b'' if s is None else found[1] if (found := known.get(k)) and found[0] == s else None
+    out = [b'' if s is None else found[1] if (found := hashes.get(k)) and found[0] == s else None
            for k, s in zip(keys, states)]
     new = [i for i, h in enumerate(out) if h is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

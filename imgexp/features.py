@@ -62,7 +62,7 @@ class View:
     norm: tuple           # (mean, std) of the channels, in units of full scale
     augment: str = 'none' # a name of `imgexp.augment.AUGMENT`, or 'module:function'
     flip: str = 'random'  # mirrored images, where it is augmented: random, or none
-    crop: float = 0.35    # smallest part of an image's area that a random crop keeps
+    min_scale: float = 0.35    # smallest part of an image's area that a random crop keeps
     seed: int = 0         # of the augmentation
     number: int = 0       # of the view, 0 and up
     def id(self):
@@ -70,7 +70,7 @@ class View:
         plain = {'size': self.size, 'norm': self.norm, 'made': MADE}
         if self.augment == 'none': return plain
         return plain | {k: getattr(self, k)
-                        for k in ('augment', 'flip', 'crop', 'seed', 'number')} | {'code': augment_id(self.augment)}
+                        for k in ('augment', 'flip', 'seed', 'number')} | {'crop': self.min_scale, 'code': augment_id(self.augment)}
 
 # %% ../nbs/15_features.ipynb #454614d5
 def library_versions() -> dict: # name: version
@@ -104,11 +104,11 @@ class FeatureCache:
     def __init__(
         self,
         about: dict,  # what they depend on
-        tell=print,   # told of damaged files
+        say=print,   # told of damaged files
     ):
         self.about = to_plain(about)
         self.key = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:32]
-        self.dir, self.tell, self.held, self.whole = features_dir()/self.key, tell, {}, set()
+        self.dir, self.say, self.held, self.whole = features_dir()/self.key, say, {}, set()
         self.open()
 
     def open(self):
@@ -121,7 +121,7 @@ class FeatureCache:
         "Go on without files that are damaged or gone"
         for path in paths:
             if path.exists():
-                _delete(path, lambda text: self.tell(f'features {self.key[:8]}: {text}, its images are computed again'))
+                _delete(path, lambda text: self.say(f'features {self.key[:8]}: {text}, its images are computed again'))
             self.held.pop(path, None)
         self._index()
 
@@ -159,9 +159,9 @@ def _is_whole(path):
     except FileNotFoundError: return None
     except OSError: return False  # the disk cannot read it
 
-def _delete(path, tell):
+def _delete(path, say):
     "Tell of a damaged file, and delete it"
-    tell(f'{path.name} is damaged')
+    say(f'{path.name} is damaged')
     with writing(path): path.unlink(missing_ok=True)
 
 # %% ../nbs/15_features.ipynb #920f76b6
@@ -307,7 +307,7 @@ def _loader(table, keys, view, batch_size, device, workers, bad):
     if workers < 0: workers = 0 if in_memory else min(8, os.cpu_count())
     numbers = keys.view(np.uint64).reshape(-1, 4)[:, 0]
     return Loader(replace(table, splits=np.zeros(len(table), np.int8)), 'train', view.size, batch_size, view.augment,
-                  view.seed, workers, device, bad, flip=view.flip, crop=view.crop, shuffle=False, numbers=numbers)
+                  view.seed, workers, device, bad, flip=view.flip, min_scale=view.min_scale, shuffle=False, numbers=numbers)
 
 def _states(table):
     "State of each image's file, '' of one that was written just now; None where the images do not come from files of their own"
@@ -325,12 +325,12 @@ def _unchanged(table, rows, keys, states):
     return out
 
 # %% ../nbs/15_features.ipynb #d180b8cc
-def _extract(cache, prefix, loader, keys, states, view, precision, device, cache_gb, together, tell):
+def _extract(cache, prefix, loader, keys, states, view, precision, device, cache_gb, together, say):
     "Compute features of the loader's images, and keep them file by file"
     prefix = prefix.eval() if precision == 'fp32' else fuse(prefix.eval())
     prefix = prefix.to(device, memory_format=torch.contiguous_format if torch.device(device).type == 'mps'
                        else torch.channels_last)
-    bar, held, size, began = Bar(len(keys), tell), [], 0, time.monotonic()
+    bar, held, size, began = Bar(len(keys), say), [], 0, time.monotonic()
     try:
         for rows, values in _batches(prefix, loader, view, precision, device):
             if not bar.done: _check_room(cache.dir, len(keys), values[0].nbytes, cache_gb, together)
@@ -361,14 +361,14 @@ def _lock(key):
 
 # %% ../nbs/15_features.ipynb #581a8c93
 @contextmanager
-def _alone(cache, tell):
+def _alone(cache, say):
     "No other process computes or deletes these features meanwhile"
     with writing(cache.dir):
         lock = _lock(cache.key)
         cache.dir.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(timeout=0)
         except Timeout:
-            tell('another process computes or clears these features: waiting for it')
+            say('another process computes or clears these features: waiting for it')
             lock.acquire()
         cache.dir.mkdir(parents=True, exist_ok=True)  # another may have cleared it meanwhile
     try:
@@ -407,7 +407,7 @@ def features(
     cache_gb: float = 20., # that all cached features may take
     splits=SPLITS,      # whose images are wanted
     together: int = 1,  # so many such sets of features are needed at once
-    tell=print,         # told of what is computed
+    say=print,         # told of what is computed
 ) -> Features:
     "Features of a table's images: those that are known from the cache, the others computed; raises `RunFailed` where they cannot be, or cannot be kept."
     device = device or best_device()
@@ -415,19 +415,19 @@ def features(
     about = {'arch': parts.arch, 'cut': parts.name, 'prefix': module_id(parts.prefix), 'precision': precision,
              'device': torch.device(device).type, 'prepared': preparation(table),
              'versions': library_versions()} | view.id()
-    cache, wanted = FeatureCache(about, tell), np.flatnonzero(np.isin(table.splits, [SPLITS.index(s) for s in splits]))
+    cache, wanted = FeatureCache(about, say), np.flatnonzero(np.isin(table.splits, [SPLITS.index(s) for s in splits]))
     states, keys, skipped, computed = _states(table), item_contents(table), {}, 0  # states first
     for _ in range(3):
         if not len(_missing(cache, table, keys, wanted, skipped)): break
-        with _alone(cache, tell):
+        with _alone(cache, say):
             cache.open()  # another process may have been faster
             missing = _missing(cache, table, keys, wanted, skipped)
             loader = _loader(table.take(missing), keys[missing], view, batch_size, device, workers, bad)
             if len(missing):
                 there = len(wanted) - len(missing)
-                tell(f'computing features of {len(missing):,} images' + f', {there:,} are cached'*(there > 0))
+                say(f'computing features of {len(missing):,} images' + f', {there:,} are cached'*(there > 0))
                 _extract(cache, parts.prefix, loader, keys[missing], states and [states[r] for r in missing], view,
-                         precision, device, cache_gb, together, tell)
+                         precision, device, cache_gb, together, say)
             computed, skipped = computed + len(missing) - len(loader.skipped), skipped | loader.skipped
             cache.open()
     else:
@@ -461,27 +461,27 @@ def _count(path):
 
 # %% ../nbs/15_features.ipynb #a50227c9
 def verify(
-    tell=print, # told of each damaged file
+    say=print, # told of each damaged file
 ) -> int:       # damaged files
     "Compare every cached file with its hash; damaged ones are deleted, and computed again when they are needed."
     paths = sorted(p for d in _folders() for p in _files(d))
     with ThreadPoolExecutor() as pool:
         damaged = [p for p, whole in zip(paths, pool.map(_is_whole, paths)) if whole is False]
-    for path in damaged: _delete(path, lambda text: tell(f'{path.parent.name[:8]}/{text}: deleted'))
+    for path in damaged: _delete(path, lambda text: say(f'{path.parent.name[:8]}/{text}: deleted'))
     return len(damaged)
 
 # %% ../nbs/15_features.ipynb #87240a7f
 def clear(
     key: str = '', # of a cache, or how it begins; '' is all of them
-    tell=print,    # told of what cannot be deleted
+    say=print,    # told of what cannot be deleted
 ) -> int:          # bytes that are free now
     "Delete cached features; raises `InputError` for an unknown key."
     folders = [d for d in _folders() if d.name.startswith(key)]
     if key and not folders: raise InputError(f'no cached features {key!r}: `imgexp cache ls` lists them')
-    return sum(_clear(d, tell) for d in folders)
+    return sum(_clear(d, say) for d in folders)
 
 # %% ../nbs/15_features.ipynb #422e90d0
-def _clear(folder, tell):
+def _clear(folder, say):
     "Delete a folder of features, unless a process is filling or deleting it; bytes that are free now"
     freed = 0
     with writing(folder):
@@ -493,5 +493,5 @@ def _clear(folder, tell):
                     freed += size
                 folder.rmdir()
         except FileNotFoundError: pass  # another process has cleared it
-        except Timeout: tell(f'{folder.name[:8]} stays: another process computes or clears these features')
+        except Timeout: say(f'{folder.name[:8]} stays: another process computes or clears these features')
     return freed

@@ -124,7 +124,7 @@ def _tag(headers):
     return etag if etag.startswith('"') else headers.get('Last-Modified', '')
 
 # %% ../nbs/00l_fetch.ipynb #3686314f
-def _body_at(r, have, known):
+def _body_at(r, have, saved):
     "Where the body of an answer belongs, and the length of the whole file (0: unknown)"
     if r.status_code == 200: return 0, int(r.headers.get('Content-Length') or 0)
     if r.status_code in _BUSY: raise _Again(f'HTTP {r.status_code} {r.reason}', _wait_for(r.headers))
@@ -133,7 +133,7 @@ def _body_at(r, have, known):
     begin, total = (span[1], int(span[2])) if span else (None, -1)
     if r.status_code == 416 and total == have: return have, have
     tag = _tag(r.headers)
-    changed = tag and known.get('tag') and tag != known['tag'] or known.get('total') not in (0, None, total)
+    changed = tag and saved.get('tag') and tag != saved['tag'] or saved.get('total') not in (0, None, total)
     if changed or begin is None or int(begin) != have: return None, total  # begin over
     return have, total
 
@@ -194,13 +194,13 @@ def _ask(url, headers, timeout):
 def _attempt(remote, part, timeout, stop, show):
     "Ask for what is missing of `part` and append it; raises `_Again` or FetchError"
     memo = Path(f'{part}.json')
-    known = read_json(memo) or {}
-    have = part.stat().st_size if part.exists() and known.get('url') == remote.url else 0
-    if not (known.get('tag') or remote.checksum) or remote.size and have > remote.size: have = 0
+    saved = read_json(memo) or {}
+    have = part.stat().st_size if part.exists() and saved.get('url') == remote.url else 0
+    if not (saved.get('tag') or remote.checksum) or remote.size and have > remote.size: have = 0
     if remote.size and have == remote.size: return
-    ask = {'Range': f'bytes={have}-'} | ({'If-Range': known['tag']} if known.get('tag') else {}) if have else {}
+    ask = {'Range': f'bytes={have}-'} | ({'If-Range': saved['tag']} if saved.get('tag') else {}) if have else {}
     with _ask(remote.url, ask, timeout) as r:
-        at, total = _body_at(r, have, known)
+        at, total = _body_at(r, have, saved)
         if at is None:
             part.unlink()
             raise _Again('the file there is not the one begun here')

@@ -58,7 +58,7 @@ class _LeftOut:
         except OSError: return False
         self.others[suffix] += not kind
         return bool(kind)
-    def tell(self, where):
+    def report(self, where):
         if not self.counts: return
         each = ', '.join(f'{n:,} {suffix or "without an ending"}' for suffix, n in self.counts.most_common(5))
         heic = '; `pip install pillow-heif` makes HEIC readable' if self.counts.keys() & {*_HEIC} else ''
@@ -69,7 +69,7 @@ class _LeftOut:
 # %% ../nbs/01d_folders.ipynb #8ef902dd
 def _images_below(folder, name, left):
     "Sorted names of the image files below `folder`, each after `name`; hidden ones aside; `left` counts what isn't read"
-    found, stack, suffixes = [], [(str(folder), name, (_node(folder),))], image_suffixes()
+    names, stack, suffixes = [], [(str(folder), name, (_node(folder),))], image_suffixes()
     while stack:
         path, name, above = stack.pop()
         try: entries = os.scandir(path)
@@ -78,11 +78,11 @@ def _images_below(folder, name, left):
             for e in entries:
                 if e.name[0] == '.': continue
                 if not _is_folder(e):
-                    if os.path.splitext(e.name)[1].lower() in suffixes: found.append(name + e.name)
+                    if os.path.splitext(e.name)[1].lower() in suffixes: names.append(name + e.name)
                     else: left.look(e, name + e.name)
                 elif (node := _node(e.path)) not in above:
                     stack.append((e.path, f'{name}{e.name}{os.sep}', (*above, node)))
-    return sorted(found)
+    return sorted(names)
 
 # %% ../nbs/01d_folders.ipynb #f569b3e3
 def image_files(
@@ -90,9 +90,9 @@ def image_files(
 ) -> list:              # names below `folder`, sorted
     "Image files in a folder and those below it, hidden ones aside; images that aren't read are told on stderr."
     left = _LeftOut()
-    found = _images_below(folder, '', left)
-    left.tell(folder)
-    return found
+    names = _images_below(folder, '', left)
+    left.report(folder)
+    return names
 
 def _is_file(entry):
     try: return entry.is_file()
@@ -149,11 +149,11 @@ def from_folders(
                              'images')
         for label, c in enumerate(kept):
             below = folder/named[c]
-            found = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
-            items += found
-            labels.append(np.full(len(found), label))
-            splits.append(np.full(len(found), split, np.int8))
-    left.tell(root)
+            names = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
+            items += names
+            labels.append(np.full(len(names), label))
+            splits.append(np.full(len(names), split, np.int8))
+    left.report(root)
     table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept,
                                    name=printable(root.name), source=Files(root, np.array(items, object))))
     _tell_loose(root, parts)

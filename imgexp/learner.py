@@ -315,7 +315,7 @@ def _make_loaders(table, p, device, transform):
                   process=(rank(), world()))
     at_once = min(p.batch_size, p.micro_batch*world() or p.batch_size)
     return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip,
-                          crop=p.crop, **common),
+                          min_scale=p.min_scale, **common),
                    Loader(table, 'valid', batch_size=at_once, **common))
 
 # %% ../nbs/02g_learner.ipynb #1d453d0b

@@ -98,17 +98,17 @@ class Maker:
         augment='none',        # a name of `imgexp.augment.AUGMENT`, a callable, or 'module:function'
         seed: int = 0,         # 0 and up
         flip: str = 'random',  # 'random', 'alternating' or 'none'
-        crop: float = SCALE[0], # smallest part of an image's area that a random crop keeps, more than 0 to 1
+        min_scale: float = SCALE[0], # smallest part of an image's area that a random crop keeps, more than 0 to 1
         numbers=None,          # int [len(table)], what stands for a row in all that is random; by default the row itself
     ):
-        self.crop, self.numbers = (crop, SCALE[1]), numbers
+        self.scale, self.numbers = (min_scale, SCALE[1]), numbers
         self.table, self.size, self.seed, self.moving = table, size, seed, augment != 'none'
         self.draws, self.change = policy(augment, size)
         self.flip = flip if self.moving and table.mirror else 'none'
         flips(flip, seed, 0, [])  # refuses an unknown word
 
     def _boxes(self, sizes, u):
-        return (crop_boxes(sizes, u[:, :4], self.crop) if self.moving else center_boxes(sizes, self.size)).tolist()
+        return (crop_boxes(sizes, u[:, :4], self.scale) if self.moving else center_boxes(sizes, self.size)).tolist()
 
     def _held(self, rows):
         "What is stored of each image, and its size; {place: why} of what can't be read"
@@ -250,7 +250,7 @@ class Loader:
         train: bool | None = None, # shuffled and augmented; by default where split is 'train'
         shuffle: bool | None = None, # by default where train
         flip: str = 'random',  # 'random', 'alternating' or 'none'; train only
-        crop: float = SCALE[0], # smallest part of an image's area that a random crop keeps; train only
+        min_scale: float = SCALE[0], # smallest part of an image's area that a random crop keeps; train only
         process=(0, 1),        # number of this process, and how many share each batch
         numbers=None,          # int [len(table)], what stands for a row in the augmentation; by default the row itself
     ):
@@ -259,7 +259,7 @@ class Loader:
         self.table, self.split, self.bad, self.workers, self.skipped = table, split, bad, workers, {}
         self.device, self.pool, self.process = torch.device(device), _Here() if workers == 0 else None, process
         self.of_size = lru_cache(partial(Maker, table, augment=augment if train else 'none', seed=seed, flip=flip,
-                                         crop=crop, numbers=numbers))
+                                         min_scale=min_scale, numbers=numbers))
         self.make = self.of_size(size)
         self.batches = Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process)
         self.waited = self.moved = 0.  # seconds

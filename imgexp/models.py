@@ -153,8 +153,8 @@ def _adapt(model, state):
 # %% ../nbs/02b_models.ipynb #9db71f97
 def _copy(model, state, versions):
     "Copy tensors into `model`; the names that are missing, unexpected and misshaped."
-    own = model.state_dict()
-    shapes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    expected = model.state_dict()
+    shapes = [k for k in state if k in expected and state[k].shape != expected[k].shape]
     state = OrderedDict((k, v) for k, v in state.items() if k not in shapes)
     state._metadata = OrderedDict({'': dict(version=model._version), **versions}) # read by torch's migrations
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -163,10 +163,10 @@ def _copy(model, state, versions):
 # %% ../nbs/02b_models.ipynb #8eca30d1
 def _refuse(arch, source, missing, unexpected, shapes):
     "One line that says how the file differs from the architecture, if it does."
-    found = [(what, keys) for what, keys in
+    mismatched = [(what, keys) for what, keys in
              (('missing', missing), ('unexpected', unexpected), ('misshaped', shapes)) if keys]
-    if not found: return
-    counts, first = ', '.join(f'{len(keys)} {what}' for what, keys in found), found[0][1][0]
+    if not mismatched: return
+    counts, first = ', '.join(f'{len(keys)} {what}' for what, keys in mismatched), mismatched[0][1][0]
     raise InputError(f'weights={source} are not those of arch={arch}: {counts} (first: {first}); '
                      'name the arch that the file was made with, or another file.')
 
@@ -253,8 +253,8 @@ def param_groups(
               for name, p in model.named_parameters() if p.requires_grad}
     def parted(params, **more):
         for wd, kind in ((weight_decay, True), (0., False)):
-            own = [p for p in params if decays.get(p) is kind]
-            if own: yield dict(params=own, weight_decay=wd, **more)
+            group = [p for p in params if decays.get(p) is kind]
+            if group: yield dict(params=group, weight_decay=wd, **more)
     if first_lr == 1: return [*parted(decays)]
     trained = [b for b in reversed(blocks(model)) if b.n_trained]
     return [g for i, b in enumerate(trained) for g in parted(b.params, lr_scale=first_lr**(i/max(1, len(trained) - 1)))]

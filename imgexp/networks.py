@@ -186,14 +186,14 @@ def blocks(
     model:nn.Module, # a network of `build_model`
 ) -> Blocks: # a list of `Block`
     "The blocks from input to head; every parameter belongs to exactly one, the last block is the head alone."
-    head, found = next((m for m in model.modules() if isinstance(m, MLP)), find_head(model)[1]), Blocks()
+    head, units = next((m for m in model.modules() if isinstance(m, MLP)), find_head(model)[1]), Blocks()
     for path, m in _units(model, head):
-        if not found or _starts_block(m): found.append(Block(path, [], []))
-        found[-1].modules.append(m)
-        found[-1].params += m.parameters()
-    seen = {p for b in found for p in b.params}
-    found[0].params += [p for p in model.parameters() if p not in seen] # class token, position embedding
-    return found
+        if not units or _starts_block(m): units.append(Block(path, [], []))
+        units[-1].modules.append(m)
+        units[-1].params += m.parameters()
+    seen = {p for b in units for p in b.params}
+    units[0].params += [p for p in model.parameters() if p not in seen] # class token, position embedding
+    return units
 
 # %% ../nbs/02_networks.ipynb #1bff1e88
 def _stay_in_eval(module, mode=True): return nn.Module.train(module, False)
@@ -214,12 +214,12 @@ def set_retrain(
     k:int, # -1 everything, 0 the head, k the head and the last k blocks
 ) -> nn.Module: # the same model
     "Choose what is trained; the rest gets no gradient and stays in evaluation mode, whatever calls `.train()`."
-    found = blocks(model)
-    most = len(found) - 1
-    if k != int(k) or not -1 <= k <= most:
-        raise InputError(f'retrain={k}: {getattr(model, "arch", "the model")} has {most} blocks below its head; '
-                         f'allowed are -1 (everything), 0 (the head) and 1 to {most}.')
-    for i, block in enumerate(found): _freeze(block, 0 <= k < most - i, model.training)
+    units = blocks(model)
+    last = len(units) - 1
+    if k != int(k) or not -1 <= k <= last:
+        raise InputError(f'retrain={k}: {getattr(model, "arch", "the model")} has {last} blocks below its head; '
+                         f'allowed are -1 (everything), 0 (the head) and 1 to {last}.')
+    for i, block in enumerate(units): _freeze(block, 0 <= k < last - i, model.training)
     return model
 
 # %% ../nbs/02_networks.ipynb #b3c9cc2e
@@ -275,13 +275,13 @@ def set_drop_path(
     if not 0 <= rate < 1:
         raise InputError(f'drop_path={rate}: a probability from 0 to below 1 is needed, for example 0.1 '
                          "(build_model also takes -1, the architecture's own).")
-    found = _residuals(model)
-    if rate and not found:
+    residuals = _residuals(model)
+    if rate and not residuals:
         raise InputError(f'drop_path={rate}: {getattr(model, "arch", type(model).__name__)} has no residual branches '
                          'to drop; use drop_path=0, or another arch (a ResNet, ConvNeXt, vision transformer …).')
     for m in model.modules(): _drop(m, 0.)
-    for i, ends in enumerate(found.values()):
-        for m in ends: _drop(m, rate*i/max(1, len(found) - 1))
+    for i, ends in enumerate(residuals.values()):
+        for m in ends: _drop(m, rate*i/max(1, len(residuals) - 1))
     return model
 
 # %% ../nbs/02_networks.ipynb #601475e3

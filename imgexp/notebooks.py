@@ -86,7 +86,7 @@ def check_points(
 def _forward_stop(grace=20.):
     "Pass a request to stop on to the kernel, and SIGTERM after `grace` seconds; yields a list that holds the reason once there is one"
     import psutil
-    asked, over = [], threading.Event()
+    stop_requested, over = [], threading.Event()
     def to_kernels(number):
         for p in psutil.Process().children():
             try: p.send_signal(number)
@@ -94,12 +94,12 @@ def _forward_stop(grace=20.):
     def insist():
         while not over.wait(grace): to_kernels(signal.SIGTERM)
     def ask(number, frame):
-        if asked: return
-        asked.append('terminated')
+        if stop_requested: return
+        stop_requested.append('terminated')
         to_kernels(signal.SIGINT)
         threading.Thread(target=insist, daemon=True).start()
     before = signal.signal(signal.SIGTERM, ask)
-    try: yield asked
+    try: yield stop_requested
     finally:
         over.set()
         signal.signal(signal.SIGTERM, before)
@@ -121,7 +121,7 @@ def execute(
     # of this process alone, whoever else works on the same runs
     with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:
         out, run_file = Path(folder)/'out.ipynb', Path(folder)/'run'
-        with _forward_stop() as asked, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
+        with _forward_stop() as stop_requested, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
             try:
                 papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True,
                                            extra_arguments=_KERNEL)
@@ -129,7 +129,7 @@ def execute(
         run, reused = _run_of_kernel(run_file, Path(notebook).stem)
         value = {'run': str(run.dir) if run else '', 'reused': reused}
         saved_at = _keep(out, run, reused, notebook, error)
-    if asked: raise _with_value(KeyboardInterrupt('terminated'), value)
+    if stop_requested: raise _with_value(KeyboardInterrupt('terminated'), value)
     if error: raise _with_value(InputError(error if run else f'{error} ({saved_at})'), value)
     return value
 

@@ -179,17 +179,17 @@ def known_packs(
     outdated: bool = False,           # those of another version instead
 ) -> list:                            # of (folder, contents of pack.json)
     "The packs in a folder."
-    found = ((p.parent, read_json(p)) for p in sorted(Path(folder or packs_dir()).glob('[!.]*/pack.json')))
-    return [(path, about) for path, about in found if about and (about.get('format') != FORMAT) == outdated]
+    packs = ((p.parent, read_json(p)) for p in sorted(Path(folder or packs_dir()).glob('[!.]*/pack.json')))
+    return [(path, about) for path, about in packs if about and (about.get('format') != FORMAT) == outdated]
 
 # %% ../nbs/01h_packs.ipynb #b480a999
 def _indices(pack, table):
     "Indices of a table's images in a pack; None unless it holds all of them with the same content"
     if set(table.classes) - set(pack.about['classes']) or len(pack) < len(table): return None
-    known, names = pack.index['item'].to_numpy(), np.array([printable(i) for i in table.items], object)
-    if len(known) == len(names) and (known == names).all(): indices = np.arange(len(known))
+    packed_names, names = pack.index['item'].to_numpy(), np.array([printable(i) for i in table.items], object)
+    if len(packed_names) == len(names) and (packed_names == names).all(): indices = np.arange(len(packed_names))
     else:
-        where = {item: i for i, item in enumerate(known)}
+        where = {item: i for i, item in enumerate(packed_names)}
         indices = np.array([where.get(i, -1) for i in names])
     return indices if (indices >= 0).all() and pack.contents(indices) == contents(table) else None
 
@@ -198,17 +198,17 @@ def find_pack(
     table: Images,
     wanted,   # of (kind, size), best first
     folder: str | Path | None = None, # `packs_dir()` by default
-    tell=lambda line: None, # called with a line for a damaged pack
+    say=lambda line: None, # called with a line for a damaged pack
 ) -> Images:  # None if there is none
     "The table with the first fitting pack as its source."
-    known = [(p, a) for p, a in known_packs(folder)
+    candidates = [(p, a) for p, a in known_packs(folder)
              if a['images'] >= len(table) and not set(table.classes) - set(a['classes'])]
     for kind, size in wanted:
-        for path, about in known:
+        for path, about in candidates:
             if (about['kind'], about['size']) != (kind, size): continue
             try: pack = Pack(path)
             except InputError as e:  # damaged, or just deleted
-                if about['name'] == table.name: tell(str(e))
+                if about['name'] == table.name: say(str(e))
                 continue
             indices = _indices(pack, table)
             if indices is not None: return replace(table, presize=pack.size, source=pack, indices=indices)
@@ -248,7 +248,7 @@ def packed(
     table: Images,
     size: int,           # side in px at which images are used
     pack: str = 'auto',  # 'auto', 'off', a pack as 'raw-256', or 'memory', 'memory-256'
-    tell=print,          # called with a line where a pack or memory is used
+    say=print,          # called with a line where a pack or memory is used
 ) -> Images:
     "`table`, its images taken from a pack or kept in memory; raises `InputError` for a pack that isn't there."
     kind, _, side = pack.partition('-')
@@ -257,14 +257,14 @@ def packed(
         raise InputError(f'pack={pack!r}: give auto, off, memory, or a pack by kind and size, as raw-256 or memory-128 '
                          '(8 to 8192 px)')
     if pack == 'off' or not isinstance(table.source, Files): return table
-    if kind == 'memory': return in_memory(table, int(side or enough(size)), tell)
-    found = find_pack(table, _wanted(size) if pack == 'auto' else [(kind, int(side))], tell=tell)
+    if kind == 'memory': return in_memory(table, int(side or enough(size)), say)
+    with_pack = find_pack(table, _wanted(size) if pack == 'auto' else [(kind, int(side))], say=say)
     for path, about in known_packs(outdated=True):
         if about.get('name') == table.name:
-            tell(f'the pack {path.name} is left aside: another version of imgexp made it, pack it again')
-    if found is not None:
-        tell(f'images from the pack {found.source.path.name}' + ' (pack=off takes the files)'*(pack == 'auto'))
-        return found
+            say(f'the pack {path.name} is left aside: another version of imgexp made it, pack it again')
+    if with_pack is not None:
+        say(f'images from the pack {with_pack.source.path.name}' + ' (pack=off takes the files)'*(pack == 'auto'))
+        return with_pack
     if pack != 'auto':
         raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
                          f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind {kind} --size {side}` makes '
@@ -272,26 +272,26 @@ def packed(
     if size > 64: return table
     for _, about in known_packs():
         if about['name'] == table.name:
-            tell(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: "
+            say(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: "
                  f"pack={about['kind']}-{about['size']} takes it")
-    return in_memory(table, enough(size), tell)
+    return in_memory(table, enough(size), say)
 
 # %% ../nbs/01h_packs.ipynb #8b76f1c5
 def _wanted(size):
     "(kind, size) of the packs that suit training at `size`, best first"
     if size <= 64: return [('raw', enough(size))]  # the same images as in memory
-    known = {(a['kind'], a['size']) for _, a in known_packs()}
-    return sorted((k for k in known if k[1] == 0 or k[1] >= enough(size)), key=lambda k: (k[0] != 'raw', k[1] or 1e9))
+    kinds = {(a['kind'], a['size']) for _, a in known_packs()}
+    return sorted((k for k in kinds if k[1] == 0 or k[1] >= enough(size)), key=lambda k: (k[0] != 'raw', k[1] or 1e9))
 
 # %% ../nbs/01h_packs.ipynb #b1921801
 def in_memory(
     table: Images,  # of files
     presize: int,   # shorter side in px
-    tell=print,     # called with a line
+    say=print,     # called with a line
 ) -> Images:
     "`table` shrunk to `presize`, kept in memory where there is room."
     table, fits = replace(table, presize=presize), _fits(replace(table, presize=presize))
-    tell(f'images shrunk to {presize} px, '
+    say(f'images shrunk to {presize} px, '
          + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
     return replace(table, source=Resident(table), indices=np.arange(len(table))) if fits else table
 
@@ -318,8 +318,8 @@ def as_prepared(
                          f"saw {prepared or 'whole files'}: "
                          f"`imgexp data pack {shlex.quote(table.source.about['source'])} {options}` makes such a pack")
     if not prepared or not isinstance(table.source, Files): return table
-    found = find_pack(table, [('raw' if kind == 'presize' else kind, int(side))])
-    if found is not None: return found
+    with_pack = find_pack(table, [('raw' if kind == 'presize' else kind, int(side))])
+    if with_pack is not None: return with_pack
     if own and kind == 'jpeg':
         raise InputError(f'the pack {prepared} of {table.name} is gone: '
                          f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind jpeg --size {side}` makes it '

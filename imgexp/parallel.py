@@ -109,13 +109,13 @@ def from_first(
 ) -> str:
     "Result of `f` in process 0, in all processes; its `InputError` is raised in all."
     if world() == 1: return f()
-    told = {}
+    outcome = {}
     if rank() == 0:
-        try: told = {'text': f()}
-        except InputError as e: told = {'error': str(e), 'kind': type(e).__name__}
-    told = json.loads(broadcast(json.dumps(told)))
-    if 'error' in told: raise _ERRORS.get(told['kind'], RunFailed)(told['error'])
-    return told['text']
+        try: outcome = {'text': f()}
+        except InputError as e: outcome = {'error': str(e), 'kind': type(e).__name__}
+    outcome = json.loads(broadcast(json.dumps(outcome)))
+    if 'error' in outcome: raise _ERRORS.get(outcome['kind'], RunFailed)(outcome['error'])
+    return outcome['text']
 
 # %% ../nbs/02f_parallel.ipynb #70e94225
 def share_gradients(

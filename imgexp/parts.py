@@ -78,20 +78,20 @@ class EMA(Part):
         images: int = 1024, # training images on which batch norm statistics are measured
     ): self.decay, self.images, self.steps, self.mean = decay, images, 0, {}
     def before_fit(self):
-        own, known = self.model.state_dict(keep_vars=True), self.mean
-        own = {k: v for k, v in own.items() if v.is_floating_point()}
+        weights, saved = self.model.state_dict(keep_vars=True), self.mean
+        weights = {k: v for k, v in weights.items() if v.is_floating_point()}
         self.learn.average = self
         # in the network's memory layout
-        self.mean = {k: v.detach().clone().copy_(known.get(k, v)) for k, v in own.items()}
-        self.pairs = [(v, self.mean[k]) for k, v in own.items()]
+        self.mean = {k: v.detach().clone().copy_(saved.get(k, v)) for k, v in weights.items()}
+        self.pairs = [(v, self.mean[k]) for k, v in weights.items()]
         self.weights = [pair for pair in self.pairs if isinstance(pair[0], nn.Parameter)]
     def after_fit(self): self.learn.average = None
     def before_validate(self): self.measure()
 
     @torch.no_grad()
     def after_batch(self):
-        own, mean = (list(v) for v in zip(*self.weights))
-        torch._foreach_lerp_(mean, own, 1 - min(self.decay, (1 + self.steps)/(10 + self.steps)))
+        weights, mean = (list(v) for v in zip(*self.weights))
+        torch._foreach_lerp_(mean, weights, 1 - min(self.decay, (1 + self.steps)/(10 + self.steps)))
         self.steps += 1
 
     def tensors(self): return self.model.state_dict() | self.mean  # counters are the network's
@@ -109,7 +109,7 @@ def applied(self: EMA):
 
 @patch
 def _swap(self: EMA):
-    for own, mean in self.pairs: own.data, mean.data = mean.data, own.data
+    for weight, mean in self.pairs: weight.data, mean.data = mean.data, weight.data
 
 # %% ../nbs/02h_parts.ipynb #f43d2f9d
 @patch
@@ -185,8 +185,8 @@ class Finite(Part):
 def check_weights(self: Finite):
     "Raise `RunFailed` where a weight is not finite."
     self.check()
-    own = [p.detach() for p in self.model.state_dict().values() if p.is_floating_point()]
-    if not torch.stack(torch._foreach_norm(own)).isfinite().all():
+    tensors = [p.detach() for p in self.model.state_dict().values() if p.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
         raise RunFailed(f"{self._what()} not finite after step {self.schedule.done} in epoch {self.learn.epoch + 1}: "
                         'try a smaller lr, clip=1, or precision=fp32')
 
@@ -211,8 +211,8 @@ class EarlyStop(Part):
         self,
         patience: int,             # epochs; 0 goes on to the end
         by: str = 'valid_top1',    # a name in `HIGHER`
-        tell=rank_zero_print, # told of the end
-    ): self.patience, self.by, self.tell, self.best, self.waited = patience, by, tell, None, 0
+        say=rank_zero_print, # told of the end
+    ): self.patience, self.by, self.say, self.best, self.waited = patience, by, say, None, 0
     @property
     def over(self): return 0 < self.patience <= self.waited
     def before_epoch(self):
@@ -223,7 +223,7 @@ class EarlyStop(Part):
             self.best, self.waited = value, 0
         else: self.waited += 1
         if self.over and self.learn.epoch + 1 < self.learn.n_epoch:
-            self.tell(f'no better {self.by} in {self.patience} epochs: ends after epoch {self.learn.epoch + 1}')
+            self.say(f'no better {self.by} in {self.patience} epochs: ends after epoch {self.learn.epoch + 1}')
     def state(self): return {'best': self.best, 'waited': self.waited}
     def load(self, state): self.best, self.waited = state['best'], state['waited']
 
@@ -299,8 +299,8 @@ def load(
 @patch
 def skipped(self: History):
     "Images that could not be decoded, and why, of all processes"
-    own = json.dumps([self.dls.train.skipped, self.dls.valid.skipped])
-    return [{k: v for text in gather(own) for k, v in json.loads(text)[i].items()} for i in (0, 1)]
+    mine = json.dumps([self.dls.train.skipped, self.dls.valid.skipped])
+    return [{k: v for text in gather(mine) for k, v in json.loads(text)[i].items()} for i in (0, 1)]
 
 # %% ../nbs/02h_parts.ipynb #869f3f24
 class Progress(Part):
@@ -308,8 +308,8 @@ class Progress(Part):
     order = 30
     def __init__(
         self,
-        tell=rank_zero_print, # called with each line
-    ): self.tell, self.told, self.bar = tell, False, None
+        say=rank_zero_print, # called with each line
+    ): self.say, self.told, self.bar = say, False, None
     def before_fit(self): self.first = self.schedule.done, time.perf_counter()
     def before_train(self):
         if sys.stderr.isatty() and rank() == 0:
@@ -323,7 +323,7 @@ class Progress(Part):
         if self.bar: self.bar.update()
         if not self.told and time.perf_counter() - self.first[1] > 5:
             self.told = True
-            if self.left() > 20: self.tell(f'about {duration(self.left())} to go')
+            if self.left() > 20: self.say(f'about {duration(self.left())} to go')
 
     def before_validate(self):
         if self.bar: self.bar.close()
@@ -332,7 +332,7 @@ class Progress(Part):
         r = self.history.row
         top1 = f"{r['train_top1']:.1%} (valid {r['valid_top1']:.1%})" if r['train_top1'] is not None else f"valid {r['valid_top1']:.1%}"
         decay = f", weight decay {r['weight_decay']:.2g}" if 'weight_decay' in r else ''
-        self.tell(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid "
+        self.say(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid "
                   f"{r['valid_loss']:.3f}), "
                   f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, "
                   f"{duration(r['seconds'])}, {duration(self.left())} to go")
@@ -350,8 +350,8 @@ class Bottleneck(Part):
     order, run_valid = 35, False
     def __init__(
         self,
-        tell=rank_zero_print, # called with the line
-    ): self.tell, self.seconds, self.shares, self.began = tell, 0., {}, None
+        say=rank_zero_print, # called with the line
+    ): self.say, self.seconds, self.shares, self.began = say, 0., {}, None
     def before_fit(self): self.before = self.dls.train.waited, self.dls.train.moved
     def before_train(self): self.began = time.perf_counter()
     def after_train(self): self.seconds, self.began = self.seconds + time.perf_counter() - self.began, None
@@ -362,7 +362,7 @@ class Bottleneck(Part):
         spent = {'waiting': waited, 'moving': moved, 'computing': self.seconds - waited - moved}
         self.shares = {k: round(v/self.seconds, 3) for k, v in spent.items()}
         names = 'waiting for images', 'moving them', 'computing'
-        self.tell('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(names, self.shares.values())) + self._advice())
+        self.say('time: ' + ', '.join(f'{v:.0%} {k}' for k, v in zip(names, self.shares.values())) + self._advice())
     def _advice(self):
         source = self.dls.train.table.source
         if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''

@@ -33,11 +33,11 @@ class Recipe:
 
 # %% ../nbs/02j_recipes.ipynb #ddc95b1d
 _QUICK = dict(
-    arch='compact_resnet', retrain=-1, drop_path=0., size=32, sizes='', augment='crop-flip', flip='random', crop=0.35,
+    arch='compact_resnet', retrain=-1, drop_path=0., size=32, sizes='', augment='crop-flip', flip='random', min_scale=0.35,
     mixup=0., cutmix=0., erase=0., epochs=10, batch_size=32, optimizer='adamw', lr=3e-3, momentum=0.9,
     weight_decay=0.01, schedule='one-cycle', warmup=-1., label_smoothing=0., clip=0., ema=0., patience=0)
 _SMALL = _QUICK | dict(
-    crop=0.7, erase=0.25, epochs=12, batch_size=128, optimizer='sgd', lr=0.2, weight_decay=5e-4, label_smoothing=0.1)
+    min_scale=0.7, erase=0.25, epochs=12, batch_size=128, optimizer='sgd', lr=0.2, weight_decay=5e-4, label_smoothing=0.1)
 
 _OURS = {
     'quick': Recipe(_QUICK, expected='97.7 ± 0.9 % (digits, 3 seeds, n=359)', cost='15 s, 2 CPU cores', source='imgexp',
@@ -47,7 +47,7 @@ _OURS = {
 
 # %% ../nbs/02j_recipes.ipynb #02a6ef01
 _ALL = 'Nesterov momentum (there plain)'
-_SGD = _QUICK | dict(size=224, crop=0.08, optimizer='sgd', schedule='cosine')
+_SGD = _QUICK | dict(size=224, min_scale=0.08, optimizer='sgd', schedule='cosine')
 _VISION = 'https://github.com/pytorch/vision/tree/main/references/classification'
 
 _ALEXNET = {'alexnet': Recipe(

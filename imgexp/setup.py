@@ -14,7 +14,6 @@ from .checkpoints import end_id
 from .contents import table_id
 from .data import keep_subset
 from .errors import InputError
-from .experiments import RENAMED
 from .fit import FitParams, best_column, fit, parse_epochs
 from .learner import LearnerParams, make_learner
 from .loader import IMAGENET, normalization
@@ -66,8 +65,7 @@ def _find(name):
 # %% ../nbs/02n_setup.ipynb #a2f6b5c0
 def _parent_values(p, given, parent):
     "The parameters of the run that is trained further; refuses what its optimizer and network cannot follow"
-    renamed = RENAMED.get(parent.notebook, {})
-    values = {renamed.get(k, k): v for k, v in parent.params.items()}
+    values = dict(parent.params)
     for k in given & {'arch', 'retrain', 'optimizer'}:
         if p[k] != values[k]:
             raise InputError(f'{k}={p[k]!r}: run {parent.name} has {values[k]!r}: leave {k} out to extend it')
@@ -110,10 +108,10 @@ def _sizes(p): return image_sizes(p.sizes, p.size, p.epochs) if p.sizes else Non
 
 def load_table(
     p: TrainParams,
-    tell=print, # called with a line that says where the images come from
+    say=print, # called with a line that says where the images come from
 ):              # `Images`
     "The images that the parameters name, from a pack where there is one."
-    return packed(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, tell)
+    return packed(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, say)
 
 # %% ../nbs/02n_setup.ipynb #b2901fa3
 def load_learner(

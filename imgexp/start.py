@@ -15,7 +15,7 @@ from .environment import git_commit, package_version
 from .errors import InputError, RunBusy
 from .files import is_locked, project_root, seconds_since_write, short_path, take_lock, to_plain, write_json
 from .params import MANAGEMENT
-from .runs import STALE, Run
+from .runs import RENAMED, STALE, Run
 from .text import printable
 
 # %% ../nbs/00h_start.ipynb #7ecb43af
@@ -25,7 +25,8 @@ def run_id(
     depends: dict,  # for parameters that name files: what stands in them, {'data': fingerprint, 'weights': hash}
 ) -> str:  # 8 hex digits
     "Hash of everything that shapes the result; an entry of `depends` replaces the parameter of that name."
-    shaping = {k: v for k, v in (dict(params) | depends).items() if k not in not_in_id(params)}
+    first = {new: old for old, new in RENAMED.get(notebook, {}).items()}  # a better name changes no id
+    shaping = {first.get(k, k): v for k, v in (dict(params) | depends).items() if k not in not_in_id(params)}
     text = json.dumps(to_plain({'notebook': notebook, 'params': shaping}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

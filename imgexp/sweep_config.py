@@ -57,8 +57,8 @@ class Parameter:
 
     def value(self, p: float): # share of the probability, 0 to 1 -> a value
         "The value below which so much of the probability lies."
-        own = {k: v for k, v in self.settings.items() if k != 'q'}
-        value = _DISTRIBUTIONS[self.distribution][0](p, *own.values())
+        settings = {k: v for k, v in self.settings.items() if k != 'q'}
+        value = _DISTRIBUTIONS[self.distribution][0](p, *settings.values())
         return self._rounded(value) if 'q' in self.settings else value
     def _rounded(self, value):
         "The nearest multiple of q, clipped to the range"
@@ -94,12 +94,12 @@ def read_parameter(
     kind = given.get('distribution') or _guess(name, given)
     if kind not in _DISTRIBUTIONS:
         raise InputError(f'parameter {name}: {unknown_name(kind, list(_DISTRIBUTIONS), "distribution")}')
-    known, own = _DISTRIBUTIONS[kind][1], {k: v for k, v in given.items() if k != 'distribution'}
-    for k in own.keys() - known.keys():
-        raise InputError(f'parameter {name}: {unknown_name(k, list(known), f"setting of {kind}")}')
-    missing = [k for k, v in known.items() if v is None and k not in own]
+    defaults, given_settings = _DISTRIBUTIONS[kind][1], {k: v for k, v in given.items() if k != 'distribution'}
+    for k in given_settings.keys() - defaults.keys():
+        raise InputError(f'parameter {name}: {unknown_name(k, list(defaults), f"setting of {kind}")}')
+    missing = [k for k, v in defaults.items() if v is None and k not in given_settings]
     if missing: raise InputError(f"parameter {name}: {kind} needs {' and '.join(missing)}")
-    settings = {k: _number(name, k, own.get(k, v)) for k, v in known.items()}
+    settings = {k: _number(name, k, given_settings.get(k, v)) for k, v in defaults.items()}
     _check_settings(name, kind, settings)
     out = Parameter(name, kind, settings)
     if 'q' in settings and not operator.le(*_range(out)):
@@ -147,7 +147,7 @@ class Space:
     def point(self, k: int): # 0 and up -> name: value
         "The k-th point of the grid; the last parameter varies fastest."
         out = {}
-        for name, own in reversed(self.lists().items()): k, at = divmod(k, len(own)); out[name] = own[at]
+        for name, values in reversed(self.lists().items()): k, at = divmod(k, len(values)); out[name] = values[at]
         return dict(reversed(out.items()))
     def draw(self, seed: int, k: int):
         "The k-th random point: a pure function of seed, number and name."
@@ -191,7 +191,7 @@ def read_space(
         raise InputError('parameters is missing or empty: name what shall vary')
     nested = [read_space(v['parameters'], f'{prefix}{k}.').parameters if isinstance(v, dict) and 'parameters' in v else
               [read_parameter(f'{prefix}{k}', v)] for k, v in given.items()]
-    return Space([p for own in nested for p in own])
+    return Space([p for group in nested for p in group])
 
 # %% ../nbs/06_sweep_config.ipynb #00b33e0d
 @dataclass
@@ -203,17 +203,17 @@ class Hyperband:
 
     def ends(
         self,
-        own: list,    # the metric of a running trial after each epoch
+        values: list,    # the metric of a running trial after each epoch
         all: list,    # those of all trials, this one too
         lower: bool,  # whether less is better
     ) -> bool:
         "Whether the trial shall end now."
-        band = max((b for b in self.bands if b <= len(own)), default=0)
+        band = max((b for b in self.bands if b <= len(values)), default=0)
         if not band: return False
         sign = 1 if lower else -1
         def bad(v): return sign*v if math.isfinite(v) else math.inf
         there = sorted(bad(h[band - 1]) for h in all if len(h) >= band)
-        value = bad(own[band - 1]) if self.strict else min(map(bad, own))
+        value = bad(values[band - 1]) if self.strict else min(map(bad, values))
         return value > there[int(len(there)/self.eta)]
 
 # %% ../nbs/06_sweep_config.ipynb #18c582fe
@@ -221,8 +221,8 @@ def read_hyperband(
     given: dict, # `early_terminate` of the YAML file
 ) -> Hyperband:
     "Early termination as W&B understands it; raises `InputError` for what is unknown or missing."
-    known = ['type', 'min_iter', 'max_iter', 's', 'eta', 'strict']
-    for k in given.keys() - {*known}: raise InputError(f'early_terminate: {unknown_name(k, known, "setting")}')
+    names = ['type', 'min_iter', 'max_iter', 's', 'eta', 'strict']
+    for k in given.keys() - {*names}: raise InputError(f'early_terminate: {unknown_name(k, names, "setting")}')
     for k in given.keys() - {'type', 'strict'}:
         if not isinstance(given[k], (int, float)) or isinstance(given[k], bool):
             raise InputError(f'early_terminate: {k}={given[k]!r} is not a number')

@@ -25,7 +25,7 @@ from .contents import table_id
 from .data import keep_subset
 from .errors import InputError
 from .evaluate import evaluate_test
-from .experiments import METRICS, Experiment, stored_params
+from .experiments import METRICS, Experiment
 from .cutting import cut
 from .features import View, features
 from .fit import fit
@@ -242,10 +242,10 @@ def load_features(
     table,       # `Images`, the subset that is used
     parts,       # of `cut`
     norm,        # (mean, std) of the channels
-    tell=print,  # told of what is computed
+    say=print,  # told of what is computed
 ) -> tuple:      # list of `Features` to train on, one for each view; `Features` of the other splits
     "What the frozen part makes of all images, from the cache or computed."
-    kw = dict(precision=p.precision, workers=p.workers, bad=p.bad, cache_gb=p.cache_gb, tell=tell)
+    kw = dict(precision=p.precision, workers=p.workers, bad=p.bad, cache_gb=p.cache_gb, say=say)
     view = View(p.size, norm)
     if not p.views:
         found = features(table, parts, view, **kw)
@@ -269,11 +269,11 @@ def make_head_learner(
     table,     # `Images`, the subset that is used
     model,     # of `build_model`
     norm,      # (mean, std) of the channels
-    tell=print, # told of what is computed
+    say=print, # told of what is computed
 ) -> ImageLearner:
     "A learner whose batches are features; what it trains are the last blocks of `model` itself."
     parts, device = _cut(p, model), best_device()
-    sets, plain = load_features(p, table, parts, norm, tell)
+    sets, plain = load_features(p, table, parts, norm, say)
     model.to(device)
     logistic = p.head == 'logistic'
     if logistic: train = WholeLoader(table, 'train', sets, device)
@@ -281,7 +281,7 @@ def make_head_learner(
     kind, cbs = (LogisticLearner, [Decays()]) if logistic else (ImageLearner, [])
     learn = kind(Loaders(train, FeatureLoader(table, 'valid', [plain], 1024, device=device)), model,
                  loss_func=F.cross_entropy, cbs=[TrainEvalCallback(), ToFloat(), *cbs], default_cbs=False)
-    if train.skipped or plain.skipped: tell(left_out(train.skipped | plain.skipped, len(table)))
+    if train.skipped or plain.skipped: say(left_out(train.skipped | plain.skipped, len(table)))
     learn.table, learn.norm, learn.size, learn.training, learn.plain = table, norm, p.size, False, plain
     # a head alone costs nothing
     learn.precision, learn.suffix = choose_precision(p.precision, device) if p.retrain else 'fp32', parts.suffix
@@ -341,7 +341,7 @@ def load_transfer_network(
     device: str = '', # 'cuda', 'mps', 'cpu'; '' chooses
 ) -> Network:
     "As `imgexp.evaluate.load_run`."
-    out, p = Network(run, *read_network(run, checkpoint), checkpoint, device), stored_params(run, TransferParams)
+    out, p = Network(run, *read_network(run, checkpoint), checkpoint, device), TransferParams.of(run.params)
     on_features = any(b['epoch'] <= p.epochs for b in read_index(run)['best'] if checkpoint in ('best', b['name']))
     if on_features or not p.finetune_epochs: out.net, out.batch_size = _parted(p, out.model, out.precision), 64
     return out

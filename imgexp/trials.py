@@ -50,8 +50,8 @@ def check_program(
             raise InputError(f'program={program!r}: {e}: give module:function, or an experiment like '
                              '10_keras_cnn') from None
         names, given = inspect.signature(f).parameters, _arguments(values)
-        required = [n for n,
-                    p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        variadic = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+        required = [n for n, p in names.items() if p.default is p.empty and p.kind not in variadic]
         if not any(p.kind is p.VAR_KEYWORD for p in names.values()):
             for k in given.keys() - names.keys():
                 raise InputError(f'program={program!r}: {unknown_name(k, list(names))}')

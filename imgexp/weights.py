@@ -89,12 +89,12 @@ def published_weights(
     check_arch(arch)
     if arch == 'compact_resnet':
         raise InputError(f"weights={weights!r}: compact_resnet has no published weights; use weights='' or a file.")
-    known = torchvision.models.get_model_weights(arch)
-    if weights == 'imagenet': return known.DEFAULT
-    names = [w.name for w in known]
-    if weights in names: return known[weights]
+    published = torchvision.models.get_model_weights(arch)
+    if weights == 'imagenet': return published.DEFAULT
+    names = [w.name for w in published]
+    if weights in names: return published[weights]
     raise InputError(f"weights={weights!r}: of {arch} there are {', '.join(names)}, and 'imagenet', which is "
-                     f"{known.DEFAULT.name}.")
+                     f"{published.DEFAULT.name}.")
 
 # %% ../nbs/02a_weights.ipynb #729a3c7f
 def download_weights(

@@ -235,27 +235,27 @@ def run_jobs(
     jobs = [replace(j) for j in jobs]  # copies, which differ in their identity
     indices, results = {id(j): k for k, j in enumerate(jobs)}, [Result(j, 'waiting') for j in jobs]
     waiting, deaths, stopping = deque(jobs), Counter(), False
-    with stop_requests() as asked, (executor or Local(n)) as ex:
+    with stop_requests() as stop_requested, (executor or Local(n)) as ex:
         try:
-            while (waiting and not asked) or ex.running:
-                while waiting and ex.free and not asked: ex.start(waiting.popleft())
-                if asked and not stopping:
+            while (waiting and not stop_requested) or ex.running:
+                while waiting and ex.free and not stop_requested: ex.start(waiting.popleft())
+                if stop_requested and not stopping:
                     stopping = True
                     ex.stop()
                 if not (ended := ex.wait(0.2)): continue
                 job, outcome = ended
                 deaths[id(job)] += outcome['state'] == 'died'
-                if outcome['state'] == 'died' and deaths[id(job)] < tries and not asked: waiting.appendleft(job)
+                if outcome['state'] == 'died' and deaths[id(job)] < tries and not stop_requested: waiting.appendleft(job)
                 else:
-                    results[indices[id(job)]] = result = _result(job, outcome, asked)
+                    results[indices[id(job)]] = result = _result(job, outcome, stop_requested)
                     if on_result: on_result(result, indices[id(job)])
         except BaseException:
             ex.stop(hard=True)
             raise
-    if asked: raise Interrupted(asked[0], results)
+    if stop_requested: raise Interrupted(stop_requested[0], results)
     return results
 
 # %% ../nbs/05_workers.ipynb #2f0913b4
-def _result(job, outcome, asked):
-    if outcome['state'] == 'died': outcome = outcome | {'state': 'stopped' if asked else 'failed'}
+def _result(job, outcome, stop_requested):
+    if outcome['state'] == 'died': outcome = outcome | {'state': 'stopped' if stop_requested else 'failed'}
     return Result(job, **outcome)

@@ -90,10 +90,10 @@ def _build_number(part):
 
 def _whole_shard(part, k, stamps, build):
     "sha-256 of a file of images that was finished from the same files in this build, else None"
-    told = read_json(part/f'images-{k:05d}.json')
-    if not told or (told['stamps'], told['build']) != (stamps, build) or not (part/shard_name(k)).is_file():
+    record = read_json(part/f'images-{k:05d}.json')
+    if not record or (record['stamps'], record['build']) != (stamps, build) or not (part/shard_name(k)).is_file():
         return None
-    return told['sha256'] if file_sha256(part/shard_name(k)) == told['sha256'] else None
+    return record['sha256'] if file_sha256(part/shard_name(k)) == record['sha256'] else None
 
 # %% ../nbs/01h_write_packs.ipynb #b58c0fb6
 def _make_shard(part, table, kind, build, k, rows, pool, tick):
@@ -147,10 +147,10 @@ class Bar:
     def __init__(
         self,
         total: int, # images
-        tell,       # called with a line
+        say,       # called with a line
     ):
         from tqdm import tqdm
-        self.total, self.done, self.tell, self.began, self.told = total, 0, tell, time.perf_counter(), time.perf_counter()
+        self.total, self.done, self.say, self.began, self.told = total, 0, say, time.perf_counter(), time.perf_counter()
         self.bar = tqdm(total=total, unit=' images', leave=False) if sys.stderr.isatty() else None
     def tick(
         self,
@@ -161,7 +161,7 @@ class Bar:
         if self.bar is not None: self.bar.update(n)
         elif now - self.told > 10 and 10*before//self.total < 10*self.done//self.total < 10:
             rate, self.told = self.done/(now - self.began), now
-            self.tell(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
+            self.say(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
                       f'{duration((self.total - self.done)/rate)} to go')
     def close(self):
         "Leave the terminal as it was."
@@ -176,7 +176,7 @@ def _room(part, wanted):
                                             'choose another --dest, a smaller --size, or --kind jpeg')
 
 # %% ../nbs/01h_write_packs.ipynb #aa9001c4
-def _finish(part, whole, table, kind, size, build, files, rows, tell):
+def _finish(part, whole, table, kind, size, build, files, rows, say):
     "Complete `part` and give it the name `whole`; the errors by name"
     files['index.arrow'], errors = _index(part, len(files), build)
     about = {'format': FORMAT, 'build': build, 'name': table.name, 'kind': kind, 'size': size,
@@ -189,13 +189,13 @@ def _finish(part, whole, table, kind, size, build, files, rows, tell):
     for stray in part.iterdir():
         if stray.name not in (*files, 'pack.json', 'build.json') and not stray.name.startswith('images-'):
             stray.unlink()
-    _put(part, whole, tell)
+    _put(part, whole, say)
     for side in (whole/'build.json', *whole.glob('images-*')):
         if side.name not in files: side.unlink()
     return errors
 
 # %% ../nbs/01h_write_packs.ipynb #6a230db3
-def _put(part, whole, tell):
+def _put(part, whole, say):
     "Give a finished pack its name; the pack that had it until now is deleted"
     if whole.exists(): os.replace(whole, part.with_name(f'.{whole.name}.{secrets.token_hex(4)}.old'))
     os.replace(part, whole)
@@ -203,7 +203,7 @@ def _put(part, whole, tell):
         if not (old.name.startswith(f'.{whole.name}.') and old.name.endswith('.old')): continue
         try: shutil.rmtree(old)
         except OSError as e:
-            tell(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read '
+            say(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read '
                  'it): delete it later')
 
 # %% ../nbs/01h_write_packs.ipynb #27a380c6
@@ -213,7 +213,7 @@ def pack(
     kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
     workers: int = -1,     # threads; -1 takes one a core
-    tell=print,            # called with each line
+    say=print,            # called with each line
 ) -> Path:                 # the pack's folder
     "Build a pack, or go on building it; raises `InputError` for what can't be packed."
     if kind not in PACK_KINDS: raise unknown_name(kind, PACK_KINDS, 'kind')
@@ -230,10 +230,10 @@ def pack(
     if folder.is_relative_to(table.source.root):
         raise InputError(f'dest={short_path(folder)} lies among the images: name a folder elsewhere')
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), tell)
+    return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), say)
 
 # %% ../nbs/01h_write_packs.ipynb #b81d545d
-def _build(table, kind, size, folder, workers, tell):
+def _build(table, kind, size, folder, workers, say):
     "Find the pack in `folder`, or make it"
     from filelock import FileLock, Timeout
     plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY),
@@ -242,29 +242,29 @@ def _build(table, kind, size, folder, workers, tell):
     part, began = folder/f'.{whole.name}.part', time.perf_counter()
     try:
         with writing(folder), FileLock(f'{part}.lock').acquire(timeout=0):
-            found = find_pack(table, [(kind, size)], folder)
-            if found is not None and found.source.damage() is None:
-                tell(f'{short_path(found.source.path)} is there already, made from the same images')
+            with_pack = find_pack(table, [(kind, size)], folder)
+            if with_pack is not None and with_pack.source.damage() is None:
+                say(f'{short_path(with_pack.source.path)} is there already, made from the same images')
                 Path(f'{part}.lock').unlink(missing_ok=True)
-                return found.source.path
-            errors = _make(part, whole, table, kind, size, workers, tell)
+                return with_pack.source.path
+            errors = _make(part, whole, table, kind, size, workers, say)
             Path(f'{part}.lock').unlink(missing_ok=True)
     except Timeout: raise RunFailed(f'{short_path(folder)}: another process is making this pack') from None
-    tell(f"{len(table):,} images, {file_size(pack_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
+    say(f"{len(table):,} images, {file_size(pack_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
     if folder != packs_dir():
-        tell(f'notebooks find packs in {short_path(packs_dir())} by themselves; this one by data={short_path(whole)}')
+        say(f'notebooks find packs in {short_path(packs_dir())} by themselves; this one by data={short_path(whole)}')
     for item, why in list(errors.items())[:10]:
-        tell(f'{item} {why}: training will stop there, or leave it out by bad=skip')
-    if len(errors) > 10: tell(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
+        say(f'{item} {why}: training will stop there, or leave it out by bad=skip')
+    if len(errors) > 10: say(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
     return whole
 
 # %% ../nbs/01h_write_packs.ipynb #9113f290
-def _make(part, whole, table, kind, size, workers, tell):
+def _make(part, whole, table, kind, size, workers, say):
     "Make the files of a pack, or those that are missing; the errors by name"
     part.mkdir(exist_ok=True)
     (part/'pack.json').unlink(missing_ok=True)
     build = _build_number(part)
-    each, bar = _image_bytes(table, kind), Bar(len(table), tell)
+    each, bar = _image_bytes(table, kind), Bar(len(table), say)
     _room(part, each*len(table))
     rows = _rows_each(len(table), each)
     try:
@@ -272,5 +272,5 @@ def _make(part, whole, table, kind, size, workers, tell):
             files = {shard_name(k): _make_shard(part, table, kind, build, k,
                                                  range(start, min(start + rows, len(table))), pool, bar.tick)
                      for k, start in enumerate(range(0, len(table), rows))}
-        return _finish(part, whole, table, kind, size, build, files, rows, tell)
+        return _finish(part, whole, table, kind, size, build, files, rows, say)
     finally: bar.close()

@@ -62,7 +62,7 @@ def test_a_damaged_file_is_computed_again(parts):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    again = features(table, parts, VIEW, 'fp32', tell=told.append)
+    again = features(table, parts, VIEW, 'fp32', say=told.append)
     assert again.computed == 50 and torch.equal(again.take(np.arange(50)), before) and 'damaged' in told[0]
 
 def test_an_image_that_cannot_be_decoded(parts, tmp_path):
@@ -108,7 +108,7 @@ def test_clearing_while_features_are_computed(parts, launcher, project, monkeypa
     expected = features(table, parts, VIEW, 'fp32').take(np.arange(150)).clone()
     others = [launcher.imgexp('cache', k, root=project, before=REPEATED) for k in ('clear', 'clear', 'ls', 'verify')]
     while not all(job.ended() for job in others):
-        assert torch.equal(features(table, parts, VIEW, 'fp32', tell=lambda text: None).take(np.arange(150)), expected)
+        assert torch.equal(features(table, parts, VIEW, 'fp32', say=lambda text: None).take(np.arange(150)), expected)
     for job in others: assert job.wait() == 0 and 'Traceback' not in job.err, job.err
 
 def test_data_sets_of_one_backbone_share_the_bound(parts):
@@ -204,7 +204,7 @@ def test_clear_touches_nothing_else(parts):
         with pytest.raises(InputError, match='imgexp cache ls'): clear(key)
     assert stored() and (features_dir().parent/'data').exists()
     folder, told = stored()[0].parent, []
-    with _lock(folder.name): assert clear(tell=told.append) == 0
+    with _lock(folder.name): assert clear(say=told.append) == 0
     assert told == [f'{folder.name[:8]} stays: another process computes or clears these features'] and stored()
     for name, age in (('.left.part', 3600), ('.young.part', 5)):
         (folder/name).write_bytes(b'half')

@@ -8,7 +8,7 @@ from imgexp.start import run_id
 # a parameter's other value; None: tested on its own below
 TRAIN = dict(
     data='shapes', classes='0,1,2', subset=0.5, recipe=None, arch='resnet18', weights=None, retrain=1, drop_path=0.1, size=28, sizes='32-64', augment='color', flip='none',
-    crop=0.5, mixup=0.2, cutmix=1.0, erase=0.5, epochs=3, batch_size=16, micro_batch=8, optimizer='adam', lr=0.01, momentum=0.8, weight_decay=0.1, schedule='cosine',
+    min_scale=0.5, mixup=0.2, cutmix=1.0, erase=0.5, epochs=3, batch_size=16, micro_batch=8, optimizer='adam', lr=0.01, momentum=0.8, weight_decay=0.1, schedule='cosine',
     warmup=1.0, label_smoothing=0.1, clip=1.0, ema=0.99, patience=2, best_by='valid_loss', keep_best=1, keep_every=2, keep_weights='1', precision='fp32', compile=True,
     seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True)
 TRANSFER = dict(

@@ -20,7 +20,8 @@ def as_before(run):
     "Rewrite a run's params.json as it was written until November 2026."
     path = run.dir/'params.json'
     record = json.loads(path.read_text())
-    assert sorted(record['params']) == sorted(OLD), 'a parameter was added or renamed: an old run has none (imgexp.experiments.RENAMED)'
+    record['params']['crop'] = record['params'].pop('min_scale')
+    assert sorted(record['params']) == sorted(OLD), 'a parameter was added or renamed: an old run has none (imgexp.runs.RENAMED)'
     record['params'] = {k: record['params'][k] for k in OLD}
     record.pop('not_in_id')
     path.write_text(json.dumps(record, indent=1))
@@ -58,6 +59,7 @@ def test_they_are_listed_shown_and_compared(launcher, project, old):
     assert [(r['run'], r['state'], r['epochs'], r['seed'], r['workers']) for r in rows] == [(old[0].name, 'done', 2, 0, 0), (old[1].name, 'died', 1, 1, 1)]
     job = launcher.imgexp('runs', 'show', old[0].name, root=project)
     assert job.wait() == 0 and 'test top1' not in job.out and 'valid top1' in job.out and 'epochs=2' in job.out, job.err
+    assert old[0].params['min_scale'] == 0.35 and 'crop' not in old[0].params, 'by the name that the parameter has today'
     assert diff_params(*old) == {'seed': (0, 1)}, 'the number of workers does not shape a result'
     job = launcher.imgexp('runs', 'diff', *(r.name for r in old), root=project)
     assert job.wait() == 0 and 'workers' not in job.out and 'seed' in job.out, job.err
