@@ -328,8 +328,7 @@ def _try(f, name, size):
     except InputError: raise
     except Exception as e:
         raise InputError(f'augment={name} failed on an image uint8 {[size, size, 3]} ({_said(e)}): it gets a NumPy '
-                         'array, '
-                         'and a generator where it has a parameter rng, and must return an array of the same '
+                         'array, and a generator where it has a parameter rng, and must return an array of the same '
                          'shape') from e
     finally: random.setstate(states[0]); np.random.set_state(states[1])
 

@@ -304,8 +304,7 @@ def _state(path):
     try: return torch.load(path/'state.pt', weights_only=True, map_location='cpu')
     except pickle.UnpicklingError:
         raise RunFailed(f'{short_path(path)}/state.pt holds Python objects, which are never unpickled: restore it from '
-                        'a copy, '
-                        'or give resume=never to begin anew') from None
+                        'a copy, or give resume=never to begin anew') from None
 
 def _load(path, learn):
     "Weights, normalization, averages and scaler of a checkpoint, known to be whole; its state"
@@ -369,7 +368,7 @@ def restore(
     if rank() == 0: _rewind(run, path, learn, state['batch'])
     if not begins:
         say(f"continuing {run.name} at epoch {state['epoch'] + 1}"
-             + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
+            + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
     return True
 
 # %% ../nbs/02i_checkpoints.ipynb #ef65933a

@@ -21,8 +21,7 @@ def _experiment_of(run):
     "The experiment of a run; raises InputError for an unknown one, and where its framework cannot be imported any more"
     if run.notebook not in EXPERIMENTS:
         raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be '
-                         'loaded here: '
-                         f'choose a run of {", ".join(EXPERIMENTS)}')
+                         f'loaded here: choose a run of {", ".join(EXPERIMENTS)}')
     if EXPERIMENTS[run.notebook][1] == 'torch' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
         raise InputError(f'run {run.name} needs torch, which cannot be imported any more where TensorFlow is: '
                          'load it in a new process (restart the kernel)')

@@ -63,8 +63,7 @@ class _LeftOut:
         each = ', '.join(f'{n:,} {suffix or "without an ending"}' for suffix, n in self.counts.most_common(5))
         heic = '; `pip install pillow-heif` makes HEIC readable' if self.counts.keys() & {*_HEIC} else ''
         tell_once(f'{short_path(where)}: images left out, because files with their ending are not read: '
-                  f'{self.counts.total():,} '
-                  f'({each}; the first is {self.first}): convert or rename them{heic}')
+                  f'{self.counts.total():,} ({each}; the first is {self.first}): convert or rename them{heic}')
 
 # %% ../nbs/01d_folders.ipynb #8ef902dd
 def _images_below(folder, name, left):

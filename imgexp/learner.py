@@ -171,8 +171,7 @@ def _lean(self: ImageLearner, e, n):
     if n < 2:
         return RunFailed(f'out of memory with a single image of {self.xb[0].shape[-1]} px: give a smaller size or arch')
     return RunFailed(f'out of memory with {n} images of {self.xb[0].shape[-1]} px at once: try '
-                     f'micro_batch={2**((n - 1).bit_length() - 1)} '
-                     '(the gradients stay those of the whole batch)')
+                     f'micro_batch={2**((n - 1).bit_length() - 1)} (the gradients stay those of the whole batch)')
 
 # %% ../nbs/02g_learner.ipynb #0da15f7f
 @patch

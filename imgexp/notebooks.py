@@ -48,8 +48,7 @@ def notebook_parameters(
     try: return dict(_assignment(n) for n in ast.parse(source).body)
     except (SyntaxError, ValueError, TypeError, AttributeError):
         raise InputError(f'{short_path(notebook)}: the cell with the tag "parameters" must hold lines like `lr: float '
-                         '= 0.1`, '
-                         'each a number, a text, True or False') from None
+                         '= 0.1`, each a number, a text, True or False') from None
 
 def _assignment(node):
     "(name, default) of a line of a parameters cell"

@@ -273,7 +273,7 @@ def packed(
     for _, about in known_packs():
         if about['name'] == table.name:
             say(f"at {size} px the pack {about['kind']}-{about['size']} is left aside: "
-                 f"pack={about['kind']}-{about['size']} takes it")
+                f"pack={about['kind']}-{about['size']} takes it")
     return in_memory(table, enough(size), say)
 
 # %% ../nbs/01h_packs.ipynb #8b76f1c5
@@ -292,7 +292,7 @@ def in_memory(
     "`table` shrunk to `presize`, kept in memory where there is room."
     table, fits = replace(table, presize=presize), _fits(replace(table, presize=presize))
     say(f'images shrunk to {presize} px, '
-         + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
+        + ('kept in memory' if fits else 'in every epoch: they would take half of the free memory'))
     return replace(table, source=Resident(table), indices=np.arange(len(table))) if fits else table
 
 # %% ../nbs/01h_packs.ipynb #75fe2082

@@ -333,9 +333,8 @@ class Progress(Part):
         top1 = f"{r['train_top1']:.1%} (valid {r['valid_top1']:.1%})" if r['train_top1'] is not None else f"valid {r['valid_top1']:.1%}"
         decay = f", weight decay {r['weight_decay']:.2g}" if 'weight_decay' in r else ''
         self.say(f"epoch {r['epoch']}/{self.learn.n_epoch}{decay}: loss {r['train_loss']:.3f} (valid "
-                  f"{r['valid_loss']:.3f}), "
-                  f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, "
-                  f"{duration(r['seconds'])}, {duration(self.left())} to go")
+                 f"{r['valid_loss']:.3f}), "
+                 f"top-1 {top1}, {r['img_per_s']:,.0f} img/s, {duration(r['seconds'])}, {duration(self.left())} to go")
 
 # %% ../nbs/02h_parts.ipynb #83cbd356
 @patch
@@ -366,5 +365,5 @@ class Bottleneck(Part):
     def _advice(self):
         source = self.dls.train.table.source
         if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''
-        return '; more workers would help' if not isinstance(source,
-                                                             Files) else '; `imgexp data pack` or more workers would help'
+        if not isinstance(source, Files): return '; more workers would help'
+        return '; `imgexp data pack` or more workers would help'

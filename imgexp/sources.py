@@ -33,8 +33,7 @@ def open_images(
         raise InputError(f'data={str(data)!r} is a file: give the folder of class folders (unpack an archive first)')
     if not path.is_dir():
         raise InputError(f"data={str(data)!r}: no such folder, and no name of the catalog; give a folder of class "
-                         "folders or of idx files, "
-                         f"one of {', '.join(EMBEDDED)}, or a name of `imgexp data list`")
+                         f"folders or of idx files, one of {', '.join(EMBEDDED)}, or a name of `imgexp data list`")
     if (path/'pack.json').exists(): return from_pack(path, classes)
     if any(path.glob('*-images-idx3-ubyte*')): return keep_classes(from_idx(path), classes)
     return from_folders(path, classes)

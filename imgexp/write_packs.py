@@ -162,7 +162,7 @@ class Bar:
         elif now - self.told > 10 and 10*before//self.total < 10*self.done//self.total < 10:
             rate, self.told = self.done/(now - self.began), now
             self.say(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
-                      f'{duration((self.total - self.done)/rate)} to go')
+                     f'{duration((self.total - self.done)/rate)} to go')
     def close(self):
         "Leave the terminal as it was."
         if self.bar is not None: self.bar.close()
@@ -204,7 +204,7 @@ def _put(part, whole, say):
         try: shutil.rmtree(old)
         except OSError as e:
             say(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read '
-                 'it): delete it later')
+                'it): delete it later')
 
 # %% ../nbs/01h_write_packs.ipynb #27a380c6
 def pack(
