@@ -13,7 +13,6 @@ import torch
 from imgexp.data import keep_subset
 from imgexp.evaluate import load_run
 from imgexp.fit import fit
-from imgexp.experiments import stored_params
 from imgexp.cutting import cut
 from imgexp.features import View, features, features_dir, module_id
 from imgexp.learner import make_learner
@@ -36,7 +35,7 @@ SMALL = dict(size=32, epochs=3, precision='fp32', track='off', subset=0.2)
 def test_features_give_what_images_give(project, arch, retrain, head):
     "Same order, same seed: logits equal to 1e-5, the same predictions, the frozen part as it was, batch norm's statistics included."
     run = train(arch=arch, retrain=retrain, head=head, **SMALL)
-    p = stored_params(run, TransferParams)
+    p = TransferParams.of(run.params)
     table = keep_subset(load_images('digits'), p.subset, p.seed)
     net = build_model(arch, 10, '', retrain, p.size, head=head)
     frozen = module_id(cut(net, retrain).prefix)
@@ -79,7 +78,7 @@ def test_logistic_sees_all_views_at_once(project):
     "And tells which weight decay it chose."
     from imgexp.transfer import WholeLoader, load_features
     run = train(head='logistic', views=3, **SMALL)
-    p, seen = stored_params(run, TransferParams), run.history
+    p, seen = TransferParams.of(run.params), run.history
     assert (seen.images.diff().dropna() == 3*len(keep_subset(load_images('digits'), p.subset, p.seed).split('train'))).all()
     assert np.allclose(seen.weight_decay, 10.**np.arange(0, -5.5, -0.5)) and 'lr' not in seen, 'there is no learning rate'
     table = keep_subset(load_images('digits'), p.subset, p.seed)
