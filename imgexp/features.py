@@ -148,7 +148,7 @@ def _mapped(path):
         return held if {'contents', 'features'} <= held.keys() else None
     except FileNotFoundError: return {}
     except OSError as e:
-        raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): mend that, or `imgexp cache '
+        raise RunFailed(f'{short_path(path)} cannot be read ({e.strerror or e}): fix that, or `imgexp cache '
                         'clear`') from None
     except safetensors.SafetensorError: return None
 

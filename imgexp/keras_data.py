@@ -40,7 +40,7 @@ def to_arrays(
     skipped = {str(table.items[k]): str(e) for k, e in enumerate(decoded) if isinstance(e, BadImage)}
     if skipped and bad == 'stop':
         name, why = next(iter(skipped.items()))
-        raise RunFailed(f'image {printable(name)} {why}: mend or remove it, or give bad=skip')
+        raise RunFailed(f'image {printable(name)} {why}: fix or remove it, or give bad=skip')
     rows = np.array([k for k, e in enumerate(decoded) if not isinstance(e, BadImage)], int)
     channels = channels or (1 if all(decoded[k].ndim == 2 for k in rows) else 3)
     images = np.empty((len(rows), size, size, channels), np.uint8)

@@ -97,7 +97,7 @@ def _predict(trained, split, data, classes, bad):
     if not n: raise InputError(f'{table.name} has no {split} images: choose another split')
     probs, rows, skipped = trained.probabilities(table, split, bad)
     if not len(rows):
-        raise InputError(f'none of the {n:,} {split} images of {table.name} can be decoded: mend them, or choose other '
+        raise InputError(f'none of the {n:,} {split} images of {table.name} can be decoded: fix them, or choose other '
                          'data')
     if skipped: print(left_out(skipped, n, split), file=sys.stderr)
     return probs, table, rows, skipped

@@ -165,7 +165,7 @@ def test_an_image_that_cannot_be_decoded(launcher, project, workers):
     for name, raw in bad.items(): (data/name).write_bytes(raw)
     args = ['train', *SMALL, '--data', 'data', '--workers', workers]
     job = launcher.imgexp(*args, root=project)
-    failed(job, project, r'(circle/003|square/005).png is (empty|not an image).*: mend or remove it, or go on without such images by bad=skip')
+    failed(job, project, r'(circle/003|square/005).png is (empty|not an image).*: fix or remove it, or go on without such images by bad=skip')
     assert 'Traceback' not in job.err
     job = launcher.imgexp(*args, '--bad', 'skip', root=project)
     assert job.wait() == 0, job.err
@@ -288,5 +288,5 @@ def test_papermill_fails_within_training(through_papermill):
     assert job.wait() == 1
     run, = runs_in(root)
     assert last_line(job.err) == f"BadImage: {status(run)['error'].removeprefix('BadImage: ')}"
-    assert re.search(r'square/004.png is cut short: mend or remove it.*bad=skip', last_line(job.err))
+    assert re.search(r'square/004.png is cut short: fix or remove it.*bad=skip', last_line(job.err))
     assert status(run)['state'] == 'failed' and status(run)['ended']

@@ -57,7 +57,7 @@ def test_batch(launcher, project):
     row, = json.loads(job.out)
     assert row['run'] == trial.name and row['test_top1'] == pytest.approx(result(trial)['value'], abs=1e-4)
     job = launcher.imgexp('batch', '03_train.ipynb', '-p', 'seed', '4', '--dry-run', root=project)
-    assert job.wait() == 0 and '1 jobs: 1 finished' in job.err
+    assert job.wait() == 0 and '1 job: 1 finished' in job.err
 
 def test_a_mean_says_of_how_many(project):
     "Where a value is missing all the same, the foot of the table tells of how many seeds the mean is."

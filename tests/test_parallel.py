@@ -164,7 +164,7 @@ def test_the_cause_in_another_process_is_told(launcher, project, broken):
     jobs = start(launcher, 2, project, broken)
     assert [job.wait() for job in jobs] == [1, 1]
     told = Run(the_run(project)).status['error']
-    assert re.search(r'is cut short: mend or remove it.*bad=skip', told), told
+    assert re.search(r'is cut short: fix or remove it.*bad=skip', told), told
 
 def test_bad_input_is_refused_by_all(launcher, project, data):
     jobs = start(launcher, 2, project, data, arch='resnet1000')
