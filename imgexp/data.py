@@ -45,7 +45,7 @@ class Pixels:
 # %% ../nbs/01c_data.ipynb #9cee78c0
 @dataclass(repr=False)
 class Images:
-    "Labeled images: image i has the name `items[i]`, class `labels[i]`, split `SPLITS[splits[i]]`, and is number `indices[i]` of its source."
+    "Labeled images; image i is `items[i]`, of class `labels[i]`, in split `SPLITS[splits[i]]`."
     items: np.ndarray   # names: paths in a folder, or numbers
     labels: np.ndarray  # int64 [n]
     splits: np.ndarray  # int8 [n], index into SPLITS
@@ -54,7 +54,7 @@ class Images:
     source: object = None # `Files`, `Pixels` or a pack: `source.read(indices[i])`
     indices: np.ndarray | None = None # int64 [n], 0 to n-1 by default
     mirror: bool = True  # whether a mirrored image still belongs to its class
-    fixed: str = ''      # a name that stands for the content: of an embedded data set
+    fixed: str = ''      # name that identifies the content of an embedded data set
     presize: int = 0     # images are first shrunk to this shorter side in px; 0 leaves them
     def __post_init__(self):
         if self.indices is None: self.indices = np.arange(len(self.items))
@@ -95,8 +95,8 @@ def _repr_html_(self: Images):
 def class_ranks(
     labels,     # int [n]
     seed: int,  # 0 and up
-) -> np.ndarray: # int64 [n]: 0 for the image of its class that every subset keeps, and so on
-    "The place of each image in its class's queue: a pure function of seed, class and place in the table."
+) -> np.ndarray: # int64 [n]: 0 for the first image of its class, which every subset keeps, and so on
+    "Rank of each image within its class, a pure function of seed, class and position in the table."
     labels = np.asarray(labels)
     by_class = np.argsort(labels, kind='stable')
     starts = np.r_[0, np.cumsum(np.bincount(labels, minlength=1))]
@@ -113,7 +113,7 @@ def nested_subset(
     fraction: float,  # more than 0, at most 1
     seed: int = 0,    # 0 and up
 ) -> np.ndarray: # bool [n]
-    "A stratified subset inside every larger one of the same seed; raises `InputError` for a fraction outside (0, 1]."
+    "Select a stratified subset, nested in every larger one of the same seed; raises `InputError`."
     if not 0 < fraction <= 1:
         raise InputError(f'subset={fraction} is out of range: it must be more than 0 and at most 1')
     counts = np.bincount(labels, minlength=1)
@@ -121,12 +121,12 @@ def nested_subset(
     return class_ranks(labels, seed) < keep[labels]
 
 # %% ../nbs/01c_data.ipynb #06ae2b78
-VALID = 0.2  # fraction of the training images that becomes the validation split where the data bring none
+VALID = 0.2  # fraction of the training images used for validation if the data have no validation split
 
 def with_valid(
     table: Images,
 ) -> Images:
-    "`table`, with a stratified fifth of the training images as validation split unless it has one."
+    "Use a stratified fifth of the training images as validation split, unless `table` has one."
     if (table.splits == 1).any(): return table
     train = table.split('train')
     labels = table.labels[train]
@@ -144,7 +144,7 @@ def keep_classes(
     table: Images,
     classes: str,  # comma-separated names; '' keeps all
 ) -> Images:
-    "`table` with the named classes only; raises `InputError` for a name that it doesn't have."
+    "Keep only the named classes; raises `InputError` for a class that the table doesn't have."
     names = [printable(c.strip()) for c in classes.split(',') if c.strip()]
     for c in names:
         if c not in table.classes: raise unknown_name(c, table.classes[:20], 'class')
@@ -160,7 +160,7 @@ def keep_subset(
     fraction: float,  # more than 0, at most 1
     seed: int = 0,    # 0 and up
 ) -> Images:
-    "`table` with a nested subset of its training images; validation and test stay whole."
+    "Keep a nested subset of the training images, and all validation and test images."
     train = table.split('train')
     drop = train[~nested_subset(table.labels[train], fraction, seed)]
     return table.take(np.setdiff1d(np.arange(len(table)), drop))
@@ -173,7 +173,7 @@ def from_arrays(
     splits=None,    # int [n], index into SPLITS; all train by default
     **kw,           # other fields of `Images`
 ) -> Images:
-    "A table of images in memory; raises `InputError` where the shapes don't fit."
+    "Make a table of images in memory; raises `InputError` if the shapes don't fit."
     pixels, labels = np.ascontiguousarray(pixels), np.asarray(labels, np.int64)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] != 3):
         raise InputError(f'images must be uint8 [n, h, w] or [n, h, w, 3], not {pixels.dtype} {list(pixels.shape)}')
@@ -186,7 +186,7 @@ def from_arrays(
 def read_idx(
     path: str | Path,  # a .gz file or a plain one
 ) -> np.ndarray:  # uint8
-    "The array in an idx file of bytes; raises `InputError` where it is none, or cut short."
+    "Read an idx file of bytes; raises `InputError` if it is of another kind or truncated."
     try: raw = gzip.open(path).read() if str(path).endswith('.gz') else Path(path).read_bytes()
     except (EOFError, gzip.BadGzipFile):
         raise InputError(f'{short_path(path)} is damaged (bad gzip): fetch it again') from None
@@ -202,7 +202,7 @@ _IDX = {'train': 'train', 't10k': 'test', 'test': 'test', 'valid': 'valid'}
 def from_idx(
     folder: str | Path,  # holds train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz), t10k-…
 ) -> Images:
-    "MNIST's and Fashion-MNIST's official files."
+    "Read the official files of MNIST or Fashion-MNIST."
     pixels, labels, splits = [], [], []
     for path in sorted(Path(folder).glob('*-images-idx3-ubyte*')):
         prefix = path.name.split('-images-')[0]
@@ -221,7 +221,7 @@ def stored(
     table: Images,
     row: int,       # row of the table
 ) -> bytes | np.ndarray:
-    "An image as its source holds it: a file's bytes, or pixels; raises `BadImage` if there is nothing."
+    "Image as stored in its source (a file's bytes, or pixels); raises `BadImage` if it can't be read."
     return table.source.read(table.indices[row])
 
 # %% ../nbs/01c_data.ipynb #004ff379
@@ -229,6 +229,6 @@ def read(
     table: Images,
     row: int,       # row of the table
 ) -> np.ndarray:    # uint8 [h, w] or [h, w, 3], RGB
-    "One image, upright and shrunk to `table.presize`; raises `BadImage` with the reason."
+    "Read one image, upright and shrunk to `table.presize`; raises `BadImage` with the reason."
     held = stored(table, row)
     return shrink(decode(held, table.presize, table.presize) if isinstance(held, bytes) else held, table.presize)

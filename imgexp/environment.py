@@ -15,7 +15,7 @@ from pathlib import Path
 # %% ../nbs/00d_environment.ipynb #230d57e4
 def git_commit(
     folder: str | Path,  # any folder of the checkout
-) -> str:  # '' outside a checkout; '+' behind the hash where files were changed
+) -> str:  # '' outside a checkout; ends in '+' if files were changed
     "The commit that is checked out in `folder`."
     def git(*args):
         return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True, timeout=10, check=True)
@@ -25,14 +25,14 @@ def git_commit(
 # %% ../nbs/00d_environment.ipynb #25e4c01c
 @cache
 def machine_id() -> str:
-    "Identity of the running kernel: the same in all containers of a machine, another one after a reboot."
+    "Identity of the running kernel: shared by all containers of a machine, new after a reboot."
     try: return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     except OSError:
         import psutil
         return f'{socket.gethostname()}, booted at {psutil.boot_time():.0f}'
 
 def process_start() -> str: # ISO 8601
-    "When this process began; tells it from an earlier one with the same number."
+    "Start time of this process, which distinguishes it from an earlier one with the same ID."
     import psutil
     return datetime.fromtimestamp(psutil.Process().create_time()).astimezone().isoformat(timespec='milliseconds')
 
@@ -44,7 +44,7 @@ def cpu_model() -> str: # 'AMD EPYC 9654'
 
 # %% ../nbs/00d_environment.ipynb #9ebae71d
 def _threads():
-    "Threads that an operation of the loaded framework may use; None where none is loaded"
+    "Threads that an operation of the loaded framework may use; None if none is loaded"
     if 'torch' in sys.modules: return sys.modules['torch'].get_num_threads()
     if 'tensorflow' in sys.modules:
         configured = sys.modules['tensorflow'].config.threading.get_intra_op_parallelism_threads()
@@ -66,7 +66,7 @@ def package_version(
 
 # %% ../nbs/00d_environment.ipynb #4cb36393
 def environment() -> dict:  # python, platform, host, machine, cpu, cpus, threads, processes, device, packages
-    "What this process runs on."
+    "Describe the hardware and software that this process runs on."
     torch = sys.modules.get('torch')
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     cpu = ' '.join([cpu_model(), *([torch.backends.cpu.get_cpu_capability()] if torch else [])])

@@ -18,7 +18,7 @@ from .trained import Trained, own_data
 
 # %% ../nbs/04_evaluate.ipynb #d9aaba73
 def _experiment_of(run):
-    "The experiment of a run; raises InputError for an unknown one, and where its framework cannot be imported any more"
+    "The experiment of a run; raises InputError if it is unknown or its framework can no longer be imported"
     if run.notebook not in EXPERIMENTS:
         raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be '
                          f'loaded here: choose a run of {", ".join(EXPERIMENTS)}')
@@ -45,7 +45,7 @@ def load_run(
     device: str = '',         # 'cuda', 'mps', 'cpu'; '' chooses
     root: str | Path | None = None, # the project; found by default
 ) -> Trained:
-    "A run's network with its best weights (their averages, if those were chosen); raises `InputError` where there is no such run or checkpoint."
+    "Load a run's network with its best (or averaged) weights; raises `InputError` if run or checkpoint is missing."
     folder = Path(root or project_root())/'runs'
     run = find_run(name, folder) if name else _newest(folder)
     return _experiment_of(run).load(run, checkpoint, device)
@@ -54,7 +54,7 @@ def load_run(
 def evaluate_test(
     run, # a finished `Run` of any experiment
 ) -> dict: # as `Trained.evaluate`; None where there are no test images
-    "Evaluate a run of a search on the test images, which its training left alone; kept in its metrics, so that it is done once."
+    "Evaluate a run of a search on the test images, left alone by its training; done once and saved in its metrics."
     known = run.metrics.get('test')
     if known: return known
     if not len(own_data(run).split('test')): return None

@@ -48,8 +48,8 @@ def display_path(
 # %% ../nbs/00c_files.ipynb #e835622a
 def os_errno(
     e: BaseException,
-) -> int | None:  # None where the operating system was not involved
-    "The operating system's error number behind an exception, its causes included."
+) -> int | None:  # None if the error did not come from the operating system
+    "Find the operating system's error number in an exception or its causes."
     while e is not None:
         if isinstance(e, OSError) and e.errno: return e.errno
         if match := re.search(r'\(os error (\d+)\)', str(e)): return int(match[1])  # safetensors
@@ -60,7 +60,7 @@ def os_errno(
 def writing(
     path: str | Path,  # file or folder being written
 ):
-    "Raise `RunFailed` with a clear message where the disk refuses to write."
+    "Raise `RunFailed` with a clear message if the disk cannot be written."
     try: yield
     except Exception as e:
         number = os_errno(e)
@@ -74,7 +74,7 @@ def write_text(
     path: str | Path,
     text: str, # the new content
 ):
-    "Replace a file atomically; on a full disk overwrite it in place, where the old one is long enough."
+    "Replace a file atomically; on a full disk, overwrite it in place if the old one is long enough."
     path = Path(path)
     temp = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
     with writing(path):
@@ -92,7 +92,7 @@ def write_text(
 def to_plain(
     value,  # dictionaries, sequences, numbers, arrays, paths
 ):          # the same as dict, list, bool, int, float, str and None
-    "`value` in the types that JSON has; numbers that are not finite become None."
+    "Convert `value` to JSON types; non-finite numbers become None."
     if isinstance(value, dict): return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)): return [to_plain(v) for v in value]
     if isinstance(value, (bool, np.bool_)): return bool(value)
@@ -111,7 +111,7 @@ def write_json(
 
 def read_json(
     path: str | Path,
-) -> dict | None:  # None where the file is missing, damaged, or not a dictionary
+) -> dict | None:  # None if the file is missing, damaged, or not a dictionary
     "Read a JSON file."
     try: value = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
@@ -131,7 +131,7 @@ def file_sha256(
 def disk_use(
     folder: str | Path,
 ) -> int:  # bytes
-    "Total size of all files below `folder`; files that disappear meanwhile are left out."
+    "Total size of all files below `folder`, ignoring files that disappear meanwhile."
     total, stack = 0, [folder]
     while stack:
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(stack.pop()) as entries:
@@ -145,7 +145,7 @@ def disk_use(
 def take_lock(
     path: str | Path,   # lock file, created if missing
     wait: float = 0.,   # seconds
-):                      # a held `FileLock`; None where another process holds it
+):                      # a held `FileLock`; None if another process holds it
     "Take a lock that the operating system releases when this process ends."
     lock = FileLock(path, timeout=wait, poll_interval=0.1, is_singleton=False, thread_local=False)
     try: lock.acquire()
@@ -155,10 +155,10 @@ def take_lock(
 # %% ../nbs/00c_files.ipynb #f42951f3
 def is_locked(
     path: str | Path,   # lock file
-) -> bool | None:       # None where it cannot be known: no permission, or a file system without locks
+) -> bool | None:       # None if unknown: no permission, or a file system without locks
     "Whether any process holds a lock."
     try:
-        # shared: two askers do not disturb each other
+        # shared, so concurrent checks do not block each other
         with open(path, 'rb') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError: return False
     except BlockingIOError: return True
@@ -168,7 +168,7 @@ def is_locked(
 # %% ../nbs/00c_files.ipynb #c119a6ed
 def seconds_since_write(
     path: str | Path, # file or folder
-) -> float:           # infinite where there is none
+) -> float:           # infinity if there is none
     "Seconds since a file was last written, by the clock of its file system."
     try: opened = os.open(path, os.O_RDONLY)  # opening refreshes what a network file system has cached
     except FileNotFoundError: return math.inf
@@ -178,4 +178,4 @@ def seconds_since_write(
         with tempfile.TemporaryFile(dir=Path(path).parent) as probe:
             probe.write(b'.'); probe.flush(); os.fsync(probe.fileno())
             return os.fstat(probe.fileno()).st_mtime - written
-    except OSError: return time.time() - written  # a folder that only others may write to
+    except OSError: return time.time() - written  # no permission to write to the folder

@@ -21,7 +21,7 @@ from .text import plot_text
 # %% ../nbs/09_keras_network.ipynb #6c9fdb60
 @contextmanager
 def _silent():
-    "Drop what TensorFlow writes to stderr on import, whatever its settings"
+    "Discard what TensorFlow writes to stderr on import, whatever its settings"
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try: yield
@@ -29,7 +29,7 @@ def _silent():
 
 # %% ../nbs/09_keras_network.ipynb #d43eaa77
 def load_keras():
-    "Import Keras and its backend, without log lines, with deterministic kernels."
+    "Import Keras and its backend without log messages, with deterministic kernels; returns Keras."
     if 'keras' not in sys.modules:
         os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
         os.environ.setdefault('KERAS_BACKEND', 'tensorflow')
@@ -46,11 +46,11 @@ KERAS_PRECISIONS = ['auto', 'fp32', 'bf16']
 
 # %% ../nbs/09_keras_network.ipynb #bc317efc
 def block_filters(
-    filters: int,  # of the first block
-    strategy: str, # of STRATEGIES
+    filters: int,  # number of filters in the first block
+    strategy: str, # one of STRATEGIES
     blocks: int,   # 1 and up
 ) -> list:         # of int
-    "Filters of each block."
+    "Return the number of filters of each block."
     return [{'same': filters, 'half': min(filters, max(8, filters >> k)), 'pyramid': filters << k}[strategy]
             for k in range(blocks)]
 
@@ -58,7 +58,7 @@ def n_blocks(
     blocks: int, # 0: five, or as many as there is room for
     size: int,   # side of the images in px
 ) -> int:
-    "Number of blocks; raises `InputError` if the image is too small for them."
+    "Return the number of blocks; raises `InputError` if the image is too small for them."
     room = int(size).bit_length() - 1
     if blocks > room:
         raise InputError(f'blocks={blocks}: an image of {size} px has room for {room}, each halves it: give '
@@ -83,14 +83,14 @@ def _native_bf16():
 def keras_precision(
     precision: str, # one of KERAS_PRECISIONS
 ) -> str:           # 'fp32' or 'bf16'
-    "The precision that `auto` means on this machine."
+    "Return the precision, with `auto` resolved for this machine."
     return ('bf16' if _native_bf16() else 'fp32') if precision == 'auto' else precision
 
 # %% ../nbs/09_keras_network.ipynb #7953e5c0
 def layer_type(
     precision: str, # one of KERAS_PRECISIONS
 ) -> str:           # 'float32' or 'mixed_bfloat16'
-    "Keras's dtype policy for the layers; weights are float32 in both."
+    "Return Keras's dtype policy for the layers; weights are float32 in both cases."
     return {'bf16': 'mixed_bfloat16', 'fp32': 'float32'}[keras_precision(precision)]
 
 # %% ../nbs/09_keras_network.ipynb #17ffb59e
@@ -105,13 +105,13 @@ def mish(
 
 @cache
 def _activation(name):
-    "An activation by its name"
+    "Return an activation by name"
     plain = mish if name == 'mish' else getattr(load_keras().activations, name)
     return plain if name == 'relu' or not on_tensorflow() else _compiled(plain)
 
 # %% ../nbs/09_keras_network.ipynb #0e28c9ea
 def _compiled(f):
-    "Compile an activation to one pass over memory forward, and one back that recomputes it instead of storing its terms"
+    "Compile an activation to one forward pass over memory, and one backward pass that recomputes its terms"
     import tensorflow as tf
     def forward(x): return tf.cast(f(tf.cast(x, tf.float32)), x.dtype)
     def backward(x, up):
@@ -124,7 +124,7 @@ def _compiled(f):
 
 # %% ../nbs/09_keras_network.ipynb #02da7648
 def _flat(f):
-    "Compile `f` for vectors of few lengths, four per octave, since each compiled shape occupies a megabyte for good"
+    "Compile `f` for few vector lengths, four per octave, as each compiled shape permanently takes a megabyte"
     import tensorflow as tf
     compiled = tf.function(f, jit_compile=True)
     def call(*xs):
@@ -137,7 +137,7 @@ def _flat(f):
 # %% ../nbs/09_keras_network.ipynb #201219c5
 @cache
 def _norm():
-    "Batch norm by TensorFlow's fused kernel, which Keras's layer does not use"
+    "Batch norm layer with TensorFlow's fused kernel, which Keras's own layer does not use"
     base = load_keras().layers.BatchNormalization
     if not on_tensorflow(): return base
     import tensorflow as tf
@@ -157,9 +157,9 @@ def build_cnn(
     config: dict,     # filters, filter_size, strategy, blocks, activation, batch_norm, dense, dropout, precision, seed
     input_shape: tuple, # (side, side, channels)
     n_classes: int,   # 2 and up
-    norm: tuple = (0., 1.), # mean and standard deviation of the training images, in units of full scale
+    norm: tuple = (0., 1.), # mean and standard deviation of the training images, scaled to [0, 1]
 ):                    # a Keras model: uint8 images -> probabilities
-    "Build a CNN; its initial weights are a function of the seed."
+    "Build a CNN, with initial weights determined by the seed."
     keras, c, seed = load_keras(), SimpleNamespace(**config), config.get('seed', 0)
     layers, norm_layer, activation = keras.layers, _norm(), _activation(c.activation)
     kind = {'dtype': layer_type(config.get('precision', 'auto'))}
@@ -182,10 +182,10 @@ def build_cnn(
 
 # %% ../nbs/09_keras_network.ipynb #c4d890b4
 def plot_filters(
-    model, # of `build_cnn`
-    n: int = 32, # at most
+    model, # from `build_cnn`
+    n: int = 32, # maximum number of filters
 ):         # Figure
-    "Filters of the first layer, each in its own range of gray or color."
+    "Plot the filters of the first layer, each scaled to its own range."
     kernel = np.asarray(model.get_layer('conv1').kernel)[..., :n]
     low, high = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     tiles = np.moveaxis((kernel - low)/np.maximum(high - low, 1e-9), -1, 0)
@@ -194,12 +194,12 @@ def plot_filters(
 
 # %% ../nbs/09_keras_network.ipynb #95d5c021
 def plot_features(
-    model, # of `build_cnn`
+    model, # from `build_cnn`
     image, # uint8 [side, side, channels]
     layer: str = 'act1', # act1, act2, …
-    n: int = 32, # at most
+    n: int = 32, # maximum number of maps
 ):         # Figure
-    "Feature maps of a layer for one image; bright is strong."
+    "Plot the feature maps of a layer for one image; brighter is stronger."
     keras = load_keras()
     maps = np.asarray(keras.Model(model.input, model.get_layer(layer).output)(image[None]), np.float32)[0]
     return _tiles([maps[..., k] for k in range(min(n, maps.shape[-1]))],
@@ -218,7 +218,7 @@ def _tiles(images, title, cmap='gray', columns=16):
 
 # %% ../nbs/09_keras_network.ipynb #86f73270
 def clear_keras():
-    "Free the memory of earlier trainings: Keras's state, and TensorFlow's registry of custom gradients, which keeps every graph."
+    "Free earlier trainings' memory: Keras's state, and TensorFlow's custom gradients, which keep every graph."
     load_keras().backend.clear_session()
     if on_tensorflow():
         from tensorflow.python.framework import ops

@@ -37,7 +37,7 @@ def _init_head(model, seed):
 
 # %% ../nbs/02b_models.ipynb #5d1c9a01
 def _put_mlp(model, seed):
-    "An `MLP` in the place of the linear head"
+    "Replace the linear head with an `MLP`"
     name, head = find_head(model)
     if not isinstance(head, nn.Linear):
         raise InputError(f"head='mlp': {model.arch} ends in a convolution: use head='linear', or another arch.")
@@ -69,7 +69,7 @@ def _stem(arch, stem, size, file):
 
 # %% ../nbs/02b_models.ipynb #18f0ccbc
 def _least_size(arch):
-    "The smallest side of images that an architecture takes, and what every side is a multiple of."
+    "The smallest image side that an architecture accepts, and the number that every side must be a multiple of."
     if arch == 'compact_resnet': return 8, 1
     if arch.startswith('vit'): return (int(arch.rsplit('_', 1)[1]),)*2
     if arch.startswith('maxvit'): return 224, 224
@@ -90,7 +90,7 @@ def own_size(
     arch:str, # one of `archs()`
     weights:str='', # as for `build_model`
 ) -> int: # px
-    "The side of the images that published weights are evaluated at; 224 for weights from a file, 64 without, or the next larger one that the architecture takes."
+    "Image side that published weights are evaluated at; otherwise 224 (file) or 64 (none), or the next valid one."
     if is_published(weights): return published_weights(arch, weights).transforms().crop_size[0]
     check_arch(arch)
     low, step = _least_size(arch)
@@ -111,7 +111,7 @@ def _network(arch, n_classes, size, small):
 # %% ../nbs/02b_models.ipynb #4739c3f8
 @dataclass
 class ModelReport:
-    "How a network came about: what was and what was not loaded into it."
+    "How a network was built: what was and was not loaded into it."
     arch: str # the architecture
     size: int # side of the images it was built for, in px
     stem: str = 'standard' # or 'small'
@@ -134,7 +134,7 @@ _OLD_DENSE = re.compile(r'(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)') # _load_
 
 # %% ../nbs/02b_models.ipynb #02da384d
 def _adapt(model, state):
-    "Bring a published layout to the present one; the report notes what was done."
+    "Convert a state dict from a published layout to the current one, with notes in the report."
     arch, notes = model.arch, model.report.notes
     if arch.startswith('densenet'): state = {_OLD_DENSE.sub(r'\1\2', k): v for k, v in state.items()}
     if arch in ('googlenet', 'inception_v3'):
@@ -152,7 +152,7 @@ def _adapt(model, state):
 
 # %% ../nbs/02b_models.ipynb #9db71f97
 def _copy(model, state, versions):
-    "Copy tensors into `model`; the names that are missing, unexpected and misshaped."
+    "Copy tensors into `model`; return the names that are missing, unexpected and misshaped."
     expected = model.state_dict()
     shapes = [k for k in state if k in expected and state[k].shape != expected[k].shape]
     state = OrderedDict((k, v) for k, v in state.items() if k not in shapes)
@@ -162,7 +162,7 @@ def _copy(model, state, versions):
 
 # %% ../nbs/02b_models.ipynb #8eca30d1
 def _refuse(arch, source, missing, unexpected, shapes):
-    "One line that says how the file differs from the architecture, if it does."
+    "Raise `InputError` with the differences between the file and the architecture, if there are any."
     mismatched = [(what, keys) for what, keys in
              (('missing', missing), ('unexpected', unexpected), ('misshaped', shapes)) if keys]
     if not mismatched: return
@@ -208,7 +208,7 @@ def build_model(
     drop_path:float=-1., # stochastic depth: `rate` of `set_drop_path`, or -1: the architecture's own (ResNets: none)
     head:str='linear', # or 'mlp', with one hidden layer
 ) -> nn.Module: # with the attributes `arch` and `report`
-    "A network ready for training; raises `InputError` when the answers do not fit together."
+    "Build a network ready for training; raises `InputError` if the arguments do not fit together."
     check_arch(arch)
     if n_classes < 1: raise InputError(f'n_classes={n_classes}: at least 1 class is needed.')
     check_size(arch, size)
@@ -246,9 +246,9 @@ def trained_params(
 def param_groups(
     model:nn.Module, # a network after `set_retrain`
     weight_decay:float, # for matrices and kernels
-    first_lr:float=1., # learning rate of the first trained block, relative to the head's
+    first_lr:float=1., # learning rate of the first trained block, relative to the head's; equal ratios in between
 ) -> list: # of dicts, for a torch optimizer; with first_lr `lr_scale` is in them, the head's come first
-    "The trained parameters with weight decay and without; rates between head and first block fall by equal ratios (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.1)."
+    "Parameter groups for an optimizer (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146, section 3.1)."
     decays = {p: name.endswith('weight') and p.ndim > 1 # not norms, biases, tokens, embeddings, scales
               for name, p in model.named_parameters() if p.requires_grad}
     def parted(params, **more):

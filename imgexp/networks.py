@@ -22,14 +22,14 @@ from .errors import InputError
 
 # %% ../nbs/02_networks.ipynb #3e624b52
 def archs() -> list[str]: # sorted
-    "Every classification architecture of torchvision by name, and our own `compact_resnet`."
+    "Names of torchvision's classification architectures, and our own `compact_resnet`."
     return sorted([*torchvision.models.list_models(module=torchvision.models), 'compact_resnet'])
 
 # %% ../nbs/02_networks.ipynb #76e218cd
 def check_arch(
     arch: str, # as the user gave it
 ):
-    "Raise `InputError` for an unknown architecture; it suggests near names."
+    "Raise `InputError` if the architecture is unknown, suggesting similar names."
     if arch in archs(): return
     close = difflib.get_close_matches(str(arch), archs(), n=3)
     hint = f'did you mean {" or ".join(close)}?' if close else 'resnet18, for one, is.'
@@ -141,7 +141,7 @@ def rows_text(
     head: list, # titles of the columns
     rows: list, # of tuples
 ) -> str:
-    "A table in plain text; numbers stand on the right."
+    "Format a table as plain text, numbers right-aligned."
     rows = [[str(c) for c in r] for r in [head, *rows]]
     widths = [max(map(len, c)) for c in zip(*rows)]
     def line(r): return '  '.join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))
@@ -152,7 +152,7 @@ def rows_html(
     head: list, # titles of the columns
     rows: list, # of tuples
 ) -> str:
-    "A table; numbers stand on the right."
+    "Format a table as HTML, numbers right-aligned."
     def tr(tag, cells):
         side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
         return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>'
@@ -164,7 +164,7 @@ _NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm
 _OPEN = {'AnyStage', '_DenseBlock', 'Encoder', 'MaxVitBlock'} # of RegNet, DenseNet, ViT and MaxViT
 
 def _starts_block(module):
-    "Whether a module has parameters of its own to learn from the input: neither a norm nor a layer without parameters."
+    "Whether a module starts a new block: it has parameters and is not a norm."
     return not isinstance(module, _NORMS) and next(module.parameters(), None) is not None
 
 def _opens(name, module, head):
@@ -185,7 +185,7 @@ def _units(module, head, path=''):
 def blocks(
     model:nn.Module, # a network of `build_model`
 ) -> Blocks: # a list of `Block`
-    "The blocks from input to head; every parameter belongs to exactly one, the last block is the head alone."
+    "Split a network into blocks from input to head; each parameter is in exactly one, and the last is the head."
     head, units = next((m for m in model.modules() if isinstance(m, MLP)), find_head(model)[1]), Blocks()
     for path, m in _units(model, head):
         if not units or _starts_block(m): units.append(Block(path, [], []))
@@ -213,7 +213,7 @@ def set_retrain(
     model:nn.Module, # changed in place
     k:int, # -1 everything, 0 the head, k the head and the last k blocks
 ) -> nn.Module: # the same model
-    "Choose what is trained; the rest gets no gradient and stays in evaluation mode, whatever calls `.train()`."
+    "Choose what is trained; the rest gets no gradient and stays in evaluation mode despite calls of `.train()`."
     units = blocks(model)
     last = len(units) - 1
     if k != int(k) or not -1 <= k <= last:
@@ -226,7 +226,7 @@ def set_retrain(
 def keep_statistics(
     model:nn.Module, # changed in place
 ) -> nn.Module: # the same model
-    "Batch norm keeps the statistics it has, whatever calls `.train()`; its weights learn (as Keras' guide to transfer learning advises)."
+    "Freeze batch norm's statistics despite `.train()`; its weights learn (Keras' guide to transfer learning)."
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.train = partial(_stay_in_eval, m)
@@ -255,7 +255,7 @@ def _residuals(model):
 
 # %% ../nbs/02_networks.ipynb #f174d3d2
 class _DropPath:
-    "A forward hook: images lose what a residual branch gives with probability `p` while its module is in training."
+    "A forward hook that drops a residual branch of each image with probability `p` while its module trains."
     def __init__(self, p): self.p = p
     def __call__(self, module, args, out): return stochastic_depth(out, self.p, 'row', module.training)
 
@@ -271,7 +271,7 @@ def set_drop_path(
     model:nn.Module, # changed in place; its state dict stays as it is
     rate:float, # probability at the last residual block, from 0 (nothing is dropped) to below 1
 ) -> nn.Module: # the same model
-    "Drop residual branches in training; replaces an earlier rate. Raises `InputError` where there is no branch."
+    "Drop residual branches in training, replacing an earlier rate; raises `InputError` if the model has none."
     if not 0 <= rate < 1:
         raise InputError(f'drop_path={rate}: a probability from 0 to below 1 is needed, for example 0.1 '
                          "(build_model also takes -1, the architecture's own).")

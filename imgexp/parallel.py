@@ -21,7 +21,7 @@ from .errors import InputError, RunBusy, RunFailed
 
 # %% ../nbs/02f_parallel.ipynb #3624fe9d
 def rank() -> int: # 0 and up
-    "Number of this process; process 0 is the one that writes files."
+    "Rank of this process; process 0 writes the files."
     return dist.get_rank() if dist.is_initialized() else 0
 
 def world() -> int: # 1 and up
@@ -35,7 +35,7 @@ def launched() -> int: # 1 and up
 # %% ../nbs/02f_parallel.ipynb #3ae9edfd
 @contextmanager
 def distributed():
-    "Context in which the processes that torchrun started form a group; nothing to do for one process."
+    "Context manager that joins the processes started by torchrun into a group; does nothing for a single process."
     if launched() == 1 or dist.is_initialized():
         yield
         return
@@ -77,7 +77,7 @@ def rank_zero_print(
 def broadcast(
     text: str, # of process 0; ignored in the others
 ) -> str:
-    "The text of process 0, in all processes."
+    "Return the text of process 0 in all processes."
     if world() == 1: return text
     letters = torch.tensor(list(text.encode()), dtype=torch.uint8)
     size = torch.tensor(len(letters))
@@ -90,7 +90,7 @@ def broadcast(
 def gather(
     text: str, # of this process
 ) -> list:     # of str, by process
-    "The texts of all processes, in all processes."
+    "Return the texts of all processes in all processes."
     if world() == 1: return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8)
     sizes = [torch.tensor(0) for _ in range(world())]
@@ -107,7 +107,7 @@ _ERRORS = {e.__name__: e for e in (InputError, RunBusy, RunFailed)}
 def from_first(
     f, # () -> str, called in process 0 only
 ) -> str:
-    "Result of `f` in process 0, in all processes; its `InputError` is raised in all."
+    "Call `f` in process 0 and return its result in all processes; its `InputError` is raised in all."
     if world() == 1: return f()
     outcome = {}
     if rank() == 0:
@@ -121,7 +121,7 @@ def from_first(
 def share_gradients(
     net: nn.Module, # its trained parameters are those that require gradients
 ) -> nn.Module:     # called like `net`
-    "The network whose gradients are the mean over all processes; with one process the same network."
+    "Wrap a network so that its gradients are averaged over all processes; with one process, return it unchanged."
     if world() == 1: return net
     devices = [torch.cuda.current_device()] if next(net.parameters()).is_cuda else None
     known = inspect.signature(DistributedDataParallel).parameters
@@ -159,10 +159,10 @@ def _norm_of_all(norm, x):
 
 # %% ../nbs/02f_parallel.ipynb #4319e978
 def _synced(norm, x):
-    "What a batch norm does with a batch: alone in evaluation, with the others in training"
+    "Forward pass of a batch norm: within the process in evaluation, across all processes in training"
     if not norm.training or world() == 1: return type(norm).forward(norm, x)
     if not x.is_cuda: return _norm_of_all(norm, x)
-    if not len(x): x = x.float()  # what it tells the others would be in half precision, and theirs is not
+    if not len(x): x = x.float()  # its message to the others would be in half precision, unlike theirs
     from torch.nn.modules._functions import SyncBatchNorm
     if norm.track_running_stats: norm.num_batches_tracked += 1
     k = norm.momentum if norm.momentum is not None else 1/norm.num_batches_tracked.item()
@@ -173,7 +173,7 @@ def _synced(norm, x):
 def sync_batch_norm(
     model: nn.Module, # changed in place; its state dict stays as it was
 ) -> nn.Module:       # the same model
-    "Let the batch norms see the images of all processes."
+    "Make the batch norms use the statistics of all processes."
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = partial(_synced, m)
     return model

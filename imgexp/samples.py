@@ -61,7 +61,7 @@ def draw_shape(
     u,           # float [24] in [0, 1): everything that varies
     domain: str = 'photo',  # or 'sketch'
 ) -> np.ndarray: # uint8 [size, size, 3]
-    "One image of the `shapes` data set."
+    "Draw one image of the `shapes` data set."
     corners = list(SHAPES.values())[label % len(SHAPES)]
     turn, scale = (u[0] - .5)*.9, size*(.22 + .16*u[1])
     spin = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])

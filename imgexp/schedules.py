@@ -17,7 +17,7 @@ from .style import BLUE, GREEN, ORANGE, RED, set_title, styled
 
 # %% ../nbs/02e_schedules.ipynb #2726de3e
 def _phase(at, up):
-    "Whether `at` lies in the warm-up, which ends at `up`; and how much of its phase is done, 0 to 1"
+    "Whether `at` is in the warm-up, which ends at `up`, and the completed fraction of its phase, 0 to 1"
     if not 0 <= at <= 1: raise ValueError(f'at={at} is out of range: a fraction of the training, 0 to 1')
     return (True, at/up) if at < up else (False, (at - up)/(1 - up))
 
@@ -74,7 +74,7 @@ def schedule(
     name: str,            # one of SCHEDULES
     epochs: int,          # length of the training, 1 or more
     warmup: float = -1.,  # epochs until the peak, 0 to less than `epochs`; -1: the schedule's own part of them
-) -> Callable:            # (done part of the training 0 to 1, peak) -> (learning rate, momentum or None)
+) -> Callable:            # (fraction of the training completed, peak) -> (learning rate, momentum or None)
     "A learning-rate schedule by name; raises `InputError` for an unknown name or a warm-up that never ends."
     if name not in SCHEDULES: raise invalid_choice('schedule', name, SCHEDULES)
     if not epochs >= 1: raise InputError(f'epochs={epochs} is out of range: it must be at least 1')
@@ -85,7 +85,7 @@ def schedule(
 
 # %% ../nbs/02e_schedules.ipynb #049812b4
 def _bounds(sizes):
-    "What the text says: low, high, and the parts of the training where the rise begins and ends; or InputError"
+    "Parse `sizes`: low, high, and the fractions of the training where the rise begins and ends; or InputError"
     def refuse(why):
         return InputError(f"sizes={sizes!r} {why}: write for example '160-192@0.65-0.8', which is 160 px until 65% of "
                           "the training and 192 px from 80% on, '128-192', '176', or nothing for the size of the run")
@@ -108,7 +108,7 @@ def image_sizes(
     size: int,    # side in px where `sizes` is empty
     epochs: int,  # length of the training, 1 or more
 ) -> list:        # for each epoch the side of the training images, px
-    "How large the training images are in each epoch; raises `InputError` for a text that is not understood."
+    "Side of the training images in each epoch; raises `InputError` if `sizes` cannot be parsed."
     if not str(sizes).strip(): return [size]*epochs
     low, high, start, end = _bounds(sizes)
     epoch, end = np.arange(epochs), min(end*epochs, epochs - 1)
@@ -120,7 +120,7 @@ def image_sizes(
 _LINES = dict(zip(SCHEDULES, [(BLUE, '-'), (ORANGE, '--'), (GREEN, '-.'), (RED, ':')]))
 
 def _draw_sizes(ax, sides):
-    "Steps of the image size, an epoch each"
+    "Draw the image size of each epoch as steps"
     ax.stairs(sides, np.arange(len(sides) + 1), baseline=None, color=BLUE, lw=1.6)
     ax.set(yticks=sorted(set(sides)), ylim=(min(sides) - 16, max(sides) + 16))
     share = np.mean(np.square(sides))/max(sides)**2
@@ -136,7 +136,7 @@ def plot_schedules(
     sizes: str = '',      # image sizes over the training, as for `image_sizes`
     size: int = 0,        # side of the images where `sizes` is empty, px; 0: not drawn
 ): # Figure
-    "Learning rate over the training, and where there is one the course of momentum and image size."
+    "Plot the learning rate over the training, with momentum and image size, if any."
     import matplotlib.pyplot as plt
     names = [names] if isinstance(names, str) else list(names)
     at = np.linspace(0, 1, 401)

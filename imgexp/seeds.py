@@ -25,7 +25,7 @@ def train_seeds(
     p,           # its parameters; the first seed is `p.seed`
     n: int,      # number of seeds, 1 and up
 ) -> list:       # of `Run`, finished
-    "One run for each seed; the same call continues, and repeats nothing that is finished."
+    "Train one run per seed; the same call resumes them and does not repeat finished ones."
     (distributed, rank_zero_print,
      all_max), began, runs, minutes = _collectives(), time.monotonic(), [], p.get('max_minutes', 0)
     reuse = {'resume': 'reuse'} if p.resume == 'auto' else {}
@@ -42,7 +42,7 @@ def train_seeds(
 
 # %% ../nbs/04b_seeds.ipynb #be79cd7d
 def _images_of(runs, split):
-    "Number of images of a split, and of runs measured on it where it is not all of them"
+    "Number of images of a split, and of the runs measured on it if that is not all of them"
     counts = [v['top1']['n'] for r in runs if (v := r.metrics.get(split))]
     if not counts: return ''
     n = f'{min(counts):,}' + f' to {max(counts):,}'*(min(counts) < max(counts))

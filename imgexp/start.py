@@ -22,10 +22,10 @@ from .text import printable
 def run_id(
     notebook: str,  # '03_train'
     params,         # name: value, all of them
-    depends: dict,  # for parameters that name files: what stands in them, {'data': fingerprint, 'weights': hash}
+    depends: dict,  # for parameters that name files: their contents, {'data': fingerprint, 'weights': hash}
 ) -> str:  # 8 hex digits
     "Hash of everything that shapes the result; an entry of `depends` replaces the parameter of that name."
-    first = {new: old for old, new in RENAMED.get(notebook, {}).items()}  # a better name changes no id
+    first = {new: old for old, new in RENAMED.get(notebook, {}).items()}  # renaming a parameter keeps the id
     shaping = {first.get(k, k): v for k, v in (dict(params) | depends).items() if k not in not_in_id(params)}
     text = json.dumps(to_plain({'notebook': notebook, 'params': shaping}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -41,7 +41,7 @@ def diff_params(
     a: Run | dict, # a run, or its parameters
     b: Run | dict, # the other run
 ) -> dict:  # name: (value in a, value in b)
-    "Parameters and dependencies in which two runs differ; those that do not shape the result are left out."
+    "Parameters and dependencies in which two runs differ, except those that do not affect the result."
     ignored = {k for run in (a, b) if isinstance(run, Run) for k in run.not_in_id}
     a, b = (run.params | run.depends if isinstance(run, Run) else run for run in (a, b))
     return {k: (a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if k not in ignored and a.get(k) != b.get(k)}
@@ -50,7 +50,7 @@ def diff_params(
 def runs_dir(
     root: str | Path | None = None,  # the project; found by default
 ) -> Path:
-    "The folder of the runs, created if missing; raises `InputError` where it cannot be written."
+    "The folder of the runs, created if missing; raises `InputError` if it cannot be written."
     folder = Path(root or project_root())/'runs'
     if printable(folder) != str(folder):
         raise InputError(f'{printable(folder)} cannot be printed as it is, and runs cannot be kept there: '
@@ -69,7 +69,7 @@ def find_run(
     name: str = '',  # a run's name, an unambiguous part of it, or its directory; '' is the newest run
     folder: str | Path | None = None,  # where the runs are; runs/ by default
 ) -> Run:
-    "The run called `name`; raises `InputError` where there is none, or more than one."
+    "Find the run called `name`; raises `InputError` if there is none or more than one."
     folder = Path(folder or project_root()/'runs')
     if os.sep in name or name in ('.', '..'): return _run_at(Path(name))
     names = sorted(d.name for d in folder.iterdir() if d.name[0] != '.'
@@ -147,14 +147,14 @@ def _choose_run(folder, record, resume, observed):
 # %% ../nbs/00h_start.ipynb #2c162035
 def start_run(
     notebook: str,  # name of the experiment: '03_train'
-    params,         # every parameter; its `resume` and `track` are followed
-    depends: dict | None = None,  # what parameters that name files stand for: {'data': fingerprint, 'weights': hash}
+    params,         # all parameters, including `resume` and `track`
+    depends: dict | None = None,  # contents of the files that parameters name: {'data': fingerprint, 'weights': hash}
     root: str | Path | None = None,  # the project; found by default
     wait: float = 15.,  # seconds to wait for a run's dying process before refusing
     resolved: dict | None = None, # what `auto` means here ({'precision': 'bf16'}); a continued run keeps its own
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
 ) -> Run:  # open, unless a finished run is returned (`resume` 'reuse' or a name)
-    "Start a run, or continue it; raises `RunBusy` (an `InputError`) where a living process has it."
+    "Start or continue a run; raises `RunBusy` (an `InputError`) if a live process owns it."
     folder, depends = runs_dir(root), depends or {}
     observer = observer or launched_observer()
     record = {'notebook': notebook, 'id': run_id(notebook, params, depends), 'params': dict(params), 'depends': depends,
@@ -192,7 +192,7 @@ def launched_observer():  # a function, or None
     return getattr(import_module(module), function) if module else None
 
 def _announce(run, event, observer):
-    "Tell a launcher which run this process works on; returns the run"
+    "Report to a launcher which run this process works on; returns the run"
     run.observer = observer
     if os.environ.get('IMGEXP_TELL'):
         with open(os.environ['IMGEXP_TELL'], 'a') as f: f.write(f'{run.dir.resolve()}\t{event}\n')

@@ -24,7 +24,7 @@ _RC = {'font.size': 9, 'figure.dpi': 80, 'figure.constrained_layout.use': True, 
 def styled(
     plot, # a function that returns a matplotlib figure
 ):
-    "Decorator: draw in the house style, and close the figure, so that a notebook shows it once."
+    "Decorator that draws in the house style and closes the figure, so that a notebook shows it once."
     @wraps(plot)
     def draw(*args, **kwargs):
         import matplotlib.pyplot as plt
@@ -39,7 +39,7 @@ def set_title(
     title: str,     # one line
     note: str = '', # numbers behind the picture
 ):
-    "A title, and a small gray line under it."
+    "Set a title and a small gray note below it."
     ax.set_title(title, pad=17)
     ax.annotate(note, (0, 1), (0, 5), xycoords='axes fraction', textcoords='offset points', color=GRAY, fontsize=8)
 
@@ -47,7 +47,7 @@ def class_label(
     name,  # of a class
     length: int = 22, # characters
 ) -> str:
-    "A class name for matplotlib: on one line, not too long."
+    "Escape a class name for matplotlib, on one line and at most `length` characters."
     name = printable(' '.join(str(name).split()))
     return plot_text(name if len(name) <= length else name[:length - 1].rstrip() + '…')
 
@@ -55,7 +55,7 @@ def class_label(
 def percent(
     fraction: float, # 0 to 1
 ) -> str: # '91.3%'
-    "A fraction as a percentage."
+    "Format a fraction as a percentage."
     return f'{100*fraction:.1f}%'
 
 def percent_axis(

@@ -49,5 +49,5 @@ EXPERIMENT = Experiment('03_train', TrainParams, _run_experiment, load_network, 
 def train(
     **values, # of `TrainParams`
 ) -> Run:     # finished
-    "Train one network on one data set: this notebook without the notebook."
+    "Train one network on one data set, as this notebook does."
     return _run_experiment(TrainParams.check(values))

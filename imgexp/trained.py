@@ -24,7 +24,7 @@ from .sources import load_images
 
 # %% ../nbs/02o_trained.ipynb #fe7860ea
 class Trained:
-    "A run's network with what its weights' file says of it; each framework has a subclass."
+    "A run's network with the metadata of its weights file; each framework has a subclass."
     def __init__(
         self,
         run,             # a `Run`
@@ -56,7 +56,7 @@ class Trained:
 def own_data(
     run, # a `Run`
 ):       # `Images`
-    "The images that the run was trained on; raises `InputError` where they are gone or have changed."
+    "The images that the run was trained on; raises `InputError` if they are gone or have changed."
     data = run.params['data']
     if not Path(data).is_dir() and (Path(run.folder)/data).is_dir(): data = Path(run.folder)/data
     table = load_images(data, run.params.get('classes', ''))
@@ -145,7 +145,7 @@ def predict(
     self: Trained,
     folder: str | Path,  # images, also in folders below it; or one image
 ):  # pandas table: file, predicted, probability, error; sorted by file
-    "The class of each image in a folder; raises `InputError` where there is none."
+    "Predict the class of each image in a folder; raises `InputError` if there are no images."
     import pandas as pd
     table = as_prepared(_folder_table(folder, self.classes), self.run.depends.get('prepared', ''))
     names = table.items
@@ -160,7 +160,7 @@ def predict(
 
 # %% ../nbs/02o_trained.ipynb #8e32df6a
 def _precision(run, device):
-    "The run's precision; where this device does not offer it, another one and a message"
+    "The run's precision, or another one and a message if this device does not support it"
     from imgexp.learner import choose_precision
     precision = run.resolved.get('precision', run.params.get('precision', 'auto'))
     try: return choose_precision(precision, device)
@@ -206,7 +206,7 @@ def checkpoint_path(
     checkpoint: str, # 'best', 'last', or a name
     names,           # of the checkpoints that exist
 ) -> Path:           # below the run's checkpoints
-    "The checkpoint that is meant; raises `InputError` where there is none."
+    "Path of the requested checkpoint; raises `InputError` if there is none."
     name = aliases.get(checkpoint, checkpoint)
     if name in names: return run.dir/'checkpoints'/name
     available = ', '.join([*(k for k, v in aliases.items() if v), *names])
@@ -217,8 +217,8 @@ def checkpoint_path(
 def read_network(
     run,             # a `Run`
     checkpoint: str, # 'best', 'last', or a name
-) -> tuple:          # the torch network, and what its weights' file says of it
-    "Network and weights of a checkpoint; raises `InputError` where there is no such checkpoint."
+) -> tuple:          # the torch network, and the metadata of its weights file
+    "Build the network of a checkpoint and load its weights; raises `InputError` if there is no such checkpoint."
     from imgexp.checkpoints import read_index, read_weights, weights_kind
     from imgexp.models import build_model
     index, folder = read_index(run), run.dir/'checkpoints'

@@ -85,11 +85,11 @@ class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, 
     "Parameters of `imgexp transfer`."
 
 # %% ../nbs/20_transfer.ipynb #20aa0005
-# features that are read at once; that stay in memory where every epoch takes them in the same order
+# features read at once; features kept in memory if every epoch takes them in the same order
 AT_ONCE_MB, KEPT_MB = 16, 256
 
 class _Taken:
-    "A batch that is there"
+    "A batch that is already loaded"
     def __init__(self, images, rows): self.images, self.rows = images, rows
     def bad(self): return {}
 
@@ -116,7 +116,7 @@ class FeatureLoader(Loader):
         self.batches = Batches(rows, batch_size, seed, split == 'train' if shuffle is None else shuffle, self.process)
         self.waited, self.moved, self.held = 0., 0., None
     def at(self, epoch, start=0, size=0):
-        "This loader, to be read from batch `start` of `epoch`"
+        "Set the loader to batch `start` of `epoch`, and return it"
         self.batches.epoch, self.batches.start = epoch, start
         return self
     def _keeps(self, chosen):
@@ -168,7 +168,7 @@ def _scale(x):
 # %% ../nbs/20_transfer.ipynb #e08d0891
 @torch.no_grad()
 def _cross_entropy(weight, bias, x, y):
-    "Mean cross-entropy of a linear layer, and its gradients, part by part: the second pass over a part finds it in the processor's cache"
+    "Mean cross-entropy of a linear layer, and its gradients, in parts that stay in the processor's cache"
     loss, to_weight, to_bias = x.new_zeros(()), torch.zeros_like(weight.T), torch.zeros_like(bias)
     size = 1024 if x.device.type == 'cpu' else 65_536
     for xs, ys in zip(x.split(size), y.split(size)):
@@ -180,7 +180,7 @@ def _cross_entropy(weight, bias, x, y):
 
 # %% ../nbs/20_transfer.ipynb #fbbf0175
 def solve(
-    layer,      # nn.Linear; its weights are where it begins, and hold the result
+    layer,      # nn.Linear; its weights are the starting point and hold the result
     x,          # float32 [n, features]
     y,          # int64 [n]
     decay: float, # of the weights, relative to features of unit variance
@@ -205,7 +205,7 @@ def solve(
 
 # %% ../nbs/20_transfer.ipynb #20aa000a
 class LogisticLearner(ImageLearner):
-    "In epoch e the head is the optimum for the weight decay `DECAYS[e]`."
+    "Sets the head in epoch e to the optimum for the weight decay `DECAYS[e]`."
     def _train_batch(self):
         (x,), (y,) = self.xb, self.yb
         solve(self.net.get_submodule(_linear(self.net)), x, y, DECAYS[self.epoch])
@@ -216,13 +216,13 @@ class LogisticLearner(ImageLearner):
         self('after_pred'); self('after_loss'); self('before_step'); self('after_step')
 
 class Decays(Part):
-    "The history's row of an epoch tells its weight decay; there is no learning rate."
+    "Records the weight decay of each epoch in the history; there is no learning rate."
     order = 25
     def after_epoch(self): self.history.row |= {'lr': None, 'weight_decay': DECAYS[self.learn.epoch]}
 
 # %% ../nbs/20_transfer.ipynb #82d4f429
 def _linear(suffix):
-    "Name of the linear layer that a suffix consists of; raises InputError for another one"
+    "Name of the linear layer that a suffix consists of; raises InputError for any other suffix"
     own = [(n, m) for n, m in suffix.named_modules() if next(m.parameters(recurse=False), None) is not None]
     if len(own) == 1 and isinstance(own[0][1], torch.nn.Linear) and own[0][1].bias is not None: return own[0][0]
     raise InputError('head=logistic needs a network that ends in a linear layer, and retrain=0: give head=linear')
@@ -232,7 +232,7 @@ def norm_of(
     p: TransferParams, # parameters
     table,     # `Images`
 ) -> tuple:    # mean and standard deviation of the channels
-    "What images are normalized by: as the weights were trained, 0.5 and 0.5, or what the training images have."
+    "Normalization of images: as the weights were trained, 0.5 and 0.5, or that of the training images."
     if p.normalize == 'half': return (0.5,)*3, (0.5,)*3
     return IMAGENET if p.normalize == 'weights' and p.weights else normalization(table, p.size)
 
@@ -244,7 +244,7 @@ def load_features(
     norm,        # (mean, std) of the channels
     say=print,  # told of what is computed
 ) -> tuple:      # list of `Features` to train on, one for each view; `Features` of the other splits
-    "What the frozen part makes of all images, from the cache or computed."
+    "Features of all images from the frozen part, cached or computed."
     kw = dict(precision=p.precision, workers=p.workers, bad=p.bad, cache_gb=p.cache_gb, say=say)
     view = View(p.size, norm)
     if not p.views:
@@ -260,7 +260,7 @@ def _in_precision(learn, x):
     return x.float() if learn.precision == 'fp32' else x
 
 class ToFloat(Part):
-    "Features that were computed in bf16 or fp16, for a head that is trained in fp32"
+    "Converts features computed in bf16 or fp16 for a head that is trained in fp32"
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
 
 # %% ../nbs/20_transfer.ipynb #df69d9ef
@@ -271,7 +271,7 @@ def make_head_learner(
     norm,      # (mean, std) of the channels
     say=print, # told of what is computed
 ) -> ImageLearner:
-    "A learner whose batches are features; what it trains are the last blocks of `model` itself."
+    "Make a learner whose batches are features; it trains the last blocks of `model` itself."
     parts, device = _cut(p, model), best_device()
     sets, plain = load_features(p, table, parts, norm, say)
     model.to(device)
@@ -293,9 +293,9 @@ def make_head_learner(
 @torch.inference_mode()
 def predict_head(
     learn,      # of `make_head_learner`
-    split: str, # 'valid' or 'test'; 'train' where no views are trained on
+    split: str, # 'valid' or 'test'; 'train' only without views
 ) -> tuple:     # probabilities float32 [n, classes], labels int64 [n], rows of the table int64 [n]
-    "What the network says of a split, from its features."
+    "Class probabilities of a split, computed from its features."
     learn.model.eval()
     loader, probs, rows = FeatureLoader(learn.table, split, [learn.plain], 1024, device=learn.dls.device,
                                         shuffle=False), [], []
@@ -308,7 +308,7 @@ def predict_head(
 
 # %% ../nbs/20_transfer.ipynb #db2b00d8
 class _Parted(torch.nn.Module):
-    "`suffix(prefix(x))`, each in the precision in which the run had it"
+    "`suffix(prefix(x))`, each in the precision that it had in the run"
     def __init__(self, parts, precision, head):
         super().__init__()
         self.prefix, self.suffix, self.head = parts.prefix if precision == 'fp32' else fuse(parts.prefix.eval()), parts.suffix, head
@@ -325,7 +325,7 @@ def predictor(
     p: TransferParams,  # parameters
     best: dict, # the best checkpoint
 ):              # (learn, split) -> probabilities, labels, rows
-    "How a learner of images looks at a split with the weights of a checkpoint."
+    "Function with which a learner of images predicts a split with the weights of a checkpoint."
     if best['epoch'] > p.epochs: return predict_split
     def look(learn, split):
         valid = learn.dls.valid
@@ -377,7 +377,7 @@ def finetune(
     model,     # of `build_model`
     norm,      # (mean, std) of the channels
 ) -> tuple:    # the learner, and the best checkpoint of all epochs
-    "Train everything but batch norm's statistics from the best head on, images augmented and in the loop; the nearer to the input, the lower the learning rate."
+    "Fine-tune all but batch norm's statistics from the best head on, on augmented images, with layer-wise rates."
     learn = make_learner(table, keep_statistics(set_retrain(model, -1)), norm, **LearnerParams.of(p))
     rank_zero_print(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for '
                     f'{p.finetune_epochs} epochs')
@@ -432,7 +432,7 @@ EXPERIMENT = Experiment('20_transfer', TransferParams, _run_experiment, load_tra
 def train(
     **values, # of `TransferParams`
 ) -> Run:     # finished
-    "Train a head on a frozen network: this notebook without the notebook."
+    "Train a head on a frozen network, as this notebook does."
     return _run_experiment(TransferParams.check(values))
 
 # %% ../nbs/20_transfer.ipynb #20aa0024
@@ -441,7 +441,7 @@ def compare(
     heads=HEAD,  # names of heads
     **given,     # other parameters of `train`
 ):               # a pandas table: a row for each run, the best on validation images first
-    "A run for each architecture and head, on the same features; finished ones are not repeated."
+    "Train a run for each architecture and head, on the same features; finished ones are not repeated."
     import pandas as pd
     if not isinstance(archs, dict) or isinstance(heads, str) or not archs or not heads:
         raise InputError("give architectures with their weights, and a list of heads: compare({'resnet18': "

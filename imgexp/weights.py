@@ -23,13 +23,13 @@ class _File:
     "A state dict read from a file, in single precision and without the prefixes of wrappers."
     name: str # of the file
     state: dict # name to tensor
-    versions: dict # module path to what torch's migrations want to know of it
+    versions: dict # module path to its version, for torch's migrations
     half: int # tensors that were in another floating precision
     id: str # as `weights_id` names it
 
 # %% ../nbs/02a_weights.ipynb #228e5d64
 def _tensors(obj, path, id):
-    "The state dict in what a file held, at the top or under a usual key."
+    "The state dict in a file's contents, at the top level or under a common key."
     for key in ('state_dict', 'model_state_dict', 'model'):
         if isinstance(obj, dict) and isinstance(obj.get(key), dict): obj = obj[key]
     if not isinstance(obj, dict) or not obj or not all(isinstance(v, torch.Tensor) for v in obj.values()):
@@ -48,7 +48,7 @@ def read_state(
     path: Path,
     id: str = '', # as `weights_id` gives it; by default the hash of the content
 ):                # with `state`, `id`, `name`
-    "The state dict in a .safetensors or PyTorch file, read once for its content and its `id`; nothing is ever unpickled."
+    "Read a .safetensors or PyTorch file once, for its state dict and `id`; nothing is ever unpickled."
     name = repr(str(path))
     try:
         raw = path.read_bytes()
@@ -66,7 +66,7 @@ def read_state(
 def find_weights_file(
     weights: str, # path
 ) -> Path:
-    "The local file that `weights` names; raises `InputError` where there is none."
+    "Path of the local file that `weights` names; raises `InputError` if there is none."
     path = Path(weights).expanduser()
     if path.is_file(): return path
     what = 'is a folder' if path.is_dir() else 'is no file'
@@ -85,7 +85,7 @@ def published_weights(
     arch: str, # one of `archs()`
     weights: str = 'imagenet', # or a name like IMAGENET1K_V1
 ):
-    "torchvision's weights for an architecture, by default torchvision's default weights: address and metadata."
+    "torchvision's weights entry for an architecture (URL and metadata); by default its default weights."
     check_arch(arch)
     if arch == 'compact_resnet':
         raise InputError(f"weights={weights!r}: compact_resnet has no published weights; use weights='' or a file.")
@@ -101,7 +101,7 @@ def download_weights(
     url: str, # of torchvision's file
     weights: str = 'imagenet', # as the user gave it, for messages
 ) -> Path:
-    "The published file in torch.hub's folder, fetched if it is not there, its sha-256 compared with its name."
+    "Path of the published file in torch.hub's folder, downloaded if missing, with its sha-256 checked."
     name = url.rsplit('/', 1)[-1]
     path = Path(torch.hub.get_dir())/'checkpoints'/name
     expected = torch.hub.HASH_REGEX.search(name).group(1)
@@ -122,7 +122,7 @@ def weights_id(
     arch:str, # one of `archs()`
     weights:str='', # as for `build_model`
 ) -> str: # '', the published file's name, or 'sha256:' and 16 hex digits
-    "What identifies the weights in a run's id; nothing is downloaded. Raises `InputError` for a missing file."
+    "Identifier of the weights in a run's id; nothing is downloaded. Raises `InputError` if the file is missing."
     if not weights: return ''
     if is_published(weights): return published_weights(arch, weights).url.rsplit('/', 1)[-1]
     return f'sha256:{file_sha256(find_weights_file(weights))[:16]}'

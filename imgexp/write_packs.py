@@ -28,7 +28,7 @@ from .text import duration, file_size, printable
 QUALITY = 90
 
 def _packed_image(table, row, kind):
-    "Bytes to store, height, width, sha-256 of the file, why it can't be decoded"
+    "Return the bytes to store, height, width, sha-256 of the file, and why it can't be decoded"
     try: raw = stored(table, row)
     except BadImage as e: return b'', 0, 0, bytes(32), str(e)
     sha = hashlib.sha256(raw).digest()
@@ -45,7 +45,7 @@ def _jpeg(image):
 
 # %% ../nbs/01h_write_packs.ipynb #cb7b8caf
 def _stamps(table, rows):
-    "What a file of images is made from: name, label, split and state of each"
+    "Return what a file of images is made from: the name, label, split and state of each image"
     return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))]
             for r in rows]
 
@@ -55,10 +55,10 @@ def _path(table, row): return table.source.path(table.indices[row])
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
 
 def _batch(table, rows, held):
-    "The arrow batch of some images"
+    "Return an Arrow record batch of some images"
     import pyarrow as pa
     images, heights, widths, shas, errors = zip(*held)
-    names = [printable(table.items[r]) for r in rows]  # arrow takes unicode only
+    names = [printable(table.items[r]) for r in rows]  # Arrow accepts only Unicode
     return pa.record_batch({
         'item': pa.array(names, pa.large_string()), 'label': pa.array(table.labels[rows], pa.int32()),
         'split': pa.array(table.splits[rows], pa.int8()), 'height': pa.array(heights, pa.int32()),
@@ -67,7 +67,7 @@ def _batch(table, rows, held):
 
 # %% ../nbs/01h_write_packs.ipynb #53949ea3
 def _write_arrow(path, table, build):
-    "Write an arrow file of a build whole or not at all; its sha-256"
+    "Write an Arrow file of a build completely or not at all; returns its sha-256"
     import pyarrow as pa
     table, sink = table.replace_schema_metadata({'build': build}), pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as f: f.write(table)
@@ -83,13 +83,13 @@ def _write_arrow(path, table, build):
 
 # %% ../nbs/01h_write_packs.ipynb #d6840dff
 def _build_number(part):
-    "Random number of the build that begins in this folder, or was interrupted there"
+    "Return the random number of the build that starts, or was interrupted, in this folder"
     if (known := read_json(part/'build.json')) is None:
         write_json(part/'build.json', known := {'build': secrets.token_hex(8)})
     return known['build']
 
 def _whole_shard(part, k, stamps, build):
-    "sha-256 of a file of images that was finished from the same files in this build, else None"
+    "Return the sha-256 of an image file completed from the same files in this build; None if there is none"
     record = read_json(part/f'images-{k:05d}.json')
     if not record or (record['stamps'], record['build']) != (stamps, build) or not (part/shard_name(k)).is_file():
         return None
@@ -97,7 +97,7 @@ def _whole_shard(part, k, stamps, build):
 
 # %% ../nbs/01h_write_packs.ipynb #b58c0fb6
 def _make_shard(part, table, kind, build, k, rows, pool, tick):
-    "File k of images, made or found; its sha-256"
+    "Make or find file k of images; returns its sha-256"
     since, stamps = time.time_ns(), _stamps(table, rows)
     sha = _whole_shard(part, k, stamps, build)
     if sha is not None:
@@ -110,10 +110,10 @@ def _make_shard(part, table, kind, build, k, rows, pool, tick):
     sha = _write_arrow(part/shard_name(k), _batch(table, rows, held), build)
     if _stamps(table, rows) != stamps:
         raise RunFailed(f'{short_path(table.source.root)} changed while it was packed: give the command again')
-    states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '' is made again, and read again
+    states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '': made and read again next time
     write_json(part/f'images-{k:05d}.json',
                {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
-    db, _ = known_contents(printable(table.source.root), known=False)  # hashed once for all that asks later
+    db, _ = known_contents(printable(table.source.root), known=False)  # so that no file is hashed again later
     remember_contents(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s,
                            h in zip(rows, states, held)])
     db.close()
@@ -121,18 +121,18 @@ def _make_shard(part, table, kind, build, k, rows, pool, tick):
 
 # %% ../nbs/01h_write_packs.ipynb #82402447
 def _image_bytes(table, kind):
-    "Bytes of a packed image, from a sample of 32"
+    "Mean bytes of a packed image, from a sample of 32, or from all files if they are stored unchanged"
     if not table.presize: return np.mean([(size_and_time(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
     rows = np.linspace(0, len(table) - 1, 32).astype(int)
     return np.mean([len(_packed_image(table, r, kind)[0]) for r in rows])
 
 def _rows_each(n, each):
-    "Images in a file of about 100 MB, from the bytes of one"
+    "Return the number of images in a file of about 100 MB, from the bytes per image"
     return int(np.clip(1e8//max(each, 1), 1, n))
 
 # %% ../nbs/01h_write_packs.ipynb #f93bed93
 def _index(part, shards, build):
-    "Write index.arrow from the files of images; its sha-256, and the errors by name"
+    "Write index.arrow from the files of images; returns its sha-256 and the errors by name"
     import pyarrow as pa
     tables = [open_arrow(pa.memory_map(os.fsencode(part/shard_name(k))), build).read_all().select(_INDEX)
               for k in range(shards)]
@@ -143,7 +143,7 @@ def _index(part, shards, build):
 
 # %% ../nbs/01h_write_packs.ipynb #e48a7abe
 class Bar:
-    "How far a long work on images is: a bar in a terminal, in a log a line every ten seconds at most, ten in all."
+    "Progress of a long job on images: a bar in a terminal, a line every tenth (at most every 10 s) in a log."
     def __init__(
         self,
         total: int, # images
@@ -154,9 +154,9 @@ class Bar:
         self.bar = tqdm(total=total, unit=' images', leave=False) if sys.stderr.isatty() else None
     def tick(
         self,
-        n: int, # images that are done since
+        n: int, # images done since the last call
     ):
-        "Count them, and tell where it is time."
+        "Count images, and report progress when due."
         before, self.done, now = self.done, self.done + n, time.perf_counter()
         if self.bar is not None: self.bar.update(n)
         elif now - self.told > 10 and 10*before//self.total < 10*self.done//self.total < 10:
@@ -164,12 +164,12 @@ class Bar:
             self.say(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
                      f'{duration((self.total - self.done)/rate)} to go')
     def close(self):
-        "Leave the terminal as it was."
+        "Remove the bar from the terminal."
         if self.bar is not None: self.bar.close()
 
 # %% ../nbs/01h_write_packs.ipynb #66211d17
 def _room(part, wanted):
-    "Raises InputError where the disk is too small"
+    "Raise InputError if the disk is too small"
     free = shutil.disk_usage(part).free + sum(f.stat().st_size for f in part.iterdir())
     if wanted*1.05 > free: raise InputError(f'{short_path(part.parent)} has {file_size(free)} free, and this pack '
                                             f'needs about {file_size(wanted)}: '
@@ -177,7 +177,7 @@ def _room(part, wanted):
 
 # %% ../nbs/01h_write_packs.ipynb #aa9001c4
 def _finish(part, whole, table, kind, size, build, files, rows, say):
-    "Complete `part` and give it the name `whole`; the errors by name"
+    "Complete `part` and rename it to `whole`; returns the errors by name"
     files['index.arrow'], errors = _index(part, len(files), build)
     about = {'format': FORMAT, 'build': build, 'name': table.name, 'kind': kind, 'size': size,
              'quality': QUALITY if kind == 'jpeg' else None,
@@ -196,7 +196,7 @@ def _finish(part, whole, table, kind, size, build, files, rows, say):
 
 # %% ../nbs/01h_write_packs.ipynb #6a230db3
 def _put(part, whole, say):
-    "Give a finished pack its name; the pack that had it until now is deleted"
+    "Give a finished pack its final name; the previous pack of that name is deleted"
     if whole.exists(): os.replace(whole, part.with_name(f'.{whole.name}.{secrets.token_hex(4)}.old'))
     os.replace(part, whole)
     for old in part.parent.iterdir():
@@ -212,10 +212,10 @@ def pack(
     size: int = 256,       # shorter side in px; 0 keeps files as they are
     kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
-    workers: int = -1,     # threads; -1 takes one a core
+    workers: int = -1,     # threads; -1 uses one per core
     say=print,            # called with each line
 ) -> Path:                 # the pack's folder
-    "Build a pack, or go on building it; raises `InputError` for what can't be packed."
+    "Build a pack or continue an interrupted build; raises `InputError` for data that can't be packed."
     if kind not in PACK_KINDS: raise unknown_name(kind, PACK_KINDS, 'kind')
     if not 8 <= size <= 8192 and (size, kind) != (0, 'jpeg'):
         raise InputError(f'size={size}: give 8 to 8192 px'
@@ -234,7 +234,7 @@ def pack(
 
 # %% ../nbs/01h_write_packs.ipynb #b81d545d
 def _build(table, kind, size, folder, workers, say):
-    "Find the pack in `folder`, or make it"
+    "Find the pack in `folder`, or build it; returns its folder"
     from filelock import FileLock, Timeout
     plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY),
                                      *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
@@ -260,7 +260,7 @@ def _build(table, kind, size, folder, workers, say):
 
 # %% ../nbs/01h_write_packs.ipynb #9113f290
 def _make(part, whole, table, kind, size, workers, say):
-    "Make the files of a pack, or those that are missing; the errors by name"
+    "Make the missing files of a pack; returns the errors by name"
     part.mkdir(exist_ok=True)
     (part/'pack.json').unlink(missing_ok=True)
     build = _build_number(part)
