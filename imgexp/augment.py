@@ -459,11 +459,11 @@ def erase(
 # %% ../nbs/01g_augment.ipynb #83140d63
 class AugmentParams(Parameters, heading='augmentation'):
     augment: str = param('crop-flip', 'none, crop-flip, color, randaugment, trivial, autoaugment, or module:function')
-    flip: str = param('random', 'mirrored images: random, alternating (every image in every second epoch), or none',
+    flip: str = param('random', 'horizontal flips: random, alternating (every second epoch), or none',
                       FLIPS)
     min_scale: float = param(SCALE[0], "smallest part of an image's area that a random crop keeps", '(0, 1]')
 
 class MixParams(Parameters, heading='augmentation'):
     mixup: float = param(0.0, 'strength (alpha) of mixup; 0 is off', (0, 10))
     cutmix: float = param(0.0, 'strength (alpha) of CutMix; 0 is off', (0, 10))
-    erase: float = param(0.0, 'share of the training images that lose a random box', (0, 1))
+    erase: float = param(0.0, 'random erasing, the share of the training images affected', (0, 1))

@@ -250,10 +250,10 @@ def _copy(source, target):
 
 # %% ../nbs/02i_checkpoints.ipynb #59b2eafa
 class KeepParams(Parameters, heading='what is kept'):
-    keep_best: int = param(3, 'checkpoints of the best epochs that are kept', (1, 1000), in_id=False)
-    keep_every: int = param(0, 'keep the checkpoint of each N-th epoch too; 0 does not', (0, 10_000), in_id=False)
-    keep_weights: str = param('', 'epochs whose weights alone are kept, comma-separated', in_id=False)
-    upload: bool = param(False, 'the best checkpoint to Weights & Biases as an artifact', in_id=False)
+    keep_best: int = param(3, 'number of best checkpoints to keep', (1, 1000), in_id=False)
+    keep_every: int = param(0, "also keep every N-th epoch's checkpoint; 0 is off", (0, 10_000), in_id=False)
+    keep_weights: str = param('', 'comma-separated epochs whose weights alone are kept', in_id=False)
+    upload: bool = param(False, 'upload the best checkpoint to Weights & Biases as an artifact', in_id=False)
 
 # %% ../nbs/02i_checkpoints.ipynb #cc23bc6b
 def _best(rows, by):

@@ -26,21 +26,22 @@ class OptimizerParams(Parameters, heading='training'):
     epochs: int = param(20, 'passes over the training images', (1, 10_000))
     lr: float = param(0.003, 'largest learning rate; 0 asks the LR finder', (0, 100))
     optimizer: str = param('adamw', 'adamw, adam, or sgd (Nesterov)', list(OPTIMIZERS))
-    momentum: float = param(0.9, 'of sgd; beta1 of adam and adamw', '[0, 1)')
-    weight_decay: float = param(-1.0, "-1 the optimizer's usual one (adamw 0.01, sgd 0.0005, adam 0)", (-1, 10))
-    schedule: str = param('one-cycle', 'of the learning rate: one-cycle, cosine, linear or constant', SCHEDULES)
-    warmup: float = param(-1.0, "epochs up to the largest learning rate; -1 the schedule's own", (-1, 10_000))
-    patience: int = param(0, 'epochs in a row without a better best_by before the training ends; 0 goes on to the last',
+    momentum: float = param(0.9, 'momentum of sgd; beta1 of adam and adamw', '[0, 1)')
+    weight_decay: float = param(-1.0, "weight decay; -1 the optimizer's usual one (adamw 0.01, sgd 0.0005, adam "
+                                      "0)", (-1, 10))
+    schedule: str = param('one-cycle', 'learning-rate schedule: one-cycle, cosine, linear or constant', SCHEDULES)
+    warmup: float = param(-1.0, "warmup epochs; -1 the schedule's own", (-1, 10_000))
+    patience: int = param(0, 'epochs without a better best_by before training stops; 0 never stops early',
                           (0, 10_000))
-    best_by: str = param('auto', 'what makes an epoch the best: valid_top1, valid_loss, ema_top1 or ema_loss; '
-                         'auto is ema_top1 with ema, else valid_top1', ['auto', *HIGHER])
+    best_by: str = param('auto', 'metric of the best epoch: valid_top1, valid_loss, ema_top1 or ema_loss; auto is '
+                                 'ema_top1 with ema, else valid_top1', ['auto', *HIGHER])
 
 # %% ../nbs/02l_fit.ipynb #3f775c7f
 class EMAParams(Parameters, heading='regularization'):
-    ema: float = param(0.0, 'decay a step of the averaged weights (0.999, say); 0 is off', '[0, 1)')
+    ema: float = param(0.0, 'decay per step of the averaged weights, e.g. 0.999; 0 is off', '[0, 1)')
 
 class BudgetParams(Parameters, heading='machine'):
-    max_minutes: float = param(0.0, 'after which the training stops, to be continued by the same command; 0 no limit',
+    max_minutes: float = param(0.0, 'minutes after which training stops, resumable by the same command; 0 is no limit',
                                (0, 1e6), in_id=False)
 
 class FitParams(OptimizerParams, EMAParams, MixParams, KeepParams, SeedParams, BudgetParams): pass

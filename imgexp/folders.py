@@ -148,10 +148,10 @@ def from_folders(
                              'images')
         for label, c in enumerate(kept):
             below = folder/named[c]
-            names = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
-            items += names
-            labels.append(np.full(len(names), label))
-            splits.append(np.full(len(names), split, np.int8))
+            files = _images_below(below, os.path.relpath(below, root) + os.sep, left) if below.is_dir() else []
+            items += files
+            labels.append(np.full(len(files), label))
+            splits.append(np.full(len(files), split, np.int8))
     left.report(root)
     table = check_trainable(Images(np.array(items, object), np.concatenate(labels), np.concatenate(splits), kept,
                                    name=printable(root.name), source=Files(root, np.array(items, object))))

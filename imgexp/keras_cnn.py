@@ -35,25 +35,26 @@ from .trained import Trained, checkpoint_path
 
 # %% ../nbs/10_keras_cnn.ipynb #3ccd36b7
 class KerasNetworkParams(Parameters, heading='network'):
-    filters: int = param(32, 'of the first block', (1, 1024))
+    filters: int = param(32, 'filters of the first block', (1, 1024))
     filter_size: int = param(3, 'side of the filters in px', (1, 15))
     strategy: str = param('same', 'filters of the blocks: same, half (halving, not below 8) or pyramid (doubling)',
                           STRATEGIES)
-    blocks: int = param(0, 'of convolution and pooling; 0 is five, or as many as the image has room for', (0, 10))
+    blocks: int = param(0, 'blocks of convolution and pooling; 0 is five, or as many as the image has room '
+                           'for', (0, 10))
     activation: str = param('relu', 'relu, silu, gelu or mish', ACTIVATIONS)
     batch_norm: bool = param(False, 'batch norm after each convolution')
     dense: int = param(128, 'neurons of the dense layer', (1, 8192))
 
 class KerasFitParams(Parameters, heading='training'):
     epochs: int = param(7, 'passes over the training images', (1, 10_000))
-    batch_size: int = param(64, 'images a step', (1, 65_536))
+    batch_size: int = param(64, 'images per step', (1, 65_536))
     lr: float = param(0.001, 'learning rate of Adam', '(0, 1]')
-    schedule: str = param('constant', 'of the learning rate: constant, or cosine (to 0 at the last step)',
+    schedule: str = param('constant', 'learning-rate schedule: constant, or cosine (to 0 at the last step)',
                           ['constant', 'cosine'])
 
 # %% ../nbs/10_keras_cnn.ipynb #32329ce1
 class KerasRegularizationParams(Parameters, heading='regularization'):
-    dropout: float = param(0.3, 'share of the dense layer that is dropped in training', '[0, 1)')
+    dropout: float = param(0.3, 'dropout of the dense layer', '[0, 1)')
 
 class KerasAugmentParams(Parameters, heading='augmentation'):
     augment: bool = param(False, 'flip, small shift, rotation and zoom of the training images')
@@ -66,8 +67,8 @@ class KerasParams(DataParams, SizeParams, KerasNetworkParams, KerasFitParams, Ke
     "Parameters of `imgexp keras-cnn`."
 
 class KerasNotebookParams(KerasParams, heading='sweep'):
-    trials: int = param(0, 'of a sweep over the space below; 0 trains one network as the parameters say', (0, 100_000))
-    jobs: int = param(0, 'trials at once; 0 is one a GPU, or as many as there are cores', (0, 1024))
+    trials: int = param(0, 'trials of a sweep over the space below; 0 trains a single network', (0, 100_000))
+    jobs: int = param(0, 'trials at once; 0 is one per GPU, or as many as there are cores', (0, 1024))
 
 # %% ../nbs/10_keras_cnn.ipynb #1afc6774
 @lru_cache(maxsize=1)

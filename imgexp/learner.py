@@ -284,16 +284,17 @@ def prepare(
 
 # %% ../nbs/02g_learner.ipynb #3d5af6d7
 class StepParams(Parameters, heading='training'):
-    batch_size: int = param(32, 'images a step, of all processes together', (1, 65_536))
+    batch_size: int = param(32, 'images per step, over all processes', (1, 65_536))
 
 class RegularizationParams(Parameters, heading='regularization'):
-    label_smoothing: float = param(0.0, 'share of the target spread over all classes', '[0, 1)')
-    clip: float = param(0.0, 'largest norm of the gradients; 0 does not clip', (0, 1e6))
+    label_smoothing: float = param(0.0, 'label smoothing, the share of the target spread over all classes', '[0, 1)')
+    clip: float = param(0.0, 'gradient norm to clip at; 0 is off', (0, 1e6))
 
 class DeviceParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
-    compile: bool = param(False, 'let torch compile the network; pays on long trainings')
-    micro_batch: int = param(0, 'images at once on a device, where its memory is too small for the batch; 0 takes all',
+    compile: bool = param(False, 'compile the network with torch.compile; pays off in long runs')
+    micro_batch: int = param(0, 'images at once on the device, if its memory is too small for a batch; 0 is the whole '
+                                'batch',
                              (0, 65_536))
 
 class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, SplitSeedParams, DeviceParams,

@@ -333,11 +333,11 @@ class SizeParams(Parameters, heading='data'):
     size: int = param(32, 'side of the images in px', (8, 1024))
 
 class BadImageParams(Parameters, heading='machine'):
-    bad: str = param('stop', 'at an image that cannot be decoded: stop the run, or skip the image', ['stop', 'skip'],
+    bad: str = param('stop', 'if an image cannot be decoded: stop the run, or skip the image', ['stop', 'skip'],
                      in_id=False)
 
 class LoadParams(BadImageParams, heading='machine'):
-    workers: int = param(-1, 'threads that load images; -1 chooses', (-1, 256), in_id=False)
+    workers: int = param(-1, 'threads that load images; -1 is automatic', (-1, 256), in_id=False)
 
 # %% ../nbs/01i_loader.ipynb #1859137e
 @dataclass

@@ -231,7 +231,7 @@ def build_model(
 class NetworkParams(Parameters, heading='network'):
     arch: str = param('compact_resnet', 'compact_resnet, or any classification architecture of torchvision')
     weights: str = param('', 'empty (from scratch), imagenet, or a .pth or .safetensors file')
-    retrain: int = param(-1, 'what is trained. -1 all, 0 the head, k the head and the last k blocks', (-1, 1000))
+    retrain: int = param(-1, 'what to train. -1 all, 0 the head, k the head and the last k blocks', (-1, 1000))
     drop_path: float = param(-1.0, "stochastic depth, share of dropped branches in the last block; -1 the "
                                    "architecture's own", '[-1, 1)')
 

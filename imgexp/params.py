@@ -300,9 +300,9 @@ class SeedParams(Parameters, heading='seeds'):
     seed: int = param(0, 'seeds all random number generators', (0, MAX_SEED))
 
 class SplitSeedParams(SeedParams, heading='seeds'):
-    seed_subset: int = param(-1, 'of the choice of images; -1 as seed', (-1, MAX_SEED))
-    seed_order: int = param(-1, 'of order and augmentation; -1 as seed', (-1, MAX_SEED))
-    seed_init: int = param(-1, 'of the initial weights; -1 as seed', (-1, MAX_SEED))
+    seed_subset: int = param(-1, 'seed for choosing the subset; -1 uses seed', (-1, MAX_SEED))
+    seed_order: int = param(-1, 'seed for order and augmentation; -1 uses seed', (-1, MAX_SEED))
+    seed_init: int = param(-1, 'seed for the initial weights; -1 uses seed', (-1, MAX_SEED))
 
 class RunParams(Parameters, heading='machine'):
     resume: str = param('auto', 'auto, reuse, never, or the name of a run', in_id=False)

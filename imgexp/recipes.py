@@ -40,9 +40,9 @@ _SMALL = _QUICK | dict(
     min_scale=0.7, erase=0.25, epochs=12, batch_size=128, optimizer='sgd', lr=0.2, weight_decay=5e-4, label_smoothing=0.1)
 
 _OURS = {
-    'quick': Recipe(_QUICK, expected='97.7 ± 0.9 % (digits, 3 seeds, n=359)', cost='15 s, 2 CPU cores', source='imgexp',
+    'quick': Recipe(_QUICK, expected='97.7 ± 0.9% (digits, 3 seeds, n=359)', cost='15 s, 2 CPU cores', source='imgexp',
                     differs='nothing'),
-    'scratch-small': Recipe(_SMALL, expected='92.8 ± 0.1 % (Fashion-MNIST 28 px, 3 × n=10,000)',
+    'scratch-small': Recipe(_SMALL, expected='92.8 ± 0.1% (Fashion-MNIST 28 px, 3 × n=10,000)',
                             cost='8 min, 2 CPU cores', source='imgexp', differs='nothing')}
 
 # %% ../nbs/02j_recipes.ipynb #02a6ef01
@@ -52,7 +52,7 @@ _VISION = 'https://github.com/pytorch/vision/tree/main/references/classification
 
 _ALEXNET = {'alexnet': Recipe(
     _SGD | dict(arch='alexnet', epochs=90, batch_size=256, lr=0.01, weight_decay=1e-4, warmup=0.),
-    expected='56.52 % (n=50,000, runs not stated)', cost='8 V100, hours not stated', source=f'torchvision: {_VISION}',
+    expected='56.52% (n=50,000, runs not stated)', cost='8 V100, hours not stated', source=f'torchvision: {_VISION}',
     differs=f'cosine (there a tenth of the rate every 30 epochs); {_ALL}; no weight decay on biases')}
 
 # %% ../nbs/02j_recipes.ipynb #7b4b26ef
@@ -65,7 +65,7 @@ def _ffcv(values, epochs, top1, cost):
     "One line of FFCV's table"
     net = values['arch'].replace('resnet', 'rn')
     return Recipe(
-        values | dict(epochs=epochs, sizes=f'160-192@{_GROWTH[epochs]}'), f'{top1} % (n=50,000, runs not stated)', cost,
+        values | dict(epochs=epochs, sizes=f'160-192@{_GROWTH[epochs]}'), f'{top1}% (n=50,000, runs not stated)', cost,
         source=f'FFCV: https://github.com/libffcv/ffcv-imagenet, {net}_configs/{net}_{epochs}_epochs.yaml',
         differs=f'no blurpool; test images not mirrored as well (there the mean of both); {_ALL}; '
                 'no weight decay on biases; training images not compressed again')
@@ -89,17 +89,17 @@ _LONG = _SGD | dict(
 # %% ../nbs/02j_recipes.ipynb #7ad660a7
 _LATER = {
     'rn50-mild': Recipe(
-        _SHORT, expected='76.6 % (n=50,000, 1 run)', cost='27 min, 8 A100',
+        _SHORT, expected='76.6% (n=50,000, 1 run)', cost='27 min, 8 A100',
         source='Composer: mosaicml/examples, blogs/resnet/recipes/resnet50_mild.yaml; its accuracy and '
                'cost: mosaicml/composer, docs/source/tutorials/train_resnet50_on_aws.md',
         differs=f'cross-entropy (there binary cross-entropy); no blurpool; other initial weights of norms and head; '
                 f'sizes 96 to 192 by 32 (there 88 to 176 by 4); {_ALL}; no weight decay on biases and norms; '
                 'tested on the middle 7/8 of the shorter side (there 0.97)'),
     'rn50-tv2': Recipe(
-        _LONG, expected='80.86 % (best of 3)', cost='42 h, 8 GPUs of a kind not stated',
+        _LONG, expected='80.86% (best of 3)', cost='42 h, 8 GPUs of a kind not stated',
         source='torchvision: https://pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-'
                'latest-primitives/',
-        differs=f'no repeated augmentation, test images from 256 px (there 232): 80.45 % (best of 3) by its ablation; '
+        differs=f'no repeated augmentation, test images from 256 px (there 232): 80.45% (best of 3) by its ablation; '
                 f'{_ALL}; no weight decay on biases; mixup with a proportion for each image (there for each batch), '
                 'erasing after it; rate and EMA move every step')}
 

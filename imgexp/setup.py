@@ -28,13 +28,12 @@ from .start import diff_params, find_run, runs_dir
 
 # %% ../nbs/02n_setup.ipynb #95a6ab76
 class ProgressiveParams(Parameters, heading='training'):
-    sizes: str = param('', 'sides of the training images over the epochs (128-192, or 160-192@0.65-0.8); empty as size')
+    sizes: str = param('', 'progressive image sizes (128-192, or 160-192@0.65-0.8); empty uses size')
 
 class RecipeParams(Parameters, heading='training'):
     recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; it fills in what you do not set',
                         ['', *RECIPES], in_id=False)
-    extend: str = param('', 'a finished run to train further, for so many more epochs, with its parameters where you '
-                            'give none')
+    extend: str = param('', 'a finished run to train for `epochs` more, with its parameters unless given')
 
 class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, ProgressiveParams, PackParams,
                   RunParams):

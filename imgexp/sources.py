@@ -54,5 +54,5 @@ class DataParams(Parameters, heading='data'):
     subset: float = param(1.0, 'fraction of the training images kept', '(0, 1]')
 
 class PackParams(Parameters, heading='machine'):
-    pack: str = param('auto', 'a pack of the images where there is one; off, memory, or a pack by kind and size '
+    pack: str = param('auto', 'auto (a pack of the images, if there is one), off, memory, or a pack by kind and size '
                               '(raw-256)', in_id=False)

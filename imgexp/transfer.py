@@ -52,33 +52,34 @@ class TransferNetworkParams(Parameters, heading='network'):
     arch: str = param('resnet18', 'any classification architecture of torchvision, or compact_resnet')
     weights: str = param('', "empty (random), imagenet (torchvision's default) or IMAGENET1K_V1, or a .pth or "
                              ".safetensors file")
-    retrain: int = param(0, 'what is trained: 0 the head, k the head and the last k blocks', (0, 1000))
+    retrain: int = param(0, 'what to train: 0 the head, k the head and the last k blocks', (0, 1000))
     head: str = param('linear', 'linear, mlp (one hidden layer), or logistic (linear at its optimum, weight decay '
                                 'chosen on validation)', HEAD)
     size: int = param(0, 'side of the images in px; 0 is what the weights are made for (224 for most, also for a file; '
                          '64 without weights)', (0, 1024))
-    normalize: str = param('weights', 'images by what the weights were trained with; half (0.5 and 0.5), or data',
+    normalize: str = param('weights', 'normalization of images: weights (as they were trained), half (0.5 and 0.5), or '
+                                      'data',
                            NORMALIZE)
 
 # %% ../nbs/20_transfer.ipynb #6adce494
 class HeadParams(Parameters, heading='training'):
     epochs: int = param(10, 'passes over the features; logistic has its own', (1, 10_000))
-    batch_size: int = param(64, 'images a step', (1, 65_536))
+    batch_size: int = param(64, 'images per step', (1, 65_536))
     lr: float = param(0.001, 'learning rate of Adam', '(0, 100]')
-    weight_decay: float = param(0.0, 'of Adam (L2)', (-1, 10))
-    finetune_epochs: int = param(0, 'epochs in which everything is trained afterwards, through the images; the first '
-                                    'block at a hundredth of the learning rate', (0, 10_000))
-    finetune_lr: float = param(0.0003, "largest learning rate of these, the head's", '(0, 100]')
+    weight_decay: float = param(0.0, 'weight decay of Adam (L2)', (-1, 10))
+    finetune_epochs: int = param(0, 'epochs of fine-tuning everything afterwards; the first block at a hundredth of '
+                                    'the learning rate', (0, 10_000))
+    finetune_lr: float = param(0.0003, 'largest learning rate of fine-tuning, that of the head', '(0, 100]')
 
 # %% ../nbs/20_transfer.ipynb #88f7019b
 class ViewParams(Parameters, heading='augmentation'):
     views: int = param(0, 'augmented views of each training image; 0 takes the images as they are', (0, 1000))
-    augment: str = param('crop-flip', 'of the views, and of fine-tuning: crop-flip, color, randaugment, trivial, '
+    augment: str = param('crop-flip', 'augmentation of views and fine-tuning: crop-flip, color, randaugment, trivial, '
                                       'autoaugment, or module:function')
 
 class CacheParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
-    cache_gb: float = param(20.0, 'that all cached features may take on the disk', '(0, 1000000]', in_id=False)
+    cache_gb: float = param(20.0, 'disk space for all cached features, in GB', '(0, 1000000]', in_id=False)
 
 class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams, CacheParams,
                      LoadParams, RunParams):
