@@ -92,10 +92,10 @@ def estimate(
 # %% ../nbs/05b_batch.ipynb #35260ff7
 @dataclass(repr=False)
 class Plan:
-    "What a batch will do with each point: run, continue, reuse, check (finished; the notebook checks its data), evaluate (finished by a sweep, without test images), skip (failed before) or busy (another process is running it)."
+    "What a batch will do with each point of its grid."
     notebook: Path
     points: list  # of dicts
-    actions: list # strings, one per point
+    actions: list # keys of `_ACTIONS`, one per point
     runs: list    # a `Run` or None per point
     seconds: list # estimates; None if unknown
     n: int        # jobs at once
@@ -113,8 +113,8 @@ class Plan:
     def table(self):
         "Return a pandas table with a row per point."
         import pandas as pd
-        rows = [p | {'action': d, 'run': r.name if r else '', 'seconds': s} for p, d, r,
-                s in zip(self.points, self.actions, self.runs, self.seconds)]
+        columns = zip(self.points, self.actions, self.runs, self.seconds)
+        rows = [p | {'action': a, 'run': r.name if r else '', 'seconds': s} for p, a, r, s in columns]
         return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name='job')).round({'seconds': 0})
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
@@ -164,7 +164,7 @@ def batch(
     say(str(todo))
     if dry: return todo
     results = [_finished(p, points, a, r) for p, a, r in zip(points, todo.actions, todo.runs)]
-    rest = [k for k, r in enumerate(results) if r is None]
+    rest = sorted((k for k, r in enumerate(results) if r is None), key=lambda k: todo.actions[k] == 'busy')  # those last
     reuse = {'resume': 'reuse'} if 'resume' in notebook_parameters(path) else {}
     calls = [Job('imgexp.notebooks:execute', {'notebook': str(path), 'values': reuse | points[k]},
                  _name(points[k], points)) for k in rest]
@@ -180,11 +180,10 @@ def _name(point, points):
 
 def _finished(point, points, action, run):
     "Return the result of a point that needs no run; None if it needs one"
-    if action not in ('reuse', 'skip', 'busy'): return None
+    if action not in ('reuse', 'skip'): return None
     job = Job('imgexp.notebooks:execute', {'values': point}, _name(point, points))
     value = {'run': str(run.dir), 'reused': True}
     if action == 'reuse': return Result(job, 'done', value)
-    if action == 'busy': return Result(job, 'waiting', value, error='another process is running it')
     return Result(job, 'failed', value, error=run.status.get('error') or '')
 
 # %% ../nbs/05b_batch.ipynb #390977f3

@@ -171,12 +171,16 @@ def test_runs_of_another_notebook_are_not_taken(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0', '--dry-run')
     assert job.wait() == 0 and '1 job: 1 to run' in job.err, job.err
 
-def test_a_point_that_another_process_runs_is_left_to_it(launcher, demo):
-    first = batch(launcher, demo, '-p', 'steps', '20')
+def test_a_point_that_another_process_runs(launcher, demo):
+    "It is planned as such and tried last: it fails with that reason while the other lives, and is reused or continued after."
+    first = batch(launcher, demo, '-p', 'steps', '400')
     until(lambda: [r for r in found(demo) if r.state == 'running' and len(r.history)], 'a run')
-    job = batch(launcher, demo, '-p', 'steps', '20')
-    assert job.wait() == 0 and '1 job: 1 running in another process' in job.err, job.err
-    assert 'waiting' in job.out and first.wait() == 0 and [r.state for r in found(demo)] == ['done']
+    job = batch(launcher, demo, '-p', 'steps', '400,1')
+    assert job.wait() == 1 and '2 jobs: 1 to run, 1 running in another process' in job.err, job.err
+    lines = [l for l in job.err.splitlines() if l[:2] in ('1/', '2/')]
+    assert 'steps=1:' in lines[0] and 'belongs to process' in lines[1], job.err
+    first.send(signal.SIGTERM)
+    assert first.wait() == 75 and sorted(r.state for r in found(demo)) == ['done', 'stopped']
 
 def test_equal_points_and_long_values(launcher, demo):
     "Values are compared after their conversion; a value may be longer than any file name."
