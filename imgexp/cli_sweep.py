@@ -124,8 +124,8 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
     saved = read_json(sweep.dir/'best.json') or {}
     best |= {'test': saved.get('test') if saved.get('trial') == best['trial'] else None}
     if as_json: return print(json.dumps(best, indent=1))
-    print(f"trial {best['trial']}: {sweep.metric.name} {best['value']:.4g} after {best['trained']} epochs, run "
-          f"{best['run']}")
+    print(f"trial {best['trial']}: {sweep.metric.name} {best['value']:.4g} after {best['trained']} epoch"
+          + 's'*(best['trained'] != 1) + f", run {best['run']}"*bool(best['run']))
     for k, v in best['values'].items(): print(f'{k:14} {v}')
     if best['test']:
         print('test top-1     {value:.1%} ({low:.1%} to {high:.1%}, n = {n:,})'.format(**best['test']['top1']))

@@ -137,7 +137,7 @@ class _Progress:
                                 else '') + f" ({value['why']})"*bool(value.get('why'))
         self.say(f"trial {value.get('trial', '?')} ({self.done}/{self.total}) {result.state} in "
                  f"{duration(result.seconds)}: {what} [{varied}]"
-                  + (f"; best {best['value']:.4g}, trial {best['trial']}" if best else '') + self.to_go())
+                 + (f"; best {best['value']:.4g}, trial {best['trial']}" if best else '') + self.to_go())
     def to_go(self):
         seconds = [r['seconds'] for r in self.sweep.rows() if r['seconds']]
         left = (self.total - self.done)*mean(seconds)/self.jobs if seconds else 0
