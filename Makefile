@@ -70,11 +70,11 @@ train: ## train on half of the embedded digits; ARGS="-p epochs 2" changes param
 	@$(call environment,)
 	folder=$${IMGEXP_ROOT:-.}/runs; mkdir -p "$$folder"
 	notebook=$${folder#./}/$$(date +%Y%m%d-%H%M%S)-03_train-$$(od -An -N4 -tx1 /dev/urandom | tr -d ' \n').ipynb
-	IMGEXP_TELL=$$(mktemp); export IMGEXP_TELL; trap 'rm -f "$$IMGEXP_TELL"' EXIT
+	IMGEXP_RUN_LOG=$$(mktemp); export IMGEXP_RUN_LOG; trap 'rm -f "$$IMGEXP_RUN_LOG"' EXIT
 	bar=--no-progress-bar; if [ -t 2 ]; then bar=--progress-bar; fi
 	say "training: papermill nbs/03_train.ipynb $$notebook -p subset 0.5 $(ARGS)"
 	"$$bin/papermill" nbs/03_train.ipynb "$$notebook" -p subset 0.5 $(ARGS) $$bar --log-level ERROR
-	run=$$(cut -f1 "$$IMGEXP_TELL" | grep -- '-03_train-' | tail -n 1)
+	run=$$(cut -f1 "$$IMGEXP_RUN_LOG" | grep -- '-03_train-' | tail -n 1)
 	"$$bin/imgexp" runs show "$$run" | sed '/^parameters/,$$d'
 	run=$${folder#./}/$$(basename "$$run")
 	mv "$$notebook" "$$run/notebook.ipynb"

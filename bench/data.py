@@ -202,10 +202,10 @@ def _imgexp(table, size=SIZE, workers=WORKERS, augment='crop-flip'):
     return Epochs()
 
 def _packed(folder, kind, size):
-    from imgexp.write_packs import pack
+    from imgexp.write_packs import build_pack
     from imgexp.packs import from_pack
     place = Path(tempfile.gettempdir())/'imgexp-bench'
-    return from_pack(pack(folder, size, kind, place, say=lambda line: None))
+    return from_pack(build_pack(folder, size, kind, place, say=lambda line: None))
 
 def imgexp_folders(folder, full=False):
     import imgexp.loader
@@ -221,8 +221,8 @@ def imgexp_raw(folder): return _imgexp(_packed(folder, 'raw', 256))
 
 def imgexp_resident(folder, pack='memory-64', workers=0, augment='crop-flip'):
     from imgexp.folders import from_folders
-    from imgexp.packs import packed
-    return _imgexp(packed(from_folders(folder), RESIDENT, pack, say=lambda line: None), RESIDENT, workers, augment)
+    from imgexp.packs import prepare_images
+    return _imgexp(prepare_images(from_folders(folder), RESIDENT, pack, say=lambda line: None), RESIDENT, workers, augment)
 
 def _tensors(folder, side=RESIDENT):
     "All images, uint8 [IMAGES, 3, side, side], and their labels"

@@ -36,9 +36,9 @@ def drawn_images(folder, n, classes=8):
 
 def packed_images(folder, images, kind):
     "A pack of the drawn images: 256 px, JPEG or raw"
-    from imgexp.write_packs import pack
+    from imgexp.write_packs import build_pack
     dest = folder/'packs'
-    return next(iter(dest.glob(f'*{kind}*')), None) or pack(str(images), 256, kind, dest, say=lambda text: None)
+    return next(iter(dest.glob(f'*{kind}*')), None) or build_pack(str(images), 256, kind, dest, say=lambda text: None)
 
 # ---- Parts: arguments -> rows
 

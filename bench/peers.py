@@ -74,8 +74,8 @@ def silent():
 
 # ---- imgexp
 
-def run_fit(task, part, epochs=1, pack='', augment='none', **options):
-    "`imgexp.fit` with all its parts and `part` besides -> seconds of the call; `pack`: a folder to train from"
+def run_fit(task, callback, epochs=1, pack='', augment='none', **options):
+    "`imgexp.fit` with all its callbacks and `callback` besides -> seconds of the call; `pack`: a folder to train from"
     from imgexp.data import from_arrays
     from imgexp.loader import IMAGENET
     from imgexp.models import build_model
@@ -89,7 +89,7 @@ def run_fit(task, part, epochs=1, pack='', augment='none', **options):
     else: table = from_arrays(task.pixels, task.targets, splits=np.arange(len(task.pixels)) >= task.n)
     model = build_model(task.arch, len(table.classes), size=task.size, stem='standard')
     learn = make_learner(table, model, IMAGENET, task.device, size=task.size, batch_size=task.batch, augment=augment, **options)
-    learn.add_cb(part)
+    learn.add_cb(callback)
     with tempfile.TemporaryDirectory() as root, silent():
         with start_run('bench', {'resume': 'never', 'track': 'off'}, root=root) as run:
             began = time.perf_counter()
@@ -98,23 +98,23 @@ def run_fit(task, part, epochs=1, pack='', augment='none', **options):
 
 def imgexp_fit(task, **options):
     "One epoch as a run does it; validation and checkpoint are not timed."
-    from imgexp.learner import Part
-    class Ticks(Part):
-        order, run_valid = 1000, False  # after every other part
+    from imgexp.learner import StatefulCallback
+    class Ticks(StatefulCallback):
+        order, run_valid = 1000, False  # after every other callback
         def after_batch(self): clock.tick()
     clock = Clock(task)
     run_fit(task, Ticks(), **options)
     return clock.seconds
 
-def parts_seconds(task, epochs):
-    "`fit` over some epochs -> (seconds of the call, {name of a part: seconds spent in it})"
-    from imgexp.learner import Part
-    spent, clock, call = {}, Clock(task), Part.__call__
-    def timed(part, event):
+def callback_seconds(task, epochs):
+    "`fit` over some epochs -> (seconds of the call, {name of a callback: seconds spent in it})"
+    from imgexp.learner import StatefulCallback
+    spent, clock, call = {}, Clock(task), StatefulCallback.__call__
+    def timed(callback, event):
         began = clock.now()
-        try: return call(part, event)
-        finally: spent[part.name] = spent.get(part.name, 0.) + clock.now() - began
-    with mock.patch.object(Part, '__call__', timed): total = run_fit(task, Part(), epochs)
+        try: return call(callback, event)
+        finally: spent[callback.name] = spent.get(callback.name, 0.) + clock.now() - began
+    with mock.patch.object(StatefulCallback, '__call__', timed): total = run_fit(task, StatefulCallback(), epochs)
     return total, spent
 
 # ---- Loops without a framework

@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from peers import GROUP, Task, handwritten, imgexp_fit, parts_seconds, peers
+from peers import GROUP, Task, handwritten, imgexp_fit, callback_seconds, peers
 from tables import alone, compare, forget, in_turn, machine, save, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def table_overhead(args):
     setting = SETTINGS['rn18-64']
     def run():
         step = imgexp_fit(Task(*setting, 2*GROUP, args.device))
-        total, spent = parts_seconds(Task(*setting, round(args.minutes*60/EPOCHS/step), args.device), EPOCHS)
+        total, spent = callback_seconds(Task(*setting, round(args.minutes*60/EPOCHS/step), args.device), EPOCHS)
         share = {k: 100*spent[k]/total for k in ('checkpoints', 'history')}
         return {'checkpoints and history': sum(share.values())} | share
     found = measure('overhead', {'run': (run, 3)}, args, warm=0)['run']

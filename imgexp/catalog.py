@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .errors import InputError, unknown_name
-from .fetch import Remote
+from .download import Remote
 from .files import display_path, read_json
 from .text import file_size
 

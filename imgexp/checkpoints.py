@@ -20,10 +20,10 @@ from fastcore.basics import patch
 
 from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, short_path, to_plain, write_json, writing
-from .learner import CancelFitException, Part
+from .learner import CancelFitException, StatefulCallback
 from .parallel import all_max, from_first, rank, rank_zero_print
 from .params import Parameters, param
-from .parts import HIGHER, better
+from .callbacks import HIGHER, better
 
 # %% ../nbs/02i_checkpoints.ipynb #d46c1477
 def _seal(value):
@@ -153,7 +153,7 @@ def set_generators(
     if state['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
 # %% ../nbs/02i_checkpoints.ipynb #0625eafa
-class Checkpoints(Part):
+class Checkpoints(StatefulCallback):
     "Writes checkpoints, keeps the last and the best, and ends the training on request."
     order, run_valid = 60, False
     def __init__(
@@ -201,8 +201,8 @@ def save(
     "Write a checkpoint, and end the training if a stop was requested."
     began = time.perf_counter()
     self.learn.finite.check_weights()
-    parts = {cb.name: cb.state() for cb in self.learn.cbs if isinstance(cb, Part)}
-    state = {'epoch': epoch, 'batch': batch, 'optimizer': self.opt.state_dict(), 'parts': parts,
+    callbacks = {cb.name: cb.state() for cb in self.learn.cbs if isinstance(cb, StatefulCallback)}
+    state = {'epoch': epoch, 'batch': batch, 'optimizer': self.opt.state_dict(), 'parts': callbacks,
              'generators': generators(), 'scaler': self.learn.scaler.state_dict() if self.learn.scaler else None}
     if rank() == 0:
         self.to.check_owner()
@@ -337,7 +337,7 @@ def _continue(learn, state):
     "Restore everything to what it was when the checkpoint was written"
     learn.opt.load_state_dict(state['optimizer'])
     for cb in learn.cbs:
-        if isinstance(cb, Part): cb.load(state['parts'].get(cb.name, {}))
+        if isinstance(cb, StatefulCallback): cb.load(state['parts'].get(cb.name, {}))
     learn.first_epoch, learn.first_batch = state['epoch'], state['batch']
     set_generators(state['generators'])
 
@@ -352,7 +352,7 @@ def _begin_phase(run, learn, state):
 # %% ../nbs/02i_checkpoints.ipynb #6ee6b3c2
 def restore(
     run,    # a `Run`
-    learn,  # an `ImageLearner` with its optimizer and its parts
+    learn,  # an `ImageLearner` with its optimizer and callbacks
     after: int = 0, # epochs trained by another learner; this one begins after them with their best weights
     say=rank_zero_print, # called with a message about where it continues
 ) -> bool:  # whether there was something to continue
@@ -374,7 +374,7 @@ def restore(
 # %% ../nbs/02i_checkpoints.ipynb #ef65933a
 def begin_at_end(
     parent, # a `Run`, finished
-    learn,  # an `ImageLearner` with its optimizer and its parts
+    learn,  # an `ImageLearner` with its optimizer and callbacks
 ):
     "Start from the parent's last checkpoint; the schedule begins anew."
     path = newest_checkpoint(parent)
@@ -386,13 +386,13 @@ def begin_at_end(
                              'same to extend it')
     state = _load(path, learn)
     if state['batch']: raise InputError(f'run {parent.name} ended within an epoch: choose a run that was finished')
-    parts = state['parts']
+    callbacks = state['parts']
     learn.first_epoch = learn.base = state['epoch']
     # with this run's weight decay and momentum
     learn.opt.load_state_dict(learn.opt.state_dict() | {'state': state['optimizer']['state']})
-    learn.schedule.done = learn.schedule.since = parts['schedule']['done']
-    learn.history.images = parts['history']['images']
-    if hasattr(learn, 'averages') and 'averages' in parts: learn.averages.load(parts['averages'])
+    learn.schedule.done = learn.schedule.since = callbacks['schedule']['done']
+    learn.history.images = callbacks['history']['images']
+    if hasattr(learn, 'averages') and 'averages' in callbacks: learn.averages.load(callbacks['averages'])
 
 # %% ../nbs/02i_checkpoints.ipynb #97ad1d8a
 def end_id(

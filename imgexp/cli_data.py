@@ -50,7 +50,7 @@ def data_fetch(
     jobs: Annotated[int, typer.Option(min=1, help='Downloads at once.')] = 4,
 ):
     "Download a data set into class folders; the same command continues an interrupted download."
-    from imgexp.retrieval import fetch
+    from imgexp.fetch import fetch
     stop_on_sigterm()
     folder = fetch(name, dest, classes, size, keep, archive or (), mirror, jobs)
     if folder: print(folder)
@@ -68,9 +68,9 @@ def data_pack(
     workers: Annotated[int, typer.Option(help='Threads; -1 takes one a core.')] = -1,
 ):
     "Build a pack of a data set for speed; the same command continues an interrupted one."
-    from imgexp.write_packs import pack
+    from imgexp.write_packs import build_pack
     stop_on_sigterm()
-    print(pack(source, size, kind, dest, workers, say=say))
+    print(build_pack(source, size, kind, dest, workers, say=say))
 
 # %% ../nbs/90a_cli_data.ipynb #3f3c2a6b
 @data_app.command('check')

@@ -18,7 +18,7 @@ from .learner import OPTIMIZERS, make_optimizer
 from .lr_finder import find_lr
 from .parallel import rank, rank_zero_print, world
 from .params import Parameters, SeedParams, param, set_seed, takes
-from .parts import EMA, HIGHER, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
+from .callbacks import EMA, HIGHER, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
 
 # %% ../nbs/02l_fit.ipynb #4199c53a

@@ -25,7 +25,7 @@ from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, cle
     n_blocks)
 from .loader import BadImageParams, SizeParams
 from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
-from .packs import packed, preparation
+from .packs import prepare_images, preparation
 from .sources import DataParams, load_images
 from .params import Parameters, RunParams, SeedParams, param, seeds, takes
 from .runs import Run
@@ -73,7 +73,7 @@ class KerasNotebookParams(KerasParams, heading='sweep'):
 # %% ../nbs/10_keras_cnn.ipynb #1afc6774
 @lru_cache(maxsize=1)
 def _arrays(data, classes, subset, seed, size, bad, stamp):
-    table = keep_subset(packed(load_images(data, classes), size, 'off'), subset, seed)
+    table = keep_subset(prepare_images(load_images(data, classes), size, 'off'), subset, seed)
     return Arrays(table, size, bad)
 
 def load_arrays(

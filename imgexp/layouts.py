@@ -10,7 +10,7 @@ import difflib, gzip, io, json, os
 from pathlib import Path
 
 from .errors import unknown_name
-from .fetch import BadArchive
+from .download import BadArchive
 
 # %% ../nbs/01_layouts.ipynb #3d2619b5
 # image extensions that every installation can read

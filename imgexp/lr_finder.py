@@ -13,13 +13,13 @@ import torch
 
 from .checkpoints import generators, set_generators
 from .errors import RunFailed, Stopped
-from .learner import CancelFitException, CancelValidException, Part
+from .learner import CancelFitException, CancelValidException, StatefulCallback
 from .parallel import all_max, all_sum
 from .style import GRAY, styled
 from fastai.callback.schedule import steep, valley  # after the learner, which silences its warnings
 
 # %% ../nbs/02k_lr_finder.ipynb #70d59a32
-class _LRSweep(Part):
+class _LRSweep(StatefulCallback):
     "Raises the learning rate from batch to batch; ends when the loss explodes"
     run_valid = False
     def __init__(self, low, high, steps, stop_requests):

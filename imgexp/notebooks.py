@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .environment import environment_variables
-from .errors import InputError, unknown_name
+from .errors import ERRORS, InputError, unknown_name
 from .experiments import EXPERIMENTS, Experiment, find_experiment
 from .files import project_root, read_json, short_path, writing
 from .params import make_table
@@ -116,20 +116,20 @@ def execute(
     "Run a notebook in a worker process; raises `InputError` if it fails, `KeyboardInterrupt` if stopped."
     import papermill
     runs_dir()  # fails early if runs/ cannot be written
-    error = ''
+    error = None
     # private to this process, even if others work on the same runs
     with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:
         out, run_file = Path(folder)/'out.ipynb', Path(folder)/'run'
-        with _forward_stop() as stop_requested, environment_variables(IMGEXP_TELL=str(run_file), PYTHONSAFEPATH='1'):
+        with _forward_stop() as stop_requested, environment_variables(IMGEXP_RUN_LOG=str(run_file), PYTHONSAFEPATH='1'):
             try:
                 papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True,
                                            extra_arguments=_KERNEL)
-            except Exception as e: error = _one_line(e)
+            except Exception as e: error = _error_of(e)
         run, reused = _run_of_kernel(run_file, Path(notebook).stem)
         value = {'run': str(run.dir) if run else '', 'reused': reused}
         saved_at = _keep(out, run, reused, notebook, error)
     if stop_requested: raise _with_value(KeyboardInterrupt('terminated'), value)
-    if error: raise _with_value(InputError(error if run else f'{error} ({saved_at})'), value)
+    if error: raise _with_value(error if run else type(error)(f'{error} ({saved_at})'), value)
     return value
 
 # %% ../nbs/05a_notebooks.ipynb #9d9986f4
@@ -137,11 +137,11 @@ def _with_value(e, value):
     e.value = value
     return e
 
-def _one_line(e):
-    "Return the error of a notebook in one line"
-    text = str(getattr(e, 'evalue', '') or e).strip().splitlines() or [type(e).__name__]
-    ours = getattr(e, 'ename', '') in ('InputError', 'RunFailed', 'RunBusy')
-    return text[0] if ours else f"{getattr(e, 'ename', type(e).__name__)}: {text[-1]}"
+def _error_of(e):
+    "Return a notebook's error with its own type if it is one of ours, and in one line"
+    name = getattr(e, 'ename', type(e).__name__)
+    text = str(getattr(e, 'evalue', '') or e).strip().splitlines() or [name]
+    return ERRORS[name](text[0]) if name in ERRORS else InputError(f'{name}: {text[-1]}')
 
 def _run_of_kernel(path, stem):
     "(last run that the kernel recorded for this notebook, not for its examples; whether it was already done)"
@@ -153,7 +153,8 @@ def _run_of_kernel(path, stem):
 def _keep(out, run, reused, notebook, error):
     "Move the executed notebook into its run, or into runs/ if it has none; returns the new path"
     if reused or not out.exists() or not (run or error): return ''
-    target = run.dir/'notebook.ipynb' if run else runs_dir()/f'{time.strftime("%Y%m%d-%H%M%S")}-{Path(notebook).stem}-{secrets.token_hex(4)}.ipynb'
+    name = f'{time.strftime("%Y%m%d-%H%M%S")}-{Path(notebook).stem}-{secrets.token_hex(4)}.ipynb'
+    target = run.dir/'notebook.ipynb' if run else runs_dir()/name
     with writing(target):
         part = target.with_name(f'.{secrets.token_hex(8)}.part')
         try: shutil.copyfile(out, part); os.replace(part, target)

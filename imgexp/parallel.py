@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import InputError, RunBusy, RunFailed
+from .errors import ERRORS, InputError, RunFailed
 
 # %% ../nbs/02f_parallel.ipynb #3624fe9d
 def rank() -> int: # 0 and up
@@ -102,8 +102,6 @@ def gather(
     return [bytes(t[:n].tolist()).decode() for t, n in zip(out, sizes)]
 
 # %% ../nbs/02f_parallel.ipynb #72a38a84
-_ERRORS = {e.__name__: e for e in (InputError, RunBusy, RunFailed)}
-
 def from_first(
     f, # () -> str, called in process 0 only
 ) -> str:
@@ -114,7 +112,7 @@ def from_first(
         try: outcome = {'text': f()}
         except InputError as e: outcome = {'error': str(e), 'kind': type(e).__name__}
     outcome = json.loads(broadcast(json.dumps(outcome)))
-    if 'error' in outcome: raise _ERRORS.get(outcome['kind'], RunFailed)(outcome['error'])
+    if 'error' in outcome: raise ERRORS.get(outcome['kind'], RunFailed)(outcome['error'])
     return outcome['text']
 
 # %% ../nbs/02f_parallel.ipynb #70e94225

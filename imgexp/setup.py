@@ -18,7 +18,7 @@ from .fit import FitParams, best_column, fit, parse_epochs
 from .learner import LearnerParams, make_learner
 from .loader import IMAGENET, normalization
 from .models import NetworkParams, build_model, check_size
-from .packs import packed, preparation
+from .packs import prepare_images, preparation
 from .sources import DataParams, PackParams, load_images
 from .params import Parameters, RunParams, param, seeds
 from .recipes import RECIPES, recipe
@@ -110,7 +110,7 @@ def load_table(
     say=print, # called with a line that says where the images come from
 ):              # `Images`
     "Load the images that the parameters name, from a pack if there is one."
-    return packed(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, say)
+    return prepare_images(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, say)
 
 # %% ../nbs/02n_setup.ipynb #b2901fa3
 def load_learner(

@@ -194,6 +194,6 @@ def launched_observer():  # a function, or None
 def _announce(run, event, observer):
     "Report to a launcher which run this process works on; returns the run"
     run.observer = observer
-    if os.environ.get('IMGEXP_TELL'):
-        with open(os.environ['IMGEXP_TELL'], 'a') as f: f.write(f'{run.dir.resolve()}\t{event}\n')
+    if os.environ.get('IMGEXP_RUN_LOG'):
+        with open(os.environ['IMGEXP_RUN_LOG'], 'a') as f: f.write(f'{run.dir.resolve()}\t{event}\n')
     return run

@@ -109,11 +109,11 @@ def plan_sweep(
     jobs: int = 0, # trials at once; 0: `default_jobs`
 ) -> str:
     "Describe in one line the size of the space, the trials to run, and the time they will take."
-    jobs, abandoned, new, each = jobs or default_jobs(sweep), len(sweep.abandoned()), sweep.remaining(), seconds_per_trial(sweep)
+    jobs, abandoned, new = jobs or default_jobs(sweep), len(sweep.abandoned()), sweep.remaining()
+    n, each = new + abandoned, seconds_per_trial(sweep)
     size = '' if sweep.space.size == math.inf else f' of {sweep.space.size:,} points'
-    line = f"sweep {sweep.name}{', stopped' if sweep.stopped else ''}: {sweep.config['method']}{size}, {new} trial{'s'*(new != 1)} to begin"
-    line += f', {abandoned} to continue'*bool(abandoned)
-    n = new + abandoned
+    line = f"sweep {sweep.name}{', stopped'*sweep.stopped}: {sweep.config['method']}{size}"
+    line += f", {new} trial{'s'*(new != 1)} to begin" + f', {abandoned} to continue'*bool(abandoned)
     if not n: return line
     if each is None: return line + '; time unknown until the first has finished'
     line += f"; {n} × {duration(each)} on {jobs} worker{'s'*(jobs > 1)} ≈ {duration(max(each, n*each/jobs))}"
@@ -170,7 +170,7 @@ def run_sweep(
 def _conclude(sweep, say):
     "Report how the trials ended, and evaluate the best"
     why, errors = sweep.end_reason(), [r['error'] for r in sweep.rows() if r['error']]
-    if 'failed' in why:
+    if sweep.only_failures() and not sweep.stopped:
         raise RunFailed(f'{why}, the last with: {errors[-1]}; fix that, then `imgexp sweep retry {sweep.name}`')
     if failed := sum(r['state'] == 'failed' for r in sweep.rows()):
         say(f"{failed} trial{'s'*(failed > 1)} failed: `imgexp sweep status {sweep.name}` shows the errors, `imgexp "

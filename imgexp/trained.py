@@ -19,7 +19,7 @@ from .errors import InputError
 from .folders import image_files
 from .loader import Loader, Pictures
 from .metrics import left_out, score
-from .packs import as_prepared
+from .packs import prepare_like
 from .sources import load_images
 
 # %% ../nbs/02o_trained.ipynb #fe7860ea
@@ -62,7 +62,7 @@ def own_data(
     table = load_images(data, run.params.get('classes', ''))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: name the data to evaluate on (data=…)')
-    return as_prepared(table, run.depends.get('prepared', ''), own=True)
+    return prepare_like(table, run.depends.get('prepared', ''), same_images=True)
 
 # %% ../nbs/02o_trained.ipynb #76c4b625
 def with_classes(
@@ -83,7 +83,7 @@ def _table_for(trained, data, classes):
     if isinstance(data, str) and not data:
         if classes: raise InputError(f'classes={classes!r} chooses among other data: name them (data=…)')
         return with_classes(own_data(trained.run), trained.classes)
-    return as_prepared(with_classes(load_images(data, classes), trained.classes),
+    return prepare_like(with_classes(load_images(data, classes), trained.classes),
                        trained.run.depends.get('prepared', ''))
 
 # %% ../nbs/02o_trained.ipynb #8cd3da61
@@ -147,7 +147,7 @@ def predict(
 ):  # pandas table: file, predicted, probability, error; sorted by file
     "Predict the class of each image in a folder; raises `InputError` if there are no images."
     import pandas as pd
-    table = as_prepared(_folder_table(folder, self.classes), self.run.depends.get('prepared', ''))
+    table = prepare_like(_folder_table(folder, self.classes), self.run.depends.get('prepared', ''))
     names = table.items
     probs, rows, skipped = self.probabilities(table, 'test', 'skip')
     out = pd.DataFrame({'file': pd.Series(names, dtype=object), 'predicted': None, 'probability': np.nan,

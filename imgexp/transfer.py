@@ -29,13 +29,13 @@ from .experiments import METRICS, Experiment
 from .cutting import cut
 from .features import View, features
 from .fit import fit
-from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, Part, TrainEvalCallback, best_device,
+from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, StatefulCallback, TrainEvalCallback, best_device,
     choose_precision, make_learner)
 from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
 from .metrics import left_out
 from .models import build_model, own_size
 from .networks import HEADS, keep_statistics, set_retrain
-from .packs import packed, preparation
+from .packs import prepare_images, preparation
 from .sources import DataParams, load_images
 from .parallel import launched, rank_zero_print
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
@@ -216,7 +216,7 @@ class LogisticLearner(ImageLearner):
             self.loss = self.loss_func(self.pred, y)
         self('after_pred'); self('after_loss'); self('before_step'); self('after_step')
 
-class Decays(Part):
+class Decays(StatefulCallback):
     "Records the weight decay of each epoch in the history; there is no learning rate."
     order = 25
     def after_epoch(self): self.history.row |= {'lr': None, 'weight_decay': DECAYS[self.learn.epoch]}
@@ -260,7 +260,7 @@ def _in_precision(learn, x):
     if x.device.type == 'mps': x = x.contiguous()  # as `to_input`
     return x.float() if learn.precision == 'fp32' else x
 
-class ToFloat(Part):
+class ToFloat(StatefulCallback):
     "Converts features computed in bf16 or fp16 for a head that is trained in fp32"
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
 
@@ -395,7 +395,7 @@ def _run_experiment(
     if launched() > 1:
         raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
     table = load_images(p.data, p.classes)
-    if p.finetune_epochs: table = packed(table, p.size)
+    if p.finetune_epochs: table = prepare_images(table, p.size)
     kept = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'],
                         head='mlp' if p.head == 'mlp' else 'linear')

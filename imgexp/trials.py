@@ -6,13 +6,13 @@
 __all__ = ['sweep_experiment', 'check_program', 'check_experiment', 'program_call', 'observe', 'run_trial']
 
 # %% ../nbs/06d_trials.ipynb #d8d963e1
-import errno, inspect, math, numbers, os, re, signal, time
+import errno, inspect, math, numbers, os, signal, time
 from contextlib import contextmanager
 from functools import cache, partial
 
 from .claims import TrialLost
 from .environment import environment_variables
-from .errors import InputError, stop_requests, unknown_name
+from .errors import InputError, RunBusy, stop_requests, unknown_name
 from .files import os_errno
 from .journal import StorageFailed
 from .notebooks import check_points, execute, find_notebook, library_experiment, parameter_table
@@ -147,25 +147,26 @@ def run_trial(
     "Run one trial, abandoned or new, in this process; if interrupted it stays open, if it fails it raises."
     sweep, began = _open_sweep(folder), time.monotonic()
     with _undisturbed():
-        claim = sweep.adopt() if not sweep.stopped else None
+        claim = sweep.take_over() if not sweep.stopped else None
         if not claim and (why := sweep.end_reason()): return {'over': why}
         if not (claim := claim or sweep.ask()): return {'over': 'all trials are done'}
-    number, values, lock = claim
-    variables = {'IMGEXP_TRIAL': f'{sweep.dir.resolve()}:{number}:{lock.owner}', 'WANDB_RUN_GROUP': sweep.name}
+    number = claim.number
+    variables = {'IMGEXP_TRIAL': f'{sweep.dir.resolve()}:{number}:{claim.owner}', 'WANDB_RUN_GROUP': sweep.name}
     try:
         with sweep.beating(number):
-            with environment_variables(**variables): _measure(sweep, number, values, lock.owner)
+            with environment_variables(**variables): _measure(sweep, claim)
             seconds = max(time.monotonic() - began, sweep.attr(number, 'trained_for', 0.))
             with _undisturbed(): value = sweep.complete(number, seconds)
-        return {'trial': number, 'values': values, 'value': value, 'why': sweep.attr(number, 'why', '')}
+        return {'trial': number, 'values': claim.values, 'value': value, 'why': sweep.attr(number, 'why', '')}
     except StorageFailed: raise
-    except BaseException as e: raise _note_error(sweep, number, values, lock.owner, e)
-    finally: lock.release()
+    except BaseException as e: raise _note_error(sweep, claim, e)
+    finally: claim.lock.release()
 
 # %% ../nbs/06d_trials.ipynb #b7dfd5ae
-def _note_error(sweep, number, values, owner, e):
+def _note_error(sweep, claim, e):
     "Record and return the error that ended a trial; it stays open if interrupted or taken over"
-    try: sweep.check_owner(number, owner)
+    number = claim.number
+    try: sweep.check_owner(number, claim.owner)
     except TrialLost as lost: e = lost
     if isinstance(e, Exception) and not isinstance(e, TrialLost) and os_errno(e) in (errno.ENOSPC, errno.EDQUOT):
         return StorageFailed(f'trial {number} has no room left on the disk ({e}): free some; the same command '
@@ -173,25 +174,25 @@ def _note_error(sweep, number, values, owner, e):
     with _undisturbed():
         if isinstance(e, KeyboardInterrupt): sweep.set_attrs(number, stuck=None)
         elif not isinstance(e, TrialLost): sweep.fail(number, f'{type(e).__name__}: {e}')
-    e.value = {'trial': number, 'values': values}
+    e.value = {'trial': number, 'values': claim.values}
     return e
 
 # %% ../nbs/06d_trials.ipynb #3dbb8701
-def _result_of(sweep, number, owner, call):
+def _result_of(sweep, claim, call):
     "Return the program's result; if another trial with the same values is running, wait for its run"
     while True:
         try: return call()
-        except InputError as e:
-            if not re.search('belongs to process|taken over by process', str(e)): raise
-            sweep.check_owner(number, owner)
+        except RunBusy:
+            sweep.check_owner(claim.number, claim.owner)
             time.sleep(1)
 
 # %% ../nbs/06d_trials.ipynb #9598d502
-def _measure(sweep, number, values, owner):
+def _measure(sweep, claim):
     "Call the program and report its result: a number, a dictionary with the metric, or a run with its history"
-    observer = partial(_observe_trial, sweep, number, owner)
-    result = _result_of(sweep, number, owner, program_call(sweep.program, values, observer, 'imgexp.trials:observe'))
-    sweep.check_owner(number, owner)
+    number, observer = claim.number, partial(_observe_trial, sweep, claim.number, claim.owner)
+    call = program_call(sweep.program, claim.values, observer, 'imgexp.trials:observe')
+    result = _result_of(sweep, claim, call)
+    sweep.check_owner(number, claim.owner)
     if isinstance(result, dict) and result.get('run'): result = Run(result['run'])
     if isinstance(result, Run):
         sweep.set_attrs(number, run=result.name, why=result.metrics.get('ended', ''),

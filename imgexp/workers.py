@@ -123,7 +123,8 @@ class _Worker:
 def death(self: _Worker):
     "Describe how the process ended, with its last line of output"
     code = self.process.returncode
-    ending = f'was killed by {signal.Signals(-code).name}' + ', perhaps for lack of memory'*(code == -signal.SIGKILL) if code < 0 else f'ended with status {code}'
+    if code >= 0: ending = f'ended with status {code}'
+    else: ending = f'was killed by {signal.Signals(-code).name}' + ', perhaps for lack of memory'*(code == -signal.SIGKILL)
     size = os.fstat(self.log.fileno()).st_size
     lines = os.pread(self.log.fileno(), 2000, max(0, size - 2000)).decode(errors='replace').split('\n')
     last = next((line.strip() for line in reversed(lines) if line.strip()), '')

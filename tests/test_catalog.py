@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgexp import fetch as fetch_module, retrieval
+from imgexp import download as download_module, fetch as fetch_module
 from imgexp.catalog import ENTRIES, catalog, info, where
 from imgexp.layouts import LAYOUTS
-from imgexp.retrieval import fetch
-from imgexp.fetch import BadArchive, FetchError, Remote, download, unpack
+from imgexp.fetch import fetch
+from imgexp.download import BadArchive, FetchError, Remote, download, unpack
 from imgexp.errors import InputError
 
 META = Path(__file__).resolve().parents[2]/'shared/data/meta'
@@ -310,7 +310,7 @@ def test_brought_by_hand(net, tmp_path):
     (tmp_path/'a.bin').write_bytes(BODY)
     assert get(remote, tmp_path) == BODY and not net.log
 
-KILLED = "import sys; from imgexp.fetch import Remote, download; download(Remote(*sys.argv[1:2], int(sys.argv[2]), sys.argv[3]), sys.argv[4])"
+KILLED = "import sys; from imgexp.download import Remote, download; download(Remote(*sys.argv[1:2], int(sys.argv[2]), sys.argv[3]), sys.argv[4])"
 
 def test_killed_and_continued(net, tmp_path):
     "SIGKILL in the middle of a download; the next one asks for the rest"
@@ -332,7 +332,7 @@ def test_log_is_quiet(net, tmp_path, capsys):
 
 def test_log_once_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(time, 'monotonic', lambda now=[0]: now.__setitem__(0, now[0] + 1) or now[0])
-    bar = fetch_module.DownloadProgress('a.bin', 200_000)
+    bar = download_module.DownloadProgress('a.bin', 200_000)
     for n in range(0, 150_000, 1000): bar.to(n)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[1].startswith('a.bin: ') and 'min left' in lines[1]
@@ -582,7 +582,7 @@ def test_parquet(net, data):
 
 def test_no_pyarrow(net, monkeypatch):
     "Said before gigabytes are fetched"
-    monkeypatch.setattr(retrieval, 'find_spec', lambda name: None)
+    monkeypatch.setattr(fetch_module, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match='pip install pyarrow'): fetch('mini-imagenet', base_url=net.url)
     assert not net.log
 
@@ -594,7 +594,7 @@ def synset(c, n=3): return pack({f'{c}_{i}.JPEG': f'{c}{i}'.encode() for i in ra
 @pytest.fixture
 def index(monkeypatch):
     names = dict(zip(IDS, ('tench', 'goldfish', 'golden_retriever', 'crane')))
-    monkeypatch.setattr(retrieval, '_class_index', lambda *a, **kw: names)
+    monkeypatch.setattr(fetch_module, '_class_index', lambda *a, **kw: names)
 
 def test_classes_by_id_and_name(net, data, index):
     for c in IDS: net.serve(f'{c}.tar', synset(c))
@@ -633,17 +633,17 @@ def test_one_class_missing(net, data, index):
 def test_half_unpacked_class(net, data, index, monkeypatch):
     "Stopped within a class: it is not shown, and it is finished, not started over"
     net.serve('n01440764.tar', synset('n01440764', 6))
-    real, done = fetch_module._write_file, []
+    real, done = download_module._write_file, []
     def dies(*a):
         if len(done) == 4: raise KeyboardInterrupt
         done.append(a)
         return real(*a)
-    monkeypatch.setattr(fetch_module, '_write_file', dies)
+    monkeypatch.setattr(download_module, '_write_file', dies)
     with pytest.raises(KeyboardInterrupt): fetch('imagenet', classes='tench', base_url=net.url, **FAST)
     assert not (data/'imagenet/train').exists() and where('imagenet') is None
     half = {p.name: p.stat().st_ino for p in (data/'imagenet/.unpacked/n01440764').glob('*.JPEG')}
     assert len(half) == 4
-    monkeypatch.setattr(fetch_module, '_write_file', real)
+    monkeypatch.setattr(download_module, '_write_file', real)
     place = fetch('imagenet', classes='tench', base_url=net.url, **FAST)
     assert len(net.log) == 1 and tree(place) == {'train': {'n01440764': 6}}
     assert all((place/'train/n01440764'/n).stat().st_ino == i for n, i in half.items())
@@ -698,10 +698,10 @@ def test_class_names_of_imagenet():
     path = META/'imagenet/imagenet_class_index.json'
     if not path.is_file(): pytest.skip('the class index of ImageNet is not beside this checkout (../shared/data/meta/imagenet)')
     index = dict(json.loads(path.read_text()).values())
-    assert len(index) == 1000 and fetch_module.mismatch(path, retrieval._INDEX) == ''
-    assert retrieval._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
+    assert len(index) == 1000 and download_module.mismatch(path, fetch_module._INDEX) == ''
+    assert fetch_module._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
     for name in ('crane', 'maillot'):
-        with pytest.raises(InputError, match='is 2 classes of ImageNet'): retrieval._imagenet_ids([name], lambda: index)
+        with pytest.raises(InputError, match='is 2 classes of ImageNet'): fetch_module._imagenet_ids([name], lambda: index)
 
 def test_class_index_is_fetched(net, data, project):
     "It is verified, too."
@@ -762,7 +762,7 @@ def test_killed_while_images_move(net, data, monkeypatch):
     monkeypatch.setattr(os, 'replace', dies)
     with pytest.raises(KeyboardInterrupt): bring(entry)
     monkeypatch.setattr(os, 'replace', real)
-    monkeypatch.setattr(retrieval, 'unpack', None)  # that is done
+    monkeypatch.setattr(fetch_module, 'unpack', None)  # that is done
     assert where('cub-birds-200') is None
     assert tree(bring(entry)) == OFFICIAL['cub-birds-200'][1] and len(net.log) == 1
 

@@ -30,7 +30,7 @@ def runs(launcher, tmp_path_factory):
     data = tree(folder/'data', 20, CLASSES)
     for name in ('whole', 'killed'): (folder/name).mkdir()
     die = '''
-import imgexp.parts as t
+import imgexp.callbacks as t
 real = t.History.before_train
 def before_train(self):
     if self.learn.epoch == 3: os.kill(os.getpid(), signal.SIGKILL)
@@ -130,6 +130,6 @@ def test_the_index_of_averages_is_made_anew(project, runs):
     assert before['by'] == after['by'] == 'ema_top1' and before['best'][0] == after['best'][0]
 
 def test_a_loss_that_is_no_number_is_the_worst():
-    from imgexp.parts import better
+    from imgexp.callbacks import better
     good, bad = dict(valid_top1=0.5, valid_loss=1.), dict(valid_top1=0.5, valid_loss=None)
     assert better('valid_loss', good, bad) and not better('valid_loss', bad, good) and better('valid_top1', good, dict(valid_top1=0.5, valid_loss=float('nan')))

@@ -64,7 +64,7 @@ def rings(figure): return {line.get_xdata()[0] for ax in figure.axes for line in
 @pytest.mark.parametrize('best_by, epoch, says', [('valid_loss', 4, 'lowest valid_loss: top-1 50.0%, epoch 4'), ('ema_top1', 2, 'best: top-1 90.0%, epoch 2')])
 def test_the_ring_marks_the_chosen_epoch(project, monkeypatch, best_by, epoch, says):
     "curves.png, whatever made an epoch the best."
-    import imgexp.parts as parts, imgexp.results as module
+    import imgexp.callbacks as parts, imgexp.results as module
     real, drawn, plot = parts.History.after_epoch, [], module.plot_curves
     def after_epoch(self):
         real(self)

@@ -10,8 +10,8 @@ from imgexp.check import check
 from imgexp.data import read
 from imgexp.decoding import BadImage, decode
 from imgexp.folders import from_folders, image_files, image_suffixes
-from imgexp.fetch import unpack
-from imgexp.write_packs import pack
+from imgexp.download import unpack
+from imgexp.write_packs import build_pack
 from imgexp.sources import load_images
 from imgexp.start import find_run
 from pictures import tree
@@ -101,7 +101,7 @@ def test_damaged_photos_stop_a_training_or_are_skipped_and_told(launcher, projec
     assert unread['item'].tolist() == ['circle/a.jpg', 'square/b.jpg'] and unread.detail.str.startswith('is damaged: ').all()
     for size, kind in ((0, 'jpeg'), (16, 'jpeg'), (16, 'raw')):
         told = []
-        table = load_images(pack(folder, size, kind, say=told.append))
+        table = load_images(build_pack(folder, size, kind, say=told.append))
         assert all(any(f'{n} is damaged' in line for line in told) for n in ('circle/a.jpg', 'square/b.jpg')), told
         with pytest.raises(BadImage, match='is damaged'): read(table, table.items.tolist().index('circle/a.jpg'))
     job = launcher.imgexp('train', *SMALL, '--data', folder, root=project)

@@ -123,8 +123,8 @@ def papermill(request, launcher, data, holding, tmp_path_factory):
 
 DIE = '''
 import imgexp.setup as s
-from imgexp.learner import Part
-class Die(Part):
+from imgexp.learner import StatefulCallback
+class Die(StatefulCallback):
     "At a step of the training, do something."
     order = 70
     def after_batch(self):

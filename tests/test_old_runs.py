@@ -37,7 +37,7 @@ def made(launcher, data, tmp_path_factory):
     job = launcher.imgexp(*options(data), root=root)
     assert job.wait() == 0, job.err
     stop = '''
-import imgexp.parts as p
+import imgexp.callbacks as p
 real = p.History.before_train
 def before_train(self):
     if self.learn.epoch == 1: os.kill(os.getpid(), signal.SIGKILL)

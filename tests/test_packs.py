@@ -12,8 +12,8 @@ from imgexp.contents import file_state, fingerprint
 from imgexp.data import Files, keep_subset, read, stored
 from imgexp.decoding import BadImage
 from imgexp.loader import Loader
-from imgexp.write_packs import pack
-from imgexp.packs import Pack, as_prepared, enough, packed, preparation
+from imgexp.write_packs import build_pack
+from imgexp.packs import Pack, preparation, prepare_images, prepare_like, presize_for
 from imgexp.sources import load_images
 from imgexp.errors import InputError, RunFailed
 from launch import until
@@ -58,17 +58,17 @@ def same(a, b): return len(a) == len(b) and all((x == v).all() and (y == w).all(
 def test_a_raw_pack_gives_the_batches_of_the_files_at_its_size(photos, augment, workers, size):
     kw = dict(augment=augment, workers=workers, size=size)
     from_files = batches(replace(load_images(photos), presize=128), **kw)
-    assert same(batches(load_images(pack(photos, 128, 'raw', say=quiet)), **kw), from_files)
-    assert same(batches(packed(load_images(photos), 64, 'memory-128', say=quiet), **kw), from_files)
+    assert same(batches(load_images(build_pack(photos, 128, 'raw', say=quiet)), **kw), from_files)
+    assert same(batches(prepare_images(load_images(photos), 64, 'memory-128', say=quiet), **kw), from_files)
     assert not same(batches(load_images(photos), **kw), from_files)
 
 def test_a_pack_of_the_files_themselves_gives_the_batches_of_the_files(photos):
-    made = load_images(pack(photos, 0, 'jpeg', say=quiet))
+    made = load_images(build_pack(photos, 0, 'jpeg', say=quiet))
     assert same(batches(made), batches(load_images(photos))) and preparation(made) == ''
     for i, item in enumerate(made.items): assert stored(made, i) == (photos/item).read_bytes()
 
 def test_a_jpeg_pack_is_a_little_off(photos):
-    made = load_images(pack(photos, 128, 'jpeg', say=quiet))
+    made = load_images(build_pack(photos, 128, 'jpeg', say=quiet))
     a, b = batches(made), batches(replace(load_images(photos), presize=128))
     off = np.concatenate([abs(x.astype(int) - v).mean((1, 2, 3)) for (x, _), (v, _) in zip(a, b)])
     assert 0 < off.mean() < 4 and off.max() < 10
@@ -77,7 +77,7 @@ def test_a_jpeg_pack_is_a_little_off(photos):
     assert stored(made, i) == (photos/'dog/small.png').read_bytes()  # small enough as it is
 
 def test_evaluation_and_training_see_the_presized_image(photos):
-    made = load_images(pack(photos, 96, 'raw', say=quiet))
+    made = load_images(build_pack(photos, 96, 'raw', say=quiet))
     for i, item in enumerate(made.items):
         assert min(read(made, i).shape[:2]) == {'dog/small.png': 30, 'cat/square.jpg': 64, 'dog/wide.jpg': 90}.get(item, 96)
     turned = read(made, list(made.items).index('dog/turned.jpg'))
@@ -86,80 +86,80 @@ def test_evaluation_and_training_see_the_presized_image(photos):
 # -- found by content
 
 def test_found_for_the_whole_for_classes_and_for_subsets(photos, capsys):
-    path = pack(photos, 96, 'raw', say=quiet)
+    path = build_pack(photos, 96, 'raw', say=quiet)
     table = load_images(photos)
     for t in (table, keep_subset(table, 0.4), load_images(photos, 'cat,dog')):
-        got = packed(t, 48)
+        got = prepare_images(t, 48)
         told = capsys.readouterr().out
         assert 'images from the pack photos-raw-96-' in told and 'pack=off takes the files' in told
         assert got.source.path == path and list(got.items) == list(t.items) and fingerprint(got) == fingerprint(t)
         assert same(batches(got), batches(replace(t, presize=96)))
 
 def test_moved_photos_are_the_same_photos(photos, project):
-    path = pack(photos, 96, 'raw', say=quiet)
+    path = build_pack(photos, 96, 'raw', say=quiet)
     os.rename(photos, project/'elsewhere')
-    assert packed(load_images(project/'elsewhere'), 64, 'raw-96').source.path == path
+    assert prepare_images(load_images(project/'elsewhere'), 64, 'raw-96').source.path == path
 
 @pytest.mark.parametrize('change', ['content', 'new image', 'renamed'])
 def test_changed_photos_are_others(photos, change):
-    pack(photos, 128, 'raw', say=quiet)
+    build_pack(photos, 128, 'raw', say=quiet)
     if change == 'content': shutil.copy(photos/'cat/1.jpg', photos/'cat/0.jpg')
     if change == 'new image': shutil.copy(photos/'cat/1.jpg', photos/'cat/new.jpg')
     if change == 'renamed': os.rename(photos/'cat/1.jpg', photos/'cat/one.jpg')
-    assert isinstance(packed(load_images(photos), 100).source, Files)
+    assert isinstance(prepare_images(load_images(photos), 100).source, Files)
     with pytest.raises(InputError, match='no such pack of photos: `imgexp data pack .* --kind raw --size 128`'):
-        packed(load_images(photos), 64, 'raw-128')
+        prepare_images(load_images(photos), 64, 'raw-128')
 
 def test_a_removed_photo_leaves_a_part_of_the_pack(photos):
-    path = pack(photos, 128, 'raw', say=quiet)
+    path = build_pack(photos, 128, 'raw', say=quiet)
     (photos/'cat/1.jpg').unlink()
-    assert packed(load_images(photos), 100).source.path == path
+    assert prepare_images(load_images(photos), 100).source.path == path
 
 def test_which_pack(photos):
     table = load_images(photos)
     def chosen(size, how='auto'):
-        t = packed(table, size, how, quiet)
+        t = prepare_images(table, size, how, quiet)
         return f"{t.source.about['kind']}-{t.source.size}" if isinstance(t.source, Pack) else preparation(t)
     assert [chosen(32), chosen(96)] == ['presize-64', '']
-    for kind, size in (('raw', 64), ('jpeg', 64), ('jpeg', 112), ('raw', 200), ('jpeg', 0)): pack(photos, size, kind, say=quiet)
+    for kind, size in (('raw', 64), ('jpeg', 64), ('jpeg', 112), ('raw', 200), ('jpeg', 0)): build_pack(photos, size, kind, say=quiet)
     assert [chosen(s) for s in (32, 98, 150, 175, 180)] == ['raw-64', 'raw-200', 'raw-200', 'raw-200', 'jpeg-0']
     assert chosen(24) == 'presize-48' and chosen(64) == 'presize-128'  # up to 64 px no pack changes what is seen
     assert chosen(180, 'raw-64') == 'raw-64' and chosen(98, 'jpeg-112') == 'jpeg-112' and chosen(98, 'off') == ''
-    assert [enough(s) for s in (32, 64, 98, 224)] == [64, 128, 112, 256]
+    assert [presize_for(s) for s in (32, 64, 98, 224)] == [64, 128, 112, 256]
 
 @pytest.mark.parametrize('how', ['memory-0', 'memory-5', 'raw-0', 'raw', 'jpeg-1e3', 'zip-64', ''])
 def test_packs_that_cannot_be(photos, how):
-    with pytest.raises(InputError, match='give auto, off, memory, or a pack by kind and size'): packed(load_images(photos), 64, how)
+    with pytest.raises(InputError, match='give auto, off, memory, or a pack by kind and size'): prepare_images(load_images(photos), 64, how)
 
 def test_images_that_would_fill_the_memory_are_shrunk_in_every_epoch(photos, monkeypatch):
     table, told = load_images(photos), []
-    kept = packed(table, 32, say=told.append)
+    kept = prepare_images(table, 32, say=told.append)
     monkeypatch.setattr(packs, '_fits', lambda table: False)
-    others = packed(table, 32, say=told.append)
+    others = prepare_images(table, 32, say=told.append)
     assert isinstance(others.source, Files) and not isinstance(kept.source, Files) and preparation(kept) == preparation(others)
     assert 'kept in memory' in told[0] and 'half of the free memory' in told[1] and same(batches(kept, size=32), batches(others, size=32))
 
 def test_a_network_is_evaluated_on_images_treated_likewise(photos):
     table = load_images(photos)
-    assert as_prepared(table, '') is table
-    files, path = as_prepared(table, 'presize-96'), pack(photos, 96, 'raw', say=quiet)
-    found = as_prepared(table, 'presize-96')
+    assert prepare_like(table, '') is table
+    files, path = prepare_like(table, 'presize-96'), build_pack(photos, 96, 'raw', say=quiet)
+    found = prepare_like(table, 'presize-96')
     assert isinstance(files.source, Files) and found.source.path == path and same(batches(files), batches(found))
     with pytest.raises(InputError, match='the pack jpeg-96 of photos is gone: `imgexp data pack .*photos --kind jpeg --size 96` makes it again'):
-        as_prepared(table, 'jpeg-96', own=True)
-    path = pack(photos, 96, 'jpeg', say=quiet)
-    assert same(batches(as_prepared(table, 'jpeg-96', own=True)), batches(load_images(path)))
+        prepare_like(table, 'jpeg-96', same_images=True)
+    path = build_pack(photos, 96, 'jpeg', say=quiet)
+    assert same(batches(prepare_like(table, 'jpeg-96', same_images=True)), batches(load_images(path)))
 
 def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch):
     import imgexp.contents
     monkeypatch.setattr(imgexp.contents, 'CLOCK', -1)
-    path = pack(photos, 128, 'raw', say=quiet)
+    path = build_pack(photos, 128, 'raw', say=quiet)
     monkeypatch.setattr(imgexp.contents, '_digest', lambda path: pytest.fail(f'{path} was read again'))
-    assert packed(load_images(photos), 100).source.path == path
+    assert prepare_images(load_images(photos), 100).source.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
     monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 1)
-    table = load_images(pack(photos, 96, 'raw', say=quiet))
+    table = load_images(build_pack(photos, 96, 'raw', say=quiet))
     inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
     for i in range(len(table)): read(table, i)
     assert len(os.listdir('/proc/self/fd')) <= inside + 1
@@ -173,11 +173,11 @@ def negatives(photos):
 def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
     "Packed again or deleted while a training reads it: the old images, to the end."
     monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)  # images in a file
-    path = pack(photos, 96, 'raw', say=quiet)
+    path = build_pack(photos, 96, 'raw', say=quiet)
     wanted, opened = batches(load_images(path)), load_images(path)
     read(opened, 0)
     negatives(photos)
-    assert pack(photos, 96, 'raw', say=quiet) == path
+    assert build_pack(photos, 96, 'raw', say=quiet) == path
     assert same(batches(opened), wanted) and not same(batches(load_images(path)), wanted)
     new = load_images(path)
     fresh = batches(new)
@@ -189,9 +189,9 @@ def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
     "Index and images are of one build, whichever file the new build arrives before."
     import pyarrow as pa
     monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)
-    path, other = pack(photos, 96, 'raw', say=quiet), photos.parent/'other'
+    path, other = build_pack(photos, 96, 'raw', say=quiet), photos.parent/'other'
     negatives(photos)
-    new, real = pack(photos, 96, 'raw', other, say=quiet), pa.memory_map
+    new, real = build_pack(photos, 96, 'raw', other, say=quiet), pa.memory_map
     def slow(place, *args):
         if os.fsdecode(place) == str(path/name) and new.exists():
             os.rename(path, photos.parent/'old')
@@ -205,9 +205,9 @@ def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
 def test_files_of_two_builds_are_no_pack(photos, monkeypatch):
     "Copied over each other, say: an error, never another image."
     monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 4)
-    path = pack(photos, 96, 'raw', say=quiet)
+    path = build_pack(photos, 96, 'raw', say=quiet)
     negatives(photos)
-    other = pack(photos, 96, 'raw', photos.parent/'other', say=quiet)
+    other = build_pack(photos, 96, 'raw', photos.parent/'other', say=quiet)
     shutil.copy(other/'images-00001.arrow', path)
     table = load_images(path)
     read(table, 0)
@@ -217,13 +217,13 @@ def test_files_of_two_builds_are_no_pack(photos, monkeypatch):
 
 def test_a_pack_that_goes_away_on_a_network_disk(photos, monkeypatch):
     "What is mapped is lost there: one line that says what to do."
-    path = pack(photos, 96, 'raw', say=quiet)
-    monkeypatch.setattr(packs, 'LOOK', 0)
+    path = build_pack(photos, 96, 'raw', say=quiet)
+    monkeypatch.setattr(packs, 'RECHECK', 0)
     monkeypatch.setattr(packs, 'REMOTE', [packs._disk_kind(path)])
     table = load_images(path)
     read(table, 0)
     negatives(photos)
-    pack(photos, 96, 'raw', say=quiet)
+    build_pack(photos, 96, 'raw', say=quiet)
     with pytest.raises(RunFailed, match='was deleted or packed again while it was read, .* give the command again'): read(table, 1)
 
 def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
@@ -258,12 +258,12 @@ t.conclude = conclude""")
 
 def test_a_pack_that_was_exchanged_since_a_run(photos):
     "Another pack of the same photos under the name that the run was given: not evaluated on, as the network saw other images."
-    path, table = pack(photos, 96, 'jpeg', say=quiet), load_images(photos)
+    path, table = build_pack(photos, 96, 'jpeg', say=quiet), load_images(photos)
     prepared = preparation(load_images(path))
     shutil.rmtree(path)
-    os.rename(pack(photos, 64, 'raw', say=quiet), path)
-    with pytest.raises(InputError, match='holds presize-64, and the run saw jpeg-96: `imgexp data pack .*photos --kind jpeg --size 96`'): as_prepared(load_images(path), prepared, own=True)
-    assert as_prepared(load_images(path), 'presize-64', own=True) is not None
+    os.rename(build_pack(photos, 64, 'raw', say=quiet), path)
+    with pytest.raises(InputError, match='holds presize-64, and the run saw jpeg-96: `imgexp data pack .*photos --kind jpeg --size 96`'): prepare_like(load_images(path), prepared, same_images=True)
+    assert prepare_like(load_images(path), 'presize-64', same_images=True) is not None
 
 # -- what can't be decoded
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_decoded_stays_with_its_reason(photos):
     (photos/'dog/3.jpg').write_bytes(b'')
     told = []
     for kind in ('raw', 'jpeg'):
-        table = load_images(pack(photos, 96, kind, say=told.append))
+        table = load_images(build_pack(photos, 96, kind, say=told.append))
         for item, why in {'cat/3.jpg': 'is cut short', 'dog/3.jpg': 'is empty'}.items():
             assert any(f'{item} {why}' in line for line in told)
             with pytest.raises(BadImage, match=why): read(table, list(table.items).index(item))
@@ -282,13 +282,13 @@ def test_what_cannot_be_decoded_stays_with_its_reason(photos):
 
 def test_a_file_that_cannot_be_read_does_not_hide_the_pack(photos):
     (photos/'cat/lost.jpg').symlink_to('nowhere.jpg')
-    path = pack(photos, 128, 'raw', say=quiet)
-    assert packed(load_images(photos), 100).source.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
+    path = build_pack(photos, 128, 'raw', say=quiet)
+    assert prepare_images(load_images(photos), 100).source.path == path and fingerprint(load_images(path)) == fingerprint(load_images(photos))
 
 @pytest.mark.parametrize('kind', ['raw', 'jpeg'])
 def test_a_pack_is_checked_like_its_files(photos, kind):
     from imgexp.check import check
-    path = pack(photos, 96, kind, say=quiet)
+    path = build_pack(photos, 96, kind, say=quiet)
     found, wanted = (set(check(p).table().kind) for p in (path, photos))
     assert 'wrong extension' not in found and found <= wanted, found - wanted
     with open(path/'images-00000.arrow', 'r+b') as f: f.seek(5000); f.write(b'oops')
@@ -296,7 +296,7 @@ def test_a_pack_is_checked_like_its_files(photos, kind):
 
 def test_a_picture_too_long_for_jpeg(photos):
     Image.fromarray(np.zeros((9, 70_000, 3), np.uint8)).save(photos/'cat/long.png')
-    table = load_images(pack(photos, 8, 'jpeg', say=quiet))
+    table = load_images(build_pack(photos, 8, 'jpeg', say=quiet))
     assert read(table, list(table.items).index('cat/long.png')).shape[0] == 8
 
 def test_damaged_progressive_jpegs_never_show_another_image(photos):
@@ -334,7 +334,7 @@ def test_killed_and_continued(launcher, project, photos, monkeypatch):
     job = packing(launcher, project, photos)
     until(lambda: len(parts(project)) >= 2, 'two files of images')
     job.send(signal.SIGKILL); job.wait()
-    assert packs.packs() == [] and isinstance(packed(load_images(photos), 80).source, Files)
+    assert packs.list_packs() == [] and isinstance(prepare_images(load_images(photos), 80).source, Files)
     done = {p: p.stat().st_mtime_ns for p in parts(project)}
     changed = done.popitem()[0]
     with open(changed, 'r+b') as f: f.write(b'damaged')  # a disk that lies
@@ -350,7 +350,7 @@ def test_terminated(launcher, project, photos):
     job = packing(launcher, project, photos)
     until(lambda: parts(project), 'a file of images')
     job.send(signal.SIGTERM)
-    assert job.wait() == 75 and 'terminated' in job.err and packs.packs() == []
+    assert job.wait() == 75 and 'terminated' in job.err and packs.list_packs() == []
 
 @pytest.mark.parametrize('how', ['saved', 'exchanged', 'saved just now'])
 def test_a_photo_that_changed_between_two_attempts(launcher, project, photos, how):
@@ -391,7 +391,7 @@ def test_killed_before_it_got_its_name(launcher, project, photos):
     job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project,
                           before=OLD + "import imgexp.write_packs, signal; imgexp.write_packs.fingerprint = lambda table: os.kill(os.getpid(), signal.SIGKILL)")
     job.wait()
-    assert parts(project) and packs.packs() == []
+    assert parts(project) and packs.list_packs() == []
     stamps = {p.name: p.stat().st_mtime_ns for p in parts(project)}
     job = launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project)
     assert job.wait() == 0, job.err
@@ -407,36 +407,36 @@ def test_two_at_once(launcher, project, photos):
 
 def test_again_does_nothing_and_says_so(photos):
     told = []
-    path = pack(photos, 96, 'jpeg', say=told.append)
+    path = build_pack(photos, 96, 'jpeg', say=told.append)
     stamp = (path/'pack.json').stat().st_mtime_ns
-    assert pack(photos, 96, 'jpeg', say=told.append) == path and 'is there already' in told[-1]
+    assert build_pack(photos, 96, 'jpeg', say=told.append) == path and 'is there already' in told[-1]
     assert (path/'pack.json').stat().st_mtime_ns == stamp
 
 @pytest.mark.parametrize('name', ['index.arrow', 'images-00000.arrow'])
 def test_a_damaged_pack(photos, name):
-    path = pack(photos, 96, 'raw', say=quiet)
+    path = build_pack(photos, 96, 'raw', say=quiet)
     with open(path/name, 'r+b') as f: f.truncate(1000)
     assert name in Pack.damage(type('P', (), {'path': path, 'about': json.loads((path/'pack.json').read_text())})())
     with pytest.raises((InputError, RunFailed), match=f'{name}.*pack it again'): read(load_images(path), 0)
-    if name == 'index.arrow': assert isinstance(packed(load_images(photos), 80).source, Files)
-    assert pack(photos, 96, 'raw', say=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
-    assert packed(load_images(photos), 80).source.path == path
+    if name == 'index.arrow': assert isinstance(prepare_images(load_images(photos), 80).source, Files)
+    assert build_pack(photos, 96, 'raw', say=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
+    assert prepare_images(load_images(photos), 80).source.path == path
 
 def test_packs_that_are_left_aside_are_told(photos):
     "Damaged ones, and those of another version; data of another name are not mentioned."
-    path, told = pack(photos, 128, 'raw', say=quiet), []
+    path, told = build_pack(photos, 128, 'raw', say=quiet), []
     raw = (path/'index.arrow').read_bytes()
     (path/'index.arrow').write_bytes(raw[:1000])
-    assert isinstance(packed(load_images(photos), 100, say=told.append).source, Files)
+    assert isinstance(prepare_images(load_images(photos), 100, say=told.append).source, Files)
     (path/'index.arrow').write_bytes(raw)
     about = json.loads((path/'pack.json').read_text())
     (path/'pack.json').write_text(json.dumps(about | {'format': 1}))
-    assert isinstance(packed(load_images(photos), 100, say=told.append).source, Files)
+    assert isinstance(prepare_images(load_images(photos), 100, say=told.append).source, Files)
     assert [line.partition('-raw')[2].partition(' ')[2] for line in told] == [
         'is damaged (index.arrow: Not an Arrow file): pack it again', 'is left aside: another version of imgexp made it, pack it again'], told
     with pytest.raises(InputError, match='was packed by another version of imgexp: pack it again'): load_images(path)
     os.rename(photos, photos.parent/'others')
-    packed(load_images(photos.parent/'others'), 100, say=told.append)
+    prepare_images(load_images(photos.parent/'others'), 100, say=told.append)
     assert len(told) == 2
 
 # -- wrong use
@@ -494,8 +494,8 @@ def test_a_pack_made_between_a_kill_and_its_continuation(launcher, project, phot
 def test_clothing(project):
     if not (SHARED/'clothing').is_dir(): pytest.skip('clothing is not here: the shared data are not part of the project')
     source = load_images(SHARED/'clothing')
-    path = pack(SHARED/'clothing', 64, 'raw', say=quiet)
-    got = packed(source, 32)
+    path = build_pack(SHARED/'clothing', 64, 'raw', say=quiet)
+    got = prepare_images(source, 32)
     assert got.source.path == path and Pack(path).damage() is None
     rows = source.split('test')[::31]
     for r in rows: assert (read(got, r) == read(replace(source, presize=64), r)).all()

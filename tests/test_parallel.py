@@ -99,7 +99,7 @@ def test_batch_norm_sees_the_whole_batch(launcher, project, data, tmp_path):
 
 DIE = '''
 import imgexp.learner, imgexp.setup, os, signal
-class Die(imgexp.learner.Part):
+class Die(imgexp.learner.StatefulCallback):
     order = 70
     def after_batch(self):
         if self.learn.training and self.schedule.done == {step} - 1:

@@ -237,11 +237,11 @@ def test_three_failures_end_it_and_retry_repeats_them(place):
 def test_a_common_cause_ends_it_although_another_trial_runs(place):
     sweep = make(trials=40)
     running, *failing = [sweep.ask() for _ in range(4)]
-    for number, *_ in failing:
+    for claim in failing:
         assert not sweep.end_reason()
-        sweep.fail(number, 'the same')
+        sweep.fail(claim.number, 'the same')
     assert sweep.end_reason() == 'the first 3 trials failed'
-    sweep.report(running[0], 1, 0.5)
+    sweep.report(running.number, 1, 0.5)
     assert not sweep.end_reason(), 'what has measured something does not fail like the others'
 
 def test_a_run_that_was_killed_before_it_began_is_taken(place, monkeypatch):

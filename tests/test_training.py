@@ -144,7 +144,7 @@ def test_a_kill_of_an_extended_run_of_another_size(launcher, project, data, tmp_
     shutil.copytree(project/'runs', other/'runs')
     args = ['train', '--extend', parent.name[:15], '--data', str(data), '--epochs', '2', '--size', '16', '--track', 'off', '--workers', '0']
     kill = '''
-import imgexp.parts as t
+import imgexp.callbacks as t
 real = t.History.before_train
 def before_train(self):
     if self.learn.epoch == 3: os.kill(os.getpid(), signal.SIGKILL)

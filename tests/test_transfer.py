@@ -116,7 +116,7 @@ VARIES = ['seconds', 'img_per_s', 'peak_mem_mb', 'checkpoint_mb', 'checkpoint_s'
 def options(**more): return ['transfer', *(f'--{k.replace("_", "-")}={v}' for k, v in (GIVEN | more).items())]
 
 def killed_at(step, act): return f'''
-import imgexp.parts as parts
+import imgexp.callbacks as parts
 real, steps = parts.Schedule.after_batch, []
 def after_batch(self):
     real(self)

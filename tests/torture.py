@@ -75,7 +75,7 @@ torch.set_num_threads({threads})
 st.save_file, torch.save = half(st.save_file, 1), half(torch.save, 1)
 c.shutil.copyfile, remove = half(c.shutil.copyfile, 1), c.shutil.rmtree
 c.shutil.rmtree = lambda path, **kw: (point('file'), remove(path, **kw)) if Path(path).exists() else None
-class Watch(tr.Part):
+class Watch(tr.StatefulCallback):
     "Counts the moments of a step, and writes down what each batch holds."
     order, run_valid = 70, False
     def before_batch(self):
