@@ -90,8 +90,8 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	say "running the notebooks as tests ($$workers at a time)"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + workers - 1) / workers ))}; export OMP_NUM_THREADS
 	"$$bin/nbdev_test" --n_workers $$workers --timing
-	say "running tests/ ($$workers files at a time)"
-	"$$bin/python" -m pytest tests -q -n $$workers --dist loadfile
+	say "running tests/ ($$((workers + 1)) files at a time: many tests wait for other processes)"
+	"$$bin/python" -m pytest tests -q -n $$((workers + 1)) --dist loadfile
 
 check: ## after each change: exports, the house in numbers, the fast tests (two minutes)
 	@$(call environment,all)

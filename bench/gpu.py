@@ -1,27 +1,27 @@
-"""What imgexp does on an NVIDIA GPU, in parts of at most eight minutes each: `make gpu`.
+"""Tests and benchmarks on an NVIDIA GPU, in parts of at most eight minutes each: `make gpu`.
 
     python bench/gpu.py                       # all parts, about 35 minutes
-    python bench/gpu.py --only loader,step    # some; each can be repeated alone
-    python bench/gpu.py --device cpu --quick --dry   # do the scripts run? (tiny settings, no results)
+    python bench/gpu.py --only loader,step    # selected parts
+    python bench/gpu.py --device cpu --quick --dry   # smoke test with tiny settings, without results
 
-Needs imgexp and its requirements in this Python, whatever torch it has; `step` also needs lightning. Rows go to bench/results/gpu.csv (and those
-of `step` to train.csv), with the machine. See bench/README.md.
+Needs imgexp and its requirements in this Python, with any version of torch; `step` also needs lightning. Rows are
+written to bench/results/gpu.csv (those of `step` to train.csv), with the machine. See bench/README.md.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
-from tables import alone, forget, in_turn, machine, save, show
+from tables import summarize, discard_progress, interleave, machine, save, show
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
 RESULTS = HERE/'results'/'gpu.csv'
-LIMIT = 8*60  # seconds of a part
-IMAGES, SIDE = 4096, 320  # of the data drawn for the measurements; px
+LIMIT = 8*60  # maximum seconds of a part
+IMAGES, SIDE = 4096, 320  # number and side (px) of the synthetic images
 
-# ---- Data: noisy pictures of about the entropy of photos, as JPEG files, once
+# ---- Data: noisy synthetic images with about the entropy of photos, as JPEG files
 
 def drawn_images(folder, n, classes=8):
-    "Class folders with `n` JPEG files of 320 px; ImageNet's mean file has about 110 kB at 400 × 350 px, these about as many bytes a pixel"
+    "Class folders with `n` JPEG files of 320 px, with about as many bytes per pixel as ImageNet (110 kB at 400 × 350)"
     import cv2, numpy as np
     if (folder/'complete').exists(): return folder/'images'
     rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def drawn_images(folder, n, classes=8):
     return folder/'images'
 
 def packed_images(folder, images, kind):
-    "A pack of the drawn images: 256 px, JPEG or raw"
+    "A pack of the synthetic images at 256 px, `kind` jpeg or raw"
     from imgexp.write_packs import build_pack
     dest = folder/'packs'
     return next(iter(dest.glob(f'*{kind}*')), None) or build_pack(str(images), 256, kind, dest, say=lambda text: None)
@@ -45,21 +45,21 @@ def packed_images(folder, images, kind):
 def part_tests(args):
     "The tests marked cuda"
     command = [sys.executable, '-m', 'pytest', str(ROOT/'tests'), '-q', '-m', 'cuda', '-p', 'no:cacheprovider']
-    done = subprocess.run(command, cwd=ROOT, timeout=LIMIT)
-    return [_passed('tests marked cuda', done.returncode == 0)]
+    result = subprocess.run(command, cwd=ROOT, timeout=LIMIT)
+    return [_passed('tests marked cuda', result.returncode == 0)]
 
 def part_resume(args):
-    "kill -9 and exact resume: features of a training, each killed six times"
+    "Exact resume after kill -9: several training features, each killed six times"
     features = 'nothing;ema;bf16' if not args.quick else 'nothing'
     command = [sys.executable, str(ROOT/'tests'/'torture.py'), '--only', features, '--threads', '2', '--kills', '2' if args.quick else '6', '--dry']
-    done = subprocess.run(command, cwd=ROOT, timeout=LIMIT, capture_output=True, text=True)
-    print(done.stdout, end='', file=sys.stderr)
-    if done.returncode not in (0, 1): sys.exit(f'bench: {done.stderr[-2000:]}')
-    rows = [_passed(f'resume, {line.split(",")[0]}: equal bit for bit', ', equal' in line) for line in done.stdout.splitlines() if ' kills in ' in line]
+    result = subprocess.run(command, cwd=ROOT, timeout=LIMIT, capture_output=True, text=True)
+    print(result.stdout, end='', file=sys.stderr)
+    if result.returncode not in (0, 1): sys.exit(f'bench: {result.stderr[-2000:]}')
+    rows = [_passed(f'resume, {line.split(",")[0]}: equal bit for bit', ', equal' in line) for line in result.stdout.splitlines() if ' kills in ' in line]
     return rows + [_passed(f'not deterministic: {name}', False) for name in nondeterministic(args.device)]
 
 def nondeterministic(device):
-    "Kernels of a training step for which torch has no deterministic version"
+    "Kernels of a training step that have no deterministic version in torch"
     import torch, warnings
     from imgexp.models import build_model
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -73,35 +73,37 @@ def nondeterministic(device):
     torch.use_deterministic_algorithms(False)
     return sorted(names)
 
-def _passed(name, ok): return dict(table='correct', contender=name, n=1, median=int(ok), min=int(ok), max=int(ok), ratio='', ratio_min='', ratio_max='', target='median >= 1', met='yes' if ok else 'no')
+def _passed(name, ok):
+    return dict(table='correct', contender=name, n=1, median=int(ok), min=int(ok), max=int(ok), ratio='', ratio_min='',
+                ratio_max='', target='median >= 1', met='yes' if ok else 'no')
 
 def part_loader(args):
-    "Images a second that reach the device with 1 to 16 threads, augmented to 224 px"
+    "Images per second on the device with 1 to 16 threads, augmented at 224 px"
     folder, images = data(args)
     threads = [t for t in (1, 2, 4, 8, 16) if t <= os.cpu_count()]
     sources = {'class folders': images, 'pack of 256 px JPEG': packed_images(folder, images, 'jpeg'), 'pack of 256 px raw': packed_images(folder, images, 'raw')}
     contenders = {f'{name}, {t} thread{"s"*(t > 1)}': (partial(loader_rate, source, t, args), 3) for name, source in sources.items() for t in threads}
-    values = in_turn('loader', contenders, 3, 0, settings(args), not args.dry)
-    return alone('loader', values, {f'pack of 256 px raw, {threads[-1]} threads': 'median >= 20000'} if threads[-1] == 16 else {})
+    values = interleave('loader', contenders, 3, 0, settings(args), not args.dry)
+    return summarize('loader', values, {f'pack of 256 px raw, {threads[-1]} threads': 'median >= 20000'} if threads[-1] == 16 else {})
 
 def loader_rate(source, threads, args):
-    "Images a second of two passes"
+    "Images per second over two passes"
     import numpy as np, torch
     from imgexp.loader import Loader
     from imgexp.sources import load_images
     table = load_images(str(source))
     rows = np.resize(table.split('train'), 512 if args.quick else 8192)
     loader = Loader(table.take(rows), 'train', 224, 256, augment='crop-flip', workers=threads, device=args.device, seed=0)
-    seen, began = 0, None
+    n, start = 0, None
     for epoch in range(2):
         for x, _ in loader.at(epoch):
-            if began is None: began = time.perf_counter()  # the first batch fills the queue
-            else: seen += len(x)
+            if start is None: start = time.perf_counter()  # the first batch fills the queue
+            else: n += len(x)
     if args.device == 'cuda': torch.cuda.synchronize()
-    return seen/(time.perf_counter() - began)
+    return n/(time.perf_counter() - start)
 
 def part_step(args):
-    "Training steps beside other frameworks: ResNet-50, 224 px, from tensors and from a pack; peak memory"
+    "Training steps of imgexp and other frameworks: ResNet-50, 224 px, from tensors and from a pack; peak memory"
     folder, images = data(args)
     command = [sys.executable, str(HERE/'train.py'), '--only', 'step' if args.quick else 'peers-rn50-224,memory-rn50-224', '--steps', '5' if args.quick else '15',
                '--repeats', '1' if args.quick else '3', '--device', args.device, '--data', str(packed_images(folder, images, 'raw'))] + ['--dry']*args.dry
@@ -109,32 +111,34 @@ def part_step(args):
     return []
 
 def part_transfer(args):
-    "Transfer with a ResNet-50 (random weights): seconds of a run with an empty cache and with features cached, images a second, memory"
+    "Transfer with a ResNet-50 (random weights): seconds with an empty cache and with cached features, memory"
     folder, images = data(args)
-    def once():
+    def run():
         with tempfile.TemporaryDirectory() as place:
             code = f'import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, json; print(json.dumps(gpu.transfer_runs({str(images)!r}, {args.quick})))'
             env = os.environ | {'IMGEXP_ROOT': place, 'XDG_CACHE_HOME': place, 'WANDB_MODE': 'disabled'}
-            done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
-            if done.returncode: sys.exit(f'bench: {done.stderr[-2000:]}')
-            return json.loads(done.stdout.splitlines()[-1])
-    found = in_turn('transfer', {'run': (once, 1 if args.quick else 3)}, 3, 0, settings(args), not args.dry)['run']
-    return alone('transfer', {k: [v[k] for v in found] for k in found[0]}, {})
+            result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
+            if result.returncode: sys.exit(f'bench: {result.stderr[-2000:]}')
+            return json.loads(result.stdout.splitlines()[-1])
+    runs = interleave('transfer', {'run': (run, 1 if args.quick else 3)}, 3, 0, settings(args), not args.dry)['run']
+    return summarize('transfer', {k: [v[k] for v in runs] for k in runs[0]}, {})
 
 def transfer_runs(images, quick):
-    "In a process of its own"
+    "Measurements of `part_transfer`, in a separate process"
     import torch
     from imgexp.transfer import train
-    given = dict(data=images, arch='resnet18' if quick else 'resnet50', size=64 if quick else 224, epochs=2 if quick else 10, track='off')
-    def timed(**kw):
-        began = time.perf_counter()
-        run = train(**given | kw)
-        return time.perf_counter() - began, run
+    params = dict(data=images, arch='resnet18' if quick else 'resnet50', size=64 if quick else 224,
+                  epochs=2 if quick else 10, track='off')
+    def timed(**changes):
+        start = time.perf_counter()
+        run = train(**params | changes)
+        return time.perf_counter() - start, run
     first, run = timed()
-    again, _ = timed(seed=1)
+    second, _ = timed(seed=1)
     n = sum(run.metrics[s]['top1']['n'] for s in ('valid', 'test') if run.metrics.get(s)) + int(run.history.images.iloc[0])
     mb = torch.cuda.max_memory_allocated()/1e6 if torch.cuda.is_available() else 0.
-    return {'empty cache, s': first, 'another seed on cached features, s': again, 'images of the data set over the first run, images/s': n/first, 'peak memory of the device, MB': mb}
+    return {'empty cache, s': first, 'another seed on cached features, s': second,
+            'images of the data set over the first run, images/s': n/first, 'peak memory of the device, MB': mb}
 
 PARTS = {'tests': part_tests, 'resume': part_resume, 'loader': part_loader, 'step': part_step, 'transfer': part_transfer}
 
@@ -148,26 +152,27 @@ def settings(args): return {'device': args.device, 'quick': args.quick}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', default='', help=f"parts, separated by commas: {', '.join(PARTS)} (all)")
+    parser.add_argument('--only', default='', help=f"comma-separated parts: {', '.join(PARTS)} (all)")
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'], help='(%(default)s)')
-    parser.add_argument('--quick', action='store_true', help='tiny settings: do the scripts run?')
+    parser.add_argument('--quick', action='store_true', help='tiny settings, as a smoke test')
     parser.add_argument('--dry', action='store_true', help='print, but do not write the results')
     args = parser.parse_args()
     names = [n for n in args.only.split(',') if n] or list(PARTS)
-    if unknown := [n for n in names if n not in PARTS]: parser.error(f"--only: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if unknown := [n for n in names if n not in PARTS]:
+        parser.error(f"--only: no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     import torch
     if args.device == 'cuda' and not torch.cuda.is_available(): return print('imgexp: torch finds no NVIDIA GPU here, so there is nothing to measure')
     failed = []
     for name in names:
-        began = time.monotonic()
+        start = time.monotonic()
         print(f'gpu: {name}: {PARTS[name].__doc__}', file=sys.stderr, flush=True)
         rows = [row | machine(args.device) for row in PARTS[name](args)]
         if rows and not args.dry:
             save(rows, RESULTS, ['correct', *PARTS])
-            forget(name)
+            discard_progress(name)
         if rows: show(rows)
         failed += [r['contender'] for r in rows if r['met'] == 'no']
-        print(f'gpu: {name}: {(time.monotonic() - began)/60:.1f} minutes', file=sys.stderr, flush=True)
-    if failed: print(f"gpu: not met: {'; '.join(failed)}", file=sys.stderr)
+        print(f'gpu: {name}: {(time.monotonic() - start)/60:.1f} minutes', file=sys.stderr, flush=True)
+    if failed: print(f"gpu: targets not met: {'; '.join(failed)}", file=sys.stderr)
 
 if __name__ == '__main__': main()

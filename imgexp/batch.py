@@ -22,19 +22,19 @@ from .workers import Job, Result, run_jobs, thread_count, worker_environments
 # %% ../nbs/05b_batch.ipynb #6a573a63
 def grid(
     values: dict, # {name: values}; values are a list, a comma-separated string, or a JSON list as a string
-) -> list:        # of {name: value}; the last name varies fastest
-    "Return every combination of the values, once."
-    lists = {k: _unique(_listed(k, v)) for k, v in values.items()}
+) -> list:        # of points {name: value}; the last name varies fastest
+    "Return all distinct combinations of the values."
+    lists = {k: _unique(_parse_values(k, v)) for k, v in values.items()}
     return [dict(zip(lists, point)) for point in itertools.product(*lists.values())]
 
 def _unique(values): return list({json.dumps(v, sort_keys=True): v for v in values}.values())
 
-def _listed(name, values):
+def _parse_values(name, values):
     if not isinstance(values, str): return values
     if not values.lstrip().startswith('['): return [v.strip() for v in values.split(',')]
     try: return json.loads(values)
     except ValueError:
-        raise InputError(f'{name}={values!r} begins like a JSON list, but is none: write ["a", "b"]') from None
+        raise InputError(f'{name}={values!r} is not a valid JSON list: write ["a", "b"]') from None
 
 # %% ../nbs/05b_batch.ipynb #fa1a231a
 def runs_of(
@@ -46,28 +46,28 @@ def runs_of(
     runs = (Run(d) for d in sorted(folder.glob(f'*-{stem}-*'), reverse=True) if (d/'params.json').is_file())
     return [r for r in runs if r.notebook == stem and not r.metrics.get('ended')]
 
-def _same(run, values):
-    same_folder = run.folder == str(Path.cwd()) or not any(_names_contents(v) for v in values.values())
+def _matches(run, values):
+    same_folder = run.folder == str(Path.cwd()) or not any(_may_name_file(v) for v in values.values())
     return same_folder and all(run.params.get(k, v) == v for k, v in values.items() if k not in run.not_in_id)
 
-def _names_contents(value):
-    "Whether a value may name a file, folder or function, whose contents can change"
+def _may_name_file(value):
+    "Whether a value may name a file, folder or function, whose content can change"
     return isinstance(value, str) and (':' in value or '/' in value or os.path.exists(value)) and value != ''
 
 def _find_run(values, runs):
     "Return a run with these parameters, preferably a finished one; None if there is none"
-    same = [r for r in runs if _same(r, values)]
-    return next((r for r in same if r.finished), same[0] if same else None)
+    matches = [r for r in runs if _matches(r, values)]
+    return next((r for r in matches if r.finished), matches[0] if matches else None)
 
 # %% ../nbs/05b_batch.ipynb #73f14e3a
-def _filled(notebook, point):
-    "Return all parameters of a point, as its run will have them"
+def _all_parameters(notebook, point):
+    "Return all parameters of a point, with the values that its run will record"
     experiment, p = library_experiment(notebook), parameter_table(notebook).check(point)
     return experiment.resolve(p) if experiment else p
 
 # %% ../nbs/05b_batch.ipynb #05926850
 def _timing(run):
-    "Seconds of a run (outside its training, in it); None if it was interrupted or not measured"
+    "Return (overhead, training time) of a run in seconds; None if it was interrupted or not measured"
     status, training = run.status, run.metrics.get('seconds')
     if not run.finished or status.get('continued') or training is None: return None
     return max(0., seconds_since(status['started']) - seconds_since(status['ended']) - training), training
@@ -76,18 +76,18 @@ def _timing(run):
 def estimate(
     values: dict,     # all parameters of a new run
     runs,             # `Run`s of the same notebook
-    threads: int = 0, # per worker; 0: as many as before
+    threads: int = 0, # per worker; 0: the same as in the earlier run
 ) -> float:           # seconds; None if there is no comparable run
-    "Estimate run time from the most similar finished run on the same images, by epochs, subset, threads."
-    alike = [r for r in runs
-             if all(r.params.get(k) == values[k] for k in ('data', 'classes', 'size', 'arch') if k in values)]
-    measured = [(r, t) for r in alike if (t := _timing(r))]
+    "Estimate run time from the most similar finished run on the same images, scaled by epochs, subset, threads."
+    comparable = [r for r in runs
+                  if all(r.params.get(k) == values[k] for k in ('data', 'classes', 'size', 'arch') if k in values)]
+    measured = [(r, t) for r in comparable if (t := _timing(r))]
     if not measured: return None
-    run, (around, training) = max(measured, key=lambda m: sum(m[0].params.get(k) == v for k, v in values.items()))
+    run, (overhead, training) = max(measured, key=lambda m: sum(m[0].params.get(k) == v for k, v in values.items()))
     for k in ('epochs', 'subset'):
         if run.params.get(k) and values.get(k): training *= values[k]/run.params[k]
-    before = (run.attempts or [{}])[-1].get('threads') or threads
-    return around + training*(max(1., before/threads) if threads else 1.)
+    previous_threads = (run.attempts or [{}])[-1].get('threads') or threads
+    return overhead + training*(max(1., previous_threads/threads) if threads else 1.)
 
 # %% ../nbs/05b_batch.ipynb #35260ff7
 @dataclass(repr=False)
@@ -98,7 +98,7 @@ class Plan:
     actions: list # keys of `_ACTIONS`, one per point
     runs: list    # a `Run` or None per point
     seconds: list # estimates; None if unknown
-    n: int        # jobs at once
+    n: int        # concurrent jobs
 
     def __str__(self):
         todo = [s for s, d in zip(self.seconds, self.actions) if d in ('run', 'continue')]
@@ -109,9 +109,10 @@ class Plan:
     def _time(self, todo):
         if None in todo: return 'time unknown until the first of them has finished'
         total = max(sum(todo)/self.n, *todo, 0)
-        return f"{len(todo)} × {duration(sum(todo)/len(todo))} on {self.n} worker{'s'*(self.n > 1)} ≈ {duration(total)}"
+        mean_time = duration(sum(todo)/len(todo))
+        return f"{len(todo)} × {mean_time} on {self.n} worker{'s'*(self.n > 1)} ≈ {duration(total)}"
     def table(self):
-        "Return a pandas table with a row per point."
+        "Return a pandas DataFrame with a row per point."
         import pandas as pd
         columns = zip(self.points, self.actions, self.runs, self.seconds)
         rows = [p | {'action': a, 'run': r.name if r else '', 'seconds': s} for p, a, r, s in columns]
@@ -121,89 +122,91 @@ class Plan:
 
 # %% ../nbs/05b_batch.ipynb #bd60409c
 _ACTIONS = {'run': 'to run', 'continue': 'to continue', 'busy': 'running in another process', 'reuse': 'finished',
-            'check': 'finished, if their data are the same',
-            'evaluate': 'finished by a sweep, to evaluate on test images', 'skip': 'failed (--retry runs them again)'}
+            'check': 'finished unless their data changed',
+            'evaluate': 'finished by a sweep, to be evaluated on the test images',
+            'skip': 'failed (--retry runs them again)'}
 
 # %% ../nbs/05b_batch.ipynb #8806fa33
 def plan_batch(
-    notebook: Path,      # an experiment
+    notebook: Path,
     points: list,        # of {parameter: value}
-    n: int = 1,          # jobs at once
-    retry: bool = False, # also run those that failed before
+    n: int = 1,          # concurrent jobs
+    retry: bool = False, # also run points that failed before
 ) -> Plan:
     "Plan a batch: what to do with each point, and how long it will take."
     runs = runs_of(notebook)
     threads = thread_count(worker_environments(n)[0])
-    full = [_filled(notebook, p) for p in points]
-    existing = [_find_run(p, runs) for p in full]
+    all_values = [_all_parameters(notebook, p) for p in points]
+    existing = [_find_run(p, runs) for p in all_values]
     def action(p, run):
         if run and run.state == 'running': return 'busy'
         if not run or run.state not in ('done', 'failed'): return 'continue' if run and len(run.history) else 'run'
         if run.finished:
             if run.metrics.get('test', 0) is None: return 'evaluate'
-            return 'check' if any(map(_names_contents, p.values())) else 'reuse'
+            return 'check' if any(map(_may_name_file, p.values())) else 'reuse'
         return 'continue' if retry else 'skip'
-    return Plan(notebook, points, [action(p, r) for p, r in zip(full, existing)], existing,
-                [estimate(p, runs, threads) for p in full], n)
+    return Plan(notebook, points, [action(p, r) for p, r in zip(all_values, existing)], existing,
+                [estimate(p, runs, threads) for p in all_values], n)
 
 # %% ../nbs/05b_batch.ipynb #80b9b1f9
 def batch(
     notebook: str,        # '03_train', or a path
     values: dict,         # {name: values}, as for `grid`
-    jobs: int = 1,        # number of jobs at once
-    retry: bool = False,  # also run those that failed before
-    dry: bool = False,    # only plan
+    jobs: int = 1,        # number of concurrent jobs
+    retry: bool = False,  # also run points that failed before
+    dry: bool = False,    # only plan, run nothing
     executor=None,        # by default worker processes on this machine
-    say=print,            # called with each line of progress
+    say=print,            # called with progress messages
 ) -> list:                # `Result`s, one per point; with `dry`, the `Plan`
     "Run a notebook for each unfinished point of a grid; raises `Interrupted` on a request to stop."
     path = find_notebook(notebook)
-    if jobs < 1: raise InputError(f'jobs={jobs}: give 1 or more')
+    if jobs < 1: raise InputError(f'jobs={jobs} must be 1 or more')
     points = _unique(check_points(path, grid(values)))
-    todo = plan_batch(path, points, jobs, retry)
-    say(str(todo))
-    if dry: return todo
-    results = [_finished(p, points, a, r) for p, a, r in zip(points, todo.actions, todo.runs)]
-    rest = sorted((k for k, r in enumerate(results) if r is None), key=lambda k: todo.actions[k] == 'busy')  # those last
+    plan = plan_batch(path, points, jobs, retry)
+    say(str(plan))
+    if dry: return plan
+    results = [_result_without_run(p, points, a, r) for p, a, r in zip(points, plan.actions, plan.runs)]
+    pending = [k for k, r in enumerate(results) if r is None]
+    pending.sort(key=lambda k: plan.actions[k] == 'busy')  # points that another process is running come last
     reuse = {'resume': 'reuse'} if 'resume' in notebook_parameters(path) else {}
-    calls = [Job('imgexp.notebooks:execute', {'notebook': str(path), 'values': reuse | points[k]},
-                 _name(points[k], points)) for k in rest]
-    progress = _Progress(len(rest), jobs, say)
-    for k, r in zip(rest, run_jobs(calls, jobs, executor, progress)): results[k] = r
+    queue = [Job('imgexp.notebooks:execute', {'notebook': str(path), 'values': reuse | points[k]},
+                 _job_name(points[k], points)) for k in pending]
+    progress = _Progress(len(pending), jobs, say)
+    for k, r in zip(pending, run_jobs(queue, jobs, executor, progress)): results[k] = r
     return results
 
 # %% ../nbs/05b_batch.ipynb #45c1da87
-def _name(point, points):
+def _job_name(point, points):
     "Describe a point by the parameters that vary between points"
     varying = [k for k in point if any(p[k] != point[k] for p in points)]
-    return ' '.join(f'{k}={point[k]}' for k in varying or point) or 'as it stands'
+    return ' '.join(f'{k}={point[k]}' for k in varying or point) or 'default parameters'
 
-def _finished(point, points, action, run):
-    "Return the result of a point that needs no run; None if it needs one"
+def _result_without_run(point, points, action, run):
+    "Return the result of a point that is already finished or skipped; None if it must be run"
     if action not in ('reuse', 'skip'): return None
-    job = Job('imgexp.notebooks:execute', {'values': point}, _name(point, points))
+    job = Job('imgexp.notebooks:execute', {'values': point}, _job_name(point, points))
     value = {'run': str(run.dir), 'reused': True}
     if action == 'reuse': return Result(job, 'done', value)
     return Result(job, 'failed', value, error=run.status.get('error') or '')
 
 # %% ../nbs/05b_batch.ipynb #390977f3
 class _Progress:
-    "Report a line for each job that ends, with the time left"
+    "Print a line for each job that ends, with the time left"
     def __init__(self, total, n, say): self.total, self.n, self.say, self.done, self.seconds = total, n, say, 0, []
     def __call__(self, result, index):
         self.done += 1
         self.seconds += [result.seconds]*(result.state == 'done' and not result.value['reused'])
         run = (result.value or {}).get('run')
         outcome = result.error or ', '.join(f'{k} {v}' for k, v in (Run(run).headline() if run else [])[:1])
-        left = (self.total - self.done)/self.n*statistics.median(self.seconds) if self.seconds else 0
+        time_left = (self.total - self.done)/self.n*statistics.median(self.seconds) if self.seconds else 0
         self.say(f'{self.done}/{self.total} {result.job.name}: {result.state} in {duration(result.seconds)}'
                  + f', {outcome}'*bool(outcome)
-                 + f', about {duration(left)} to go'*(left > 0))
+                 + f', about {duration(time_left)} to go'*(time_left > 0))
 
 # %% ../nbs/05b_batch.ipynb #57fe05ac
 def results_table(
     results: list, # from `batch`
-):                 # pandas table, a row per job
+):                 # pandas DataFrame, a row per job
     "Return the results of a batch as a table: parameters, state, top-1, run, error."
     import pandas as pd
     def row(r):

@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .catalog import SPLITS
-from .data import Files, Images, Pixels, read, stored, with_valid
+from .data import Files, Images, Pixels, read, read_stored, with_valid
 from .decoding import BadImage, decode, open_image, resize, without_warnings
 from .errors import InputError, RunFailed
 from .packs import Pack
@@ -28,9 +28,9 @@ from .randomness import order
 from .text import plot_text, printable
 
 # %% ../nbs/01j_check.ipynb #ebf12e8d
-BITS, NEAR = 256, 15  # bits of the hash; how many may differ between two copies of a picture
+BITS, NEAR = 256, 15  # bits of a hash; maximum number that differ between two copies of a picture
 
-_WAVES = np.cos(np.pi/64*(np.arange(64) + .5)*np.arange(1, 17)[:, None]).astype(np.float32)
+_COSINES = np.cos(np.pi/64*(np.arange(64) + .5)*np.arange(1, 17)[:, None]).astype(np.float32)
 
 def phash(
     image,     # uint8 [h, w] or [h, w, 3], RGB
@@ -38,32 +38,32 @@ def phash(
     "Compute PDQ's perceptual hash, with area averaging instead of its blur."
     small = resize(image, 64, 64)
     gray = (small if small.ndim == 2 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)).astype(np.float32)
-    waves = _WAVES @ gray @ _WAVES.T
-    return np.packbits(waves > np.median(waves), axis=1).view('>u2').ravel().astype(np.uint16)
+    frequencies = _COSINES @ gray @ _COSINES.T
+    return np.packbits(frequencies > np.median(frequencies), axis=1).view('>u2').ravel().astype(np.uint16)
 
 # %% ../nbs/01j_check.ipynb #c1214898
-_ONES = np.array([bin(i).count('1') for i in range(1 << 16)], np.uint8)
+_BIT_COUNT = np.array([bin(i).count('1') for i in range(1 << 16)], np.uint8)
 
 def hamming(
     a,  # uint16 [..., 16]
     b,  # uint16 [..., 16]
 ) -> np.ndarray: # int [...]: 0 to 256
-    "Bits in which two hashes differ."
-    return _ONES[np.bitwise_xor(a, b)].sum(-1, dtype=int)
+    "Number of bits in which two hashes differ."
+    return _BIT_COUNT[np.bitwise_xor(a, b)].sum(-1, dtype=int)
 
 # %% ../nbs/01j_check.ipynb #a4b48181
-def _beside(words, k, limit=64):
-    "Pairs of hashes that agree in word `k` and are close together when sorted by word `k` first"
-    rolled = np.ascontiguousarray(np.roll(words, -k, axis=1), '>u2').view('S32').ravel()  # sorts as the words do
-    place = np.argsort(rolled, kind='stable')
-    key = words[place, k]
+def _candidates(words, k, limit=64):
+    "Yield pairs of hashes that agree in word `k` and are at most `limit` places apart when sorted by it first"
+    rolled = np.ascontiguousarray(np.roll(words, -k, axis=1), '>u2').view('S32').ravel()  # sorts like the words
+    indices = np.argsort(rolled, kind='stable')
+    key = words[indices, k]
     for step in range(1, limit + 1):
         same = np.flatnonzero(key[step:] == key[:-step])
         if not len(same): return
-        yield place[same], place[same + step]
+        yield indices[same], indices[same + step]
 
 # %% ../nbs/01j_check.ipynb #a6c44a06
-def _join(group, a, b):
+def _merge_groups(group, a, b):
     "Group numbers after merging the groups of `a` and `b`"
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -74,91 +74,91 @@ def _join(group, a, b):
 # %% ../nbs/01j_check.ipynb #e2770816
 def near_groups(
     words,  # uint16 [n, 16], hashes
-) -> tuple: # int [n] each: a number for each group of near hashes, the nearest other (-1: none), bits to it
-    "Find hashes that differ in at most 15 bits, in far fewer than n² steps."
+) -> tuple: # int [n] each: group of near hashes, index of the nearest other hash (-1: none), bits in which they differ
+    "Find hashes that differ in at most 15 bits, in far fewer than n² comparisons."
     words = np.asarray(words, np.uint16).reshape(-1, 16)
     n = len(words)
-    group, like, bits = np.arange(n), np.full(n, -1), np.full(n, NEAR + 1)
+    group, nearest, bits = np.arange(n), np.full(n, -1), np.full(n, NEAR + 1)
     for k in range(16):
-        for a, b in _beside(words, k):
-            d = hamming(words[a], words[b])
-            a, b, d = (v[d <= NEAR] for v in (a, b, d))
+        for a, b in _candidates(words, k):
+            distance = hamming(words[a], words[b])
+            a, b, distance = (v[distance <= NEAR] for v in (a, b, distance))
             for i, j in ((a, b), (b, a)):
-                better = d < bits[i]
-                like[i[better]], bits[i[better]] = j[better], d[better]
-            if len(a): group = _join(group, a, b)
-    return group, like, bits
+                better = distance < bits[i]
+                nearest[i[better]], bits[i[better]] = j[better], distance[better]
+            if len(a): group = _merge_groups(group, a, b)
+    return group, nearest, bits
 
 # %% ../nbs/01j_check.ipynb #dc6114f2
 def _header(raw):
-    "Format, mode and EXIF orientation in a file's content"
+    "Format, mode and EXIF orientation of a file, from its content"
     try:
         with open_image(raw) as f:
             format = {'MPO': 'JPEG', 'DIB': 'BMP'}.get(f.format, f.format)  # MPO: a JPEG with a preview behind it
-            deep = f.mode.startswith('I;16') or format == 'PNG' and raw[24] == 16
-            turned = f.getexif().get(0x112, 1) if format == 'JPEG' and 'exif' in f.info else 1
-            return format, '16 bit' if deep else f.mode, turned if turned in range(2, 9) else 1
+            is_16_bit = f.mode.startswith('I;16') or format == 'PNG' and raw[24] == 16
+            orientation = f.getexif().get(0x112, 1) if format == 'JPEG' and 'exif' in f.info else 1
+            return format, '16 bit' if is_16_bit else f.mode, orientation if orientation in range(2, 9) else 1
     except Exception: return 'HTML' if raw[:200].lstrip()[:1] == b'<' else '', '', 1
 
 def _content(table, row):
-    "The bytes of the file, or the array where there is no file; raises BadImage"
-    return stored(table, row) if isinstance(table.source, Files) else read(table, row)
+    "The bytes of an image's file, or its pixels if there is no file; raises BadImage"
+    return read_stored(table, row) if isinstance(table.source, Files) else read(table, row)
 
 # %% ../nbs/01j_check.ipynb #5fa392ec
-PLAIN = 2/255  # standard deviation of all channels below which an image is of one color
+PLAIN = 2/255  # an image whose channels all deviate by less is of one color
 
-def _measured(image):
-    "Columns of the survey that are computed from the pixels"
+def _pixel_columns(image):
+    "Columns of the survey that are computed from an image's pixels"
     mean, std = (np.broadcast_to(v.ravel()/255, 3) for v in cv2.meanStdDev(image))
-    key = hashlib.sha256(repr(image.shape).encode())
-    key.update(np.ascontiguousarray(image))
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image))
     words = phash(image).astype('>u2').tobytes().hex() if std.max() >= PLAIN else ''
     return dict(zip(_CHANNELS, (*mean, *std)), height=image.shape[0], width=image.shape[1],
-                pixels=key.hexdigest()[:16], phash=words)
+                pixels=digest.hexdigest()[:16], phash=words)
 
 _CHANNELS = 'red green blue red_std green_std blue_std'.split()
 
 # %% ../nbs/01j_check.ipynb #1a277ae3
-def _look(table, row):
-    "Columns of the survey for one image, with the reason if it can't be decoded"
+def _survey_image(table, row):
+    "Columns of the survey for one image, or the reason why it can't be decoded"
     try: raw = _content(table, row)
     except BadImage as e: return dict(why=str(e))
     if not isinstance(raw, bytes):
-        return _measured(raw) | dict(format='array', mode='L' if raw.ndim == 2 else 'RGB', bytes=raw.nbytes)
+        return _pixel_columns(raw) | dict(format='array', mode='L' if raw.ndim == 2 else 'RGB', bytes=raw.nbytes)
     out = dict(zip(('format', 'mode', 'orientation'), _header(raw)), bytes=len(raw))
     out['sha256'] = hashlib.sha256(raw).hexdigest()
-    try: return out | _measured(decode(raw))
+    try: return out | _pixel_columns(decode(raw))
     except BadImage as e: return out | dict(why=str(e))
 
 # %% ../nbs/01j_check.ipynb #f37fc9cb
 _COLUMNS = dict(format=object, mode=object, height=np.int32, width=np.int32, bytes=np.int64, orientation=np.int8,
                 why=object, **dict.fromkeys(_CHANNELS, np.float32), sha256=object, pixels=object, phash=object)
 
-def _empty(n): return {k: np.full(n, '' if t is object else k == 'orientation', t) for k, t in _COLUMNS.items()}
+def _empty_columns(n): return {k: np.full(n, '' if t is object else k == 'orientation', t) for k, t in _COLUMNS.items()}
 
-def _fill(table, rows, columns, start, stop):
-    "Survey the images `rows[start:stop]` into `columns`"
+def _survey_rows(table, rows, columns, start, stop):
+    "Survey the images `rows[start:stop]` into `columns`; returns their number"
     for i in range(start, stop):
-        for k, v in _look(table, rows[i]).items(): columns[k][i] = v
+        for k, v in _survey_image(table, rows[i]).items(): columns[k][i] = v
     return stop - start
 
-def _fill_all(table, rows, columns, workers):
+def _survey_all(table, rows, columns, workers):
     from tqdm import tqdm
-    n, at_once = len(rows), 32
-    def part(start): return _fill(table, rows, columns, start, min(start + at_once, n))
+    n, chunk = len(rows), 32
+    def survey_chunk(start): return _survey_rows(table, rows, columns, start, min(start + chunk, n))
     with (ThreadPoolExecutor(workers if workers > 0 else os.cpu_count()) as pool, without_warnings(),
           tqdm(total=n, desc='checking', unit=' images', leave=False, disable=not sys.stderr.isatty()) as bar):
-        for done in pool.map(part, range(0, n, at_once)): bar.update(done)
+        for n_done in pool.map(survey_chunk, range(0, n, chunk)): bar.update(n_done)
 
 # %% ../nbs/01j_check.ipynb #4dba34be
-def _as_brought(table):
-    "`table` without a validation split that was drawn from the training images"
+def _without_drawn_valid(table):
+    "Undo a validation split that was drawn from the training images"
     merged = replace(table, splits=np.where(table.splits == 1, 0, table.splits).astype(np.int8))
     try: return merged if (with_valid(merged).splits == table.splits).all() else table
     except InputError: return table  # too small for a validation split
 
-def _names(table, rows):
-    "Printable names: paths, or split/class/number of images in memory"
+def _item_names(table, rows):
+    "Printable names: paths, or split/class/number for images in memory"
     if not isinstance(table.source, Pixels): return [printable(i) for i in table.items[rows]]
     columns = zip(table.splits[rows], table.labels[rows], table.items[rows])
     return [f'{SPLITS[s]}/{table.classes[c]}/{i}' for s, c, i in columns]
@@ -167,56 +167,57 @@ def _names(table, rows):
 def survey(
     table: Images,
     n: int = 0,       # maximum number of images, a fixed random sample; 0: all
-    workers: int = -1, # threads; -1 takes one a core
+    workers: int = -1, # threads; -1: one per core
 ):  # pandas DataFrame, one row per image; its index is the row of `table`
-    "Decode every image: format, mode, size, bytes, orientation, hashes, mean, deviation, and error if any."
+    "Decode every image; records format, mode, size, bytes, orientation, hashes, mean, deviation, and any error."
     import pandas as pd
-    table = _as_brought(table)
+    table = _without_drawn_valid(table)
     rows = np.sort(order(len(table), 0, 0)[:n or None])
-    columns = _empty(len(rows))
-    _fill_all(table, rows, columns, workers)
+    columns = _empty_columns(len(rows))
+    _survey_all(table, rows, columns, workers)
     labels = {'class': pd.Categorical.from_codes(table.labels[rows], [printable(str(c)) for c in table.classes]),
               'split': pd.Categorical.from_codes(table.splits[rows], SPLITS)}
-    out = pd.DataFrame(dict(item=_names(table, rows), **labels, **columns), index=rows)
+    out = pd.DataFrame(dict(item=_item_names(table, rows), **labels, **columns), index=rows)
     return out.astype({'format': 'category', 'mode': 'category'})
 
 # %% ../nbs/01j_check.ipynb #15336b7e
-_DOUBLE = ['group', 'match', 'bits', 'item', 'class', 'split', 'like']
+_DUPLICATE_COLUMNS = ['group', 'match', 'bits', 'item', 'class', 'split', 'like']
 
-def _same(seen):
+def _same_pixels(df):
     "Images whose pixels are equal"
-    same = seen[seen.duplicated('pixels', keep=False)].sort_values('pixels', kind='stable')
-    follows = same.pixels == same.pixels.shift(-1)
-    like = same.item.shift(-1).where(follows, same.item.shift(1))
-    return same.assign(match='same', bits=0, like=like, group=same.groupby('pixels').ngroup())
+    same = df[df.duplicated('pixels', keep=False)].sort_values('pixels', kind='stable')
+    has_next = same.pixels == same.pixels.shift(-1)
+    other = same.item.shift(-1).where(has_next, same.item.shift(1))
+    return same.assign(match='same', bits=0, like=other, group=same.groupby('pixels').ngroup())
 
 # %% ../nbs/01j_check.ipynb #456979bb
-def _near(seen):
+def _near_hashes(df):
     "Images whose hashes are near those of an image with different pixels"
     import pandas as pd
-    seen = seen[seen.phash != '']
-    one = seen.drop_duplicates('pixels')
-    group, like, bits = near_groups(np.frombuffer(bytes.fromhex(''.join(one.phash)), '>u2'))
-    number = pd.Series(np.arange(len(one)), one.pixels).reindex(seen.pixels).to_numpy()
-    out = seen.assign(match='near', bits=bits[number], group=group[number], like=one.item.to_numpy()[like[number]])
-    return out[like[number] >= 0]
+    df = df[df.phash != '']
+    unique = df.drop_duplicates('pixels')
+    group, nearest, bits = near_groups(np.frombuffer(bytes.fromhex(''.join(unique.phash)), '>u2'))
+    index = pd.Series(np.arange(len(unique)), unique.pixels).reindex(df.pixels).to_numpy()
+    other = unique.item.to_numpy()[nearest[index]]
+    out = df.assign(match='near', bits=bits[index], group=group[index], like=other)
+    return out[nearest[index] >= 0]
 
 # %% ../nbs/01j_check.ipynb #8ab105b0
 def duplicates(
-    looked,  # what `survey` returned
+    survey,  # pandas DataFrame returned by `survey`
 ):  # pandas DataFrame, one row per image; its index is the row of the table
     "Find groups of images that show the same picture: every pixel the same, or hashes near."
     import pandas as pd
-    seen = looked[looked.why == '']
-    pairs = pd.concat([_same(seen), _near(seen)]).sort_values('match', ascending=False, kind='stable')
+    good = survey[survey.why == '']
+    pairs = pd.concat([_same_pixels(good), _near_hashes(good)]).sort_values('match', ascending=False, kind='stable')
     pairs['group'] = pairs.groupby(['match', 'group'], sort=False).ngroup()
-    return pairs.sort_values('group', kind='stable')[_DOUBLE]
+    return pairs.sort_values('group', kind='stable')[_DUPLICATE_COLUMNS]
 
 def leaks(
-    looked,  # what `survey` returned
+    survey,  # pandas DataFrame returned by `survey`
 ):  # pandas DataFrame, the groups of `duplicates` that have images in two splits or more
-    "Pictures that are in more than one split."
-    pairs = duplicates(looked)
+    "Find pictures that are in more than one split."
+    pairs = duplicates(survey)
     return pairs[pairs.groupby('group').split.transform('nunique') > 1]
 
 # %% ../nbs/01j_check.ipynb #179c6731
@@ -239,17 +240,17 @@ FINDINGS = {
     'one color':         ('warning', 'nothing to see: channels deviate by less than 2 of 255')}
 
 # %% ../nbs/01j_check.ipynb #3f23deb3
-_NAMED = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', GIF='.gif', BMP='.bmp .dib', WEBP='.webp', TIFF='.tif .tiff',
+_SUFFIXES = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', GIF='.gif', BMP='.bmp .dib', WEBP='.webp', TIFF='.tif .tiff',
               PPM='.ppm .pgm .pbm .pnm', AVIF='.avif', HEIF='.heic .heif .hif')
-_SUFFIX = {suffix: format for format, named in _NAMED.items() for suffix in named.split()}
+_FORMAT_OF = {suffix: format for format, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 # %% ../nbs/01j_check.ipynb #18ebdcff
-def _strange_images(looked):
-    "(kind, survey, which of its rows, what to say of each)"
-    bad, good = looked[looked.why != ''], looked[looked.why == '']
+def _image_findings(survey):
+    "Yield (kind, survey, mask of its rows, detail of each row)"
+    bad, good = survey[survey.why != ''], survey[survey.why == '']
     yield 'unreadable', bad, bad.why != '', bad.why.where(bad['format'] != 'HTML', 'is a web page')
     format, mode = good['format'].astype(str), good['mode'].astype(str)
-    expected = good.item.map(lambda i: _SUFFIX.get(os.path.splitext(i)[1].lower()))
+    expected = good.item.map(lambda i: _FORMAT_OF.get(os.path.splitext(i)[1].lower()))
     yield 'wrong extension', good, expected.notna() & (expected != format) & (format != 'array'), 'holds ' + format
     common = mode.mode().iloc[0] if len(mode) else ''
     yield 'odd mode', good, mode != common, 'is ' + mode + f', most are {common}'
@@ -263,22 +264,23 @@ def _strange_images(looked):
     yield 'one color', good, plain, plain.map({True: 'is of one color'})
 
 # %% ../nbs/01j_check.ipynb #50af5551
-def _strange_groups(looked):
-    "(kind, duplicates, which of their rows, what to say of each)"
-    pairs = duplicates(looked)
+def _group_findings(survey):
+    "Yield (kind, duplicates, mask of their rows, detail of each row)"
+    pairs = duplicates(survey)
     groups = pairs.groupby('group')
-    across, apart = (groups[k].transform('nunique') > 1 for k in ('split', 'class'))
-    texts = {'same': 'is the same as ' + pairs.like,
-           'near': 'is nearly ' + pairs.like + ' (' + pairs.bits.astype(str) + f' of {BITS} bits differ)'}
+    cross_split, cross_class = (groups[k].transform('nunique') > 1 for k in ('split', 'class'))
+    details = {'same': 'is the same as ' + pairs.like,
+               'near': 'is nearly ' + pairs.like + ' (' + pairs.bits.astype(str) + f' of {BITS} bits differ)'}
+    kinds = {'leak': cross_split, 'two labels': cross_class, 'duplicate': ~cross_split & ~cross_class}
     for match, near in (('same', ''), ('near', 'near ')):
         matching = pairs.match == match
-        for kind, which in (('leak', across), ('two labels', apart), ('duplicate', ~across & ~apart)):
-            yield near + kind, pairs, matching & which, texts[match]
+        for kind, mask in kinds.items():
+            yield near + kind, pairs, matching & mask, details[match]
 
 # %% ../nbs/01j_check.ipynb #c896ce61
-def _strange_classes(looked):
-    "(kind, class, split, what to say of it)"
-    good = looked[looked.why == '']
+def _class_findings(survey):
+    "Yield (kind, class, split, detail)"
+    good = survey[survey.why == '']
     counts = good.groupby(['class', 'split'], observed=False).size().unstack()
     median = counts.train.median()
     for c, n in counts.train.items():
@@ -291,9 +293,9 @@ def _strange_classes(looked):
 # %% ../nbs/01j_check.ipynb #25aae843
 @dataclass(repr=False)
 class CheckReport:
-    "What `check` found in the images of a table."
+    "Findings of `check` in the images of a table."
     images: Images
-    looked: object   # the survey, a pandas DataFrame
+    survey: object   # pandas DataFrame, one row per image
     findings: object # pandas DataFrame, one row per finding and image
     def __len__(self): return self.findings.finding.nunique()
     def table(self): return self.findings.drop(columns='row').set_index('finding')
@@ -302,45 +304,47 @@ class CheckReport:
     @property
     def summary(self):
         "One line: images, classes, errors, warnings"
-        each = ', '.join(f'{n:,} {s}{"s"*(n != 1)}' for s in ('error', 'warning') if (n := self.count(s)))
-        return f'{len(self.looked):,} images, {len(self.images.classes):,} classes: {each or "nothing strange"}'
+        counts = ', '.join(f'{n:,} {s}{"s"*(n != 1)}' for s in ('error', 'warning') if (n := self.count(s)))
+        return f'{len(self.survey):,} images, {len(self.images.classes):,} classes: {counts or "no problems found"}'
 
 # %% ../nbs/01j_check.ipynb #c071cef6
-def _rows(kind, table, which, say):
-    "Rows of the table of findings for strange images or groups"
-    which = which.to_numpy()
-    rows = table[which]
+def _finding_rows(kind, df, mask, detail):
+    "Rows of the table of findings for images or groups, of which `mask` selects those with the finding"
+    mask = mask.to_numpy()
+    rows = df[mask]
     out = rows[['item', 'class', 'split']].astype({'class': object, 'split': object})
-    return out.assign(kind=kind, one=rows.get('group', rows.index), row=rows.index, detail=say.to_numpy()[which])
+    return out.assign(kind=kind, group=rows.get('group', rows.index), row=rows.index, detail=detail.to_numpy()[mask])
 
 # %% ../nbs/01j_check.ipynb #f3741bbe
-def _findings(looked):
-    "One table of everything strange, errors first"
+def _findings(survey):
+    "One table of all findings, errors first"
     import pandas as pd
-    parts = [_rows(*f) for f in (*_strange_images(looked), *_strange_groups(looked)) if f[2].any()]
-    classes = pd.DataFrame(_strange_classes(looked), columns=['kind', 'class', 'split', 'detail'])
-    out = pd.concat([*parts, classes.assign(one=np.arange(len(classes)), row=-1, item='')], ignore_index=True)
+    found = (*_image_findings(survey), *_group_findings(survey))
+    tables = [_finding_rows(kind, df, mask, detail) for kind, df, mask, detail in found if mask.any()]
+    classes = pd.DataFrame(_class_findings(survey), columns=['kind', 'class', 'split', 'detail'])
+    classes = classes.assign(group=np.arange(len(classes)), row=-1, item='')
+    out = pd.concat([*tables, classes], ignore_index=True)
     out['severity'] = pd.Categorical(out.kind.map(lambda k: FINDINGS[k][0]), ['error', 'warning'], ordered=True)
     out['kind'] = pd.Categorical(out.kind, list(FINDINGS), ordered=True)
-    out = out.sort_values(['kind', 'one'], kind='stable')
-    out['finding'] = out.groupby(['kind', 'one'], observed=True).ngroup() + 1
+    out = out.sort_values(['kind', 'group'], kind='stable')
+    out['finding'] = out.groupby(['kind', 'group'], observed=True).ngroup() + 1
     return out[['finding', 'kind', 'severity', 'row', 'item', 'class', 'split', 'detail']].reset_index(drop=True)
 
 # %% ../nbs/01j_check.ipynb #e8811ec9
 def check(
-    data: str | Path | Images, # a folder, an embedded name, the name of a fetched data set, or a table
-    workers: int = -1,         # threads; -1 takes one a core
+    data: str | Path | Images, # a folder, the name of an embedded or fetched data set, or a table
+    workers: int = -1,         # threads; -1: one per core
 ) -> CheckReport:
     "Check every image of `data`, changing nothing; raises `InputError` if there is nothing to train on."
     images = load_images(data) if isinstance(data, (str, Path)) else data
     if isinstance(images.source, Pack) and (why := images.source.damage()):
         raise RunFailed(f'{images.name}: {why}: pack it again')
-    looked = survey(images, workers=workers)
-    return CheckReport(images, looked, _findings(looked))
+    df = survey(images, workers=workers)
+    return CheckReport(images, df, _findings(df))
 
 # %% ../nbs/01j_check.ipynb #ed704bec
 def _example(rows):
-    "A finding in words: an image and what is wrong with it, or names that belong together"
+    "A finding in words: an image and its problem, or the names of a group"
     first = rows.iloc[0]
     if len(rows) == 1: return f'{first["item"] or "class " + first["class"]} {first.detail}'
     sign = ' ≈ ' if first.kind.startswith('near') else ' = '
@@ -350,16 +354,16 @@ def _example(rows):
 @patch
 def kinds(
     self: CheckReport,
-    n: int = 3,  # examples of each kind
+    n: int = 3,  # maximum number of examples per kind
 ):  # pandas DataFrame, one row per kind
     "Summarize the findings by kind: severity, count, images, examples."
     import pandas as pd
     def row(group):
-        firsts = group[group.finding.isin(group.finding.unique()[:n])]
+        shown = group[group.finding.isin(group.finding.unique()[:n])]
         return dict(severity=group.severity.iloc[0], count=group.finding.nunique(), images=int((group.row >= 0).sum()),
-                    examples=[_example(f) for _, f in firsts.groupby('finding')])
-    group = {kind: row(f) for kind, f in self.findings.groupby('kind', observed=True)}
-    return pd.DataFrame(group.values(), pd.Index(group, name='kind'), ['severity', 'count', 'images', 'examples'])
+                    examples=[_example(df) for _, df in shown.groupby('finding')])
+    rows = {kind: row(df) for kind, df in self.findings.groupby('kind', observed=True)}
+    return pd.DataFrame(rows.values(), pd.Index(rows, name='kind'), ['severity', 'count', 'images', 'examples'])
 
 # %% ../nbs/01j_check.ipynb #0ec376a3
 @patch
@@ -376,19 +380,19 @@ def __repr__(self: CheckReport):
 # %% ../nbs/01j_check.ipynb #0336ea4b
 @patch
 def _repr_html_(self: CheckReport):
-    left = "style='text-align:left'"
+    align = "style='text-align:left'"
     def row(kind, k):
         more = [f'… {k["count"] - len(k.examples):,} more'] if k['count'] > len(k.examples) else []
         examples = '<br>'.join(map(escape, k.examples + more))
-        return (f"<tr><td {left}><b>{kind}</b><br>{FINDINGS[kind][1]}</td><td {left}>{k.severity}</td>"
-                f"<td>{k['count']:,}</td><td>{k.images:,}</td><td {left}>{examples}</td></tr>")
-    head = ''.join(f'<th {left}>{h}</th>' for h in ('kind', 'severity', 'count', 'images', 'examples'))
+        return (f"<tr><td {align}><b>{kind}</b><br>{FINDINGS[kind][1]}</td><td {align}>{k.severity}</td>"
+                f"<td>{k['count']:,}</td><td>{k.images:,}</td><td {align}>{examples}</td></tr>")
+    head = ''.join(f'<th {align}>{h}</th>' for h in ('kind', 'severity', 'count', 'images', 'examples'))
     rows = ''.join(row(kind, k) for kind, k in self.kinds(2).iterrows())
     return f"<div>{escape(self.summary)}{f'<table><tr>{head}</tr>{rows}</table>' if rows else ''}</div>"
 
 # %% ../nbs/01j_check.ipynb #fb635864
 def _thumbnail(table, row, side):
-    "uint8 [h, w, 3] that fits into `side` px; None where the image can't be decoded"
+    "Image resized to fit into `side` px, uint8 [h, w, 3]; None if it can't be decoded"
     try: image = _content(table, row)
     except BadImage: return None
     try: image = decode(image) if isinstance(image, bytes) else image
@@ -400,54 +404,58 @@ def _thumbnail(table, row, side):
 
 # %% ../nbs/01j_check.ipynb #70873c8b
 def _draw_row(ax, table, kind, findings, top, columns, side):
-    "Pictures of one kind of finding with their names, and a line under those that belong together"
+    "Draw the images of one kind of finding with their names, and a line under those of one group"
     ax.text(2, top + side/2, f'{kind}\n{findings.finding.nunique():,}', fontsize=9, va='center')
-    for i, (_, one) in enumerate(findings[:columns].iterrows()):
-        x, image = _LABEL + i*_cell(side), _thumbnail(table, one.row, side)
-        name = f'{one.split} {one["class"]}'[:16], os.path.basename(one['item'])[-16:]
+    for i, (_, example) in enumerate(findings[:columns].iterrows()):
+        x, image = _LABEL_WIDTH + i*_cell_width(side), _thumbnail(table, example.row, side)
+        name = f'{example.split} {example["class"]}'[:16], os.path.basename(example['item'])[-16:]
         ax.text(x, top - 4, '\n'.join(map(plot_text, name)), fontsize=6.5)
         if image is not None: ax.imshow(image, extent=(x, x + image.shape[1], top + image.shape[0], top))
-        else: ax.text(x, top + 4, '\n'.join(map(plot_text, wrap(one.detail, 15))), fontsize=6.5, color='#a00', va='top')
-        if i and one.finding == findings.finding.iloc[i - 1]:
-            ax.plot([x - _cell(side), x + side], [top + side + 4]*2, color='#0072B2')
+        else:
+            detail = '\n'.join(map(plot_text, wrap(example.detail, 15)))
+            ax.text(x, top + 4, detail, fontsize=6.5, color='#a00', va='top')
+        if i and example.finding == findings.finding.iloc[i - 1]:
+            ax.plot([x - _cell_width(side), x + side], [top + side + 4]*2, color='#0072B2')
 
-_LABEL = 104  # px for the name of the kind
-def _cell(side): return max(side, 72) + 8
+_LABEL_WIDTH = 104  # px for the name of the kind
+def _cell_width(side): return max(side, 72) + 8
 
 # %% ../nbs/01j_check.ipynb #39ea9949
 @patch
 def sheet(
     self: CheckReport,
-    columns: int = 6, # maximum number of images of each kind
-    side: int = 56,   # px of each picture
+    columns: int = 6, # maximum number of images per kind
+    side: int = 56,   # side of each picture in px
 ):  # a matplotlib figure
-    "Show the findings as pictures: a row for each kind, the images of a group side by side."
+    "Show the findings as pictures: one row per kind, the images of a group side by side."
     import matplotlib.pyplot as plt
     kinds = list(self.findings[self.findings.row >= 0].groupby('kind', observed=True))
     columns = min(columns, max([3, *(len(findings) for _, findings in kinds)]))
-    width, height = _LABEL + columns*_cell(side), (side + 32)*max(1, len(kinds))
+    width, height = _LABEL_WIDTH + columns*_cell_width(side), (side + 32)*max(1, len(kinds))
     fig = plt.figure(figsize=(width/80, height/80), dpi=80)
     ax = fig.add_axes((0, 0, 1, 1))
     if not kinds: ax.text(2, height/2, plot_text(self.summary))
-    for i, (kind, findings) in enumerate(kinds): _draw_row(ax, self.images, kind, findings, i*(side + 32) + 26, columns, side)
-    ax.set(xlim=(0, width), ylim=(height, 0)); ax.set_axis_off()
+    for i, (kind, findings) in enumerate(kinds):
+        _draw_row(ax, self.images, kind, findings, i*(side + 32) + 26, columns, side)
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.set_axis_off()
     plt.close(fig)
     return fig
 
 # %% ../nbs/01j_check.ipynb #7491fcf7
 def show_sizes(
-    looked,  # what `survey` returned
+    survey,  # pandas DataFrame returned by `survey`
 ):  # a matplotlib figure
     "Plot widths, heights and aspect ratios of the images."
     import matplotlib.pyplot as plt
-    good = looked[looked.why == '']
-    count = good.groupby(['width', 'height']).size()
-    width, height = count.index.get_level_values(0), count.index.get_level_values(1)
+    good = survey[survey.why == '']
+    counts = good.groupby(['width', 'height']).size()
+    width, height = counts.index.get_level_values(0), counts.index.get_level_values(1)
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.8), dpi=64)
-    left.scatter(width, height, s=np.maximum(4, 400*count/count.max()), alpha=.5, color='#0072B2', linewidth=0)
+    left.scatter(width, height, s=np.maximum(4, 400*counts/counts.max()), alpha=.5, color='#0072B2', linewidth=0)
     left.axline((0, 0), slope=1, color='#999999', linewidth=.8)
     left.set(xlim=(0, 1.15*width.max()), ylim=(0, 1.15*height.max()), xlabel='width in px', ylabel='height in px')
-    left.set_title(f'n = {len(good):,}, {len(count):,} size{"s"*(len(count) != 1)}')
+    left.set_title(f'n = {len(good):,}, {len(counts):,} size{"s"*(len(counts) != 1)}')
     aspect = good.width/good.height
     right.hist(np.log2(aspect), bins=np.linspace(-3, 3, 49), color='#0072B2')
     right.set_xticks(range(-3, 4), ['1:8', '1:4', '1:2', '1:1', '2:1', '4:1', '8:1'])
@@ -459,13 +467,13 @@ def show_sizes(
 
 # %% ../nbs/01j_check.ipynb #df691e0c
 def channel_means(
-    looked,  # what `survey` returned
+    survey,  # pandas DataFrame returned by `survey`
 ):  # pandas DataFrame, one row per split
     "Mean and standard deviation of the channels in units of full scale, and the number of images n."
     import pandas as pd
-    good = looked[looked.why == '']
-    by = good.groupby('split', observed=True)
-    mean = by[_CHANNELS[:3]].mean()
+    good = survey[survey.why == '']
+    by_split = good.groupby('split', observed=True)
+    mean = by_split[_CHANNELS[:3]].mean()
     squares = (good[_CHANNELS[3:]]**2).set_axis(_CHANNELS[:3], axis=1) + good[_CHANNELS[:3]]**2
     std = np.sqrt(squares.groupby(good.split, observed=True).mean() - mean**2).set_axis(_CHANNELS[3:], axis=1)
-    return pd.concat([by.size().rename('n'), mean, std], axis=1).round(4)
+    return pd.concat([by_split.size().rename('n'), mean, std], axis=1).round(4)

@@ -27,11 +27,11 @@ from .experiments import commands, find_experiment
 from .files import short_path
 from .output import Json, VisibleOutput, print_table, say, stop_on_sigterm, to_csv
 from .run_table import list_runs, prune_runs, remove_run
-from .seeds import over_seeds, train_seeds
+from .seeds import summarize_seeds, train_seeds
 from .start import diff_params, find_run
 
 # %% ../nbs/90c_cli.ipynb #b6bb3a32
-app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, look after runs.',
+app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, manage runs.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 runs_app = typer.Typer(help='The runs of this project.', no_args_is_help=True, rich_markup_mode=None)
 for _sub, _name in ((runs_app, 'runs'), (data_app, 'data')): app.add_typer(_sub, name=_name)
@@ -44,11 +44,11 @@ def ls(
     sort: Annotated[str, typer.Option(help='Column to sort by.')] = 'run',
     as_json: Json = False,
 ):
-    "All runs: state, duration, epochs, accuracy, disk, and the parameters in which they differ."
+    "List all runs: state, duration, epochs, accuracy, disk space, and the parameters that differ."
     table = list_runs()
     if sort != 'run' and sort not in table:
         raise InputError(f"sort={sort!r} is no column: choose one of run, {', '.join(table)}")
-    if not len(table): say('no runs yet: `make train` or `imgexp train` makes one')
+    if not len(table): say('no runs yet: `make train` or `imgexp train` creates one')
     if len(table) or as_json: print_table(table.dropna(axis=1, how='all').sort_values(sort), as_json)
 
 # %% ../nbs/90c_cli.ipynb #1474f97c
@@ -59,7 +59,7 @@ def show(
     last: Annotated[bool, typer.Option('--last', help='The newest run.')] = False,
     as_json: Json = False,
 ):
-    "One run: state, numbers, parameters, where its files are."
+    "Show a run: state, results, parameters, location of its files."
     run = find_run('' if last else name)
     if as_json: return print(json.dumps({'run': run.name, 'status': run.status | {'state': run.state},
                                          'params': run.params,
@@ -75,40 +75,41 @@ def show(
 # %% ../nbs/90c_cli.ipynb #6835fca4
 @runs_app.command()
 def diff(a: Name, b: Name, as_json: Json = False):
-    "The parameters in which two runs differ, and both results."
-    one, two = find_run(a), find_run(b)
-    differences = diff_params(one, two) | diff_params(dict(one.headline()), dict(two.headline()))
+    "Show the parameters in which two runs differ, and both results."
+    run_a, run_b = find_run(a), find_run(b)
+    differences = diff_params(run_a, run_b) | diff_params(dict(run_a.headline()), dict(run_b.headline()))
     if as_json: return print(json.dumps({k: list(v) for k, v in differences.items()}, indent=1))
     width = max([len(k) for k in differences], default=0)
-    print(f"{'':<{width}}  {one.name}  {two.name}")
-    for k, (x, y) in differences.items(): print(f'{k:<{width}}  {str(x):<{len(one.name)}}  {y}')
+    print(f"{'':<{width}}  {run_a.name}  {run_b.name}")
+    for k, (x, y) in differences.items(): print(f'{k:<{width}}  {str(x):<{len(run_a.name)}}  {y}')
 
 # %% ../nbs/90c_cli.ipynb #9af96d59
 @runs_app.command()
 def rm(
     names: Annotated[List[str], typer.Argument(help='Names of runs, unambiguous parts of them, or their directories.')],
-    yes: Annotated[bool, typer.Option('--yes', help='Do not ask.')] = False,
+    yes: Annotated[bool, typer.Option('--yes', help='Do not ask for confirmation.')] = False,
 ):
     "Delete runs."
-    if not all(names): raise InputError("'' names no run: `imgexp runs ls` lists them")
+    if not all(names): raise InputError("the name of a run is empty: `imgexp runs ls` lists the runs")
     runs = {run.dir.resolve(): run for run in map(find_run, names)}
     if not yes: typer.confirm('delete ' + ', '.join(map(str, runs)) + '?', abort=True, err=True)
     for path, run in runs.items(): say(f'deleted {short_path(path)}, {remove_run(run)/1e6:.1f} MB')
 
 # %% ../nbs/90c_cli.ipynb #4c6d5dd5
 @runs_app.command()
-def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; without it they are only listed.')] = False):
-    "Delete the runs that ended without an epoch or a checkpoint."
+def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; otherwise they are only listed.')] = False):
+    "Delete runs that ended without an epoch or a checkpoint."
     names = prune_runs(dry=not yes)
     for name in names: print(name)
-    say(f"{len(names)} runs without an epoch or a "
-        f"checkpoint{' deleted' if yes else ': imgexp runs prune --yes deletes them'}" if names else 'nothing to prune')
+    n = f"{len(names)} run{'s'*(len(names) != 1)} without an epoch or a checkpoint"
+    if not names: say('nothing to prune')
+    else: say(f'{n} deleted' if yes else f'{n}: `imgexp runs prune --yes` deletes them')
 
 # %% ../nbs/90c_cli.ipynb #97d0fc25
 _METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
 
 def _option(f):
-    "A parameter as an option; its value stays text, which the experiment's table converts and checks"
+    "Return a parameter as an option; its value stays text, which the experiment's table converts and checks"
     default = f' [default: {f.default}]' if f.default != '' else ''
     about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type],
                          show_default=False)
@@ -117,10 +118,10 @@ def _option(f):
 
 # %% ../nbs/90c_cli.ipynb #ddc53f0b
 def _experiment_command(name, notebook):
-    "A command with the parameters of an experiment as options, and --seeds"
+    "Return a command with the parameters of an experiment as options, and --seeds"
     experiment = find_experiment(notebook)
     seeds = typer.Option('--seeds', min=1,
-                         help='Number of runs, each with the next seed; then mean and standard deviation.')
+                         help='Number of runs with consecutive seeds; reports mean and standard deviation.')
     options = [_option(f) for f in experiment.params.table().values()]
     options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds],
                                      default=1))
@@ -134,10 +135,10 @@ def _experiment_command(name, notebook):
 # %% ../nbs/90c_cli.ipynb #01e47dcb
 def _report_runs(runs):
     if int(os.environ.get('RANK') or 0): return  # the first process reports
-    if len(runs) > 1: return print(over_seeds(runs).to_string(na_rep=''))
+    if len(runs) > 1: return print(summarize_seeds(runs).to_string(na_rep=''))
     for k, v in [('run', short_path(runs[0].dir)), *runs[0].headline()]: print(f'{k:<11}{v}')
 
-# for the list of commands; options are added when one is called, since that imports a framework
+# placeholders for the list of commands; options are added on a call, since that imports a framework
 for _name, (_notebook, _about) in commands().items():
     app.command(_name, help=f'{_about} `imgexp {_name} --help` lists the parameters.')(lambda: None)
 
@@ -146,10 +147,10 @@ for _name, (_notebook, _about) in commands().items():
 def _evaluate(
     name: Name,
     split: Annotated[str, typer.Option(help='train, valid or test.')] = 'test',
-    data: Annotated[str, typer.Option(help="Other data than the run's own: a name or a folder.")] = '',
+    data: Annotated[str, typer.Option(help="Data other than the run's own: a name or a folder.")] = '',
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
-    bad: Annotated[str, typer.Option(help='An image that cannot be decoded: stop, or skip it. By default as the run '
-                                          'did.')] = '',
+    bad: Annotated[str, typer.Option(help='What to do with an image that cannot be decoded: stop, or skip. By '
+                                          'default as in the run.')] = '',
     as_json: Json = False,
 ):
     "Evaluate a run of any experiment on a split."
@@ -161,30 +162,35 @@ def _evaluate(
     for k in ('loss', 'ece'): print(f'{split} {k:<6}{results[k]:.4f}')
 
 # %% ../nbs/90c_cli.ipynb #c083453b
-@app.command('predict')
+_PREDICT_HELP = ('Label a folder of images: CSV on stdout. A name that a spreadsheet would read as a formula (it '
+                 'begins with =, +, -, @, a tab or an apostrophe) is prefixed with an apostrophe, and bytes that are '
+                 'not UTF-8 are written like \\xe9; --json leaves '
+                 'names unchanged (in Python, os.fsencode(name) returns the bytes).')
+
+@app.command('predict', help=_PREDICT_HELP)
 def _predict(
     name: Name,
-    folder: Annotated[Path, typer.Argument(help='Images, also in folders below it.')],
+    folder: Annotated[Path, typer.Argument(help='Folder of images, searched recursively.')],
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
     as_json: Json = False,
 ):
-    "Label a folder of images: CSV on stdout. A name that a spreadsheet would take for a formula (it begins with =, +, -, @, a tab or an apostrophe) gets an apostrophe before it, and what is no UTF-8 is written as \\xe9: --json gives names as they are (in Python, os.fsencode(name) has the bytes)."
+    "Label a folder of images."
     from imgexp.evaluate import load_run
     table = load_run(name, checkpoint).predict(folder)
     print(json.dumps(table.astype(object).where(table.notna(), None).to_dict('records'), indent=1) if as_json
           else to_csv(table), end='')
     failed = table.error.notna().sum()
-    if failed: say(f'{failed} of {len(table)} images could not be read: see the column error')
+    if failed: say(f'{failed} of {len(table)} images could not be read: see the error column')
 
 # %% ../nbs/90c_cli.ipynb #fd7851cb
-def _paired(args):
-    "The arguments of `batch` with each `-p NAME V1,V2` as `-p NAME=V1,V2`"
-    out, left = [], deque(args)
-    while left:
-        out.append(left.popleft())
-        if out[-1] not in ('-p', '--parameter') or not left or '=' in left[0]: continue
-        out.append('='.join([left.popleft(), *([left.popleft()] if left else [])]))
-    return out
+def _join_pairs(args):
+    "Rewrite each `-p NAME V1,V2` in the arguments of `batch` as `-p NAME=V1,V2`"
+    joined, remaining = [], deque(args)
+    while remaining:
+        joined.append(remaining.popleft())
+        if joined[-1] not in ('-p', '--parameter') or not remaining or '=' in remaining[0]: continue
+        joined.append('='.join([remaining.popleft(), *([remaining.popleft()] if remaining else [])]))
+    return joined
 
 def _grid(texts):
     for t in texts:
@@ -194,15 +200,15 @@ def _grid(texts):
 # %% ../nbs/90c_cli.ipynb #8e8942b8
 @app.command('batch')
 def _batch(
-    notebook: Annotated[str, typer.Argument(help='An experiment, as 03_train, or the path of a notebook.')],
+    notebook: Annotated[str, typer.Argument(help='An experiment, like 03_train, or the path of a notebook.')],
     parameter: Annotated[Optional[List[str]],
                          typer.Option('--parameter', '-p', metavar='NAME V1,V2,…',
-                                      help='A parameter and its values; may be repeated. Every combination is '
+                                      help='A parameter and its values; may be repeated. All combinations are '
                                            'run.')] = None,
-    jobs: Annotated[int, typer.Option(min=1, help='Runs at once; they share the threads and the GPUs.')] = 1,
-    retry: Annotated[bool, typer.Option('--retry', help='Also run those that failed before.')] = False,
+    jobs: Annotated[int, typer.Option(min=1, help='Concurrent runs; they share the cores and the GPUs.')] = 1,
+    retry: Annotated[bool, typer.Option('--retry', help='Also run points that failed before.')] = False,
     dry_run: Annotated[bool,
-                       typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
+                       typer.Option('--dry-run', help='Only show what would run and how long it would take.')] = False,
     as_json: Json = False,
 ):
     "Run a notebook for each combination of values; the same command skips finished runs."
@@ -221,13 +227,13 @@ _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
 # %% ../nbs/90c_cli.ipynb #b4455d96
 def _fail(e):
-    "Print the message of an exception to stderr and return the exit status"
+    "Print an exception to stderr and return the exit status"
     if isinstance(e, KeyboardInterrupt):
         say(str(e) or 'interrupted; the same command continues')
         return STOPPED
     if isinstance(e, _UsageError):
-        text, where = e.format_message().rstrip('.'), e.ctx.command_path if e.ctx else 'imgexp'
-        say(text if 'Usage:' in text else f'imgexp: {text}: see `{where} --help`')
+        text, command = e.format_message().rstrip('.'), e.ctx.command_path if e.ctx else 'imgexp'
+        say(text if 'Usage:' in text else f'imgexp: {text}: see `{command} --help`')
         return 2
     if isinstance(e, InputError):
         say(f'imgexp: {e}')
@@ -237,15 +243,15 @@ def _fail(e):
 
 # %% ../nbs/90c_cli.ipynb #5898f3fc
 def main(
-    args: Optional[list] = None,  # the command line; sys.argv by default
+    args: Optional[list] = None,  # command-line arguments; by default from sys.argv
 ) -> int:  # exit status
     "The `imgexp` command."
     args = sys.argv[1:] if args is None else list(args)
-    # a warning in each process
+    # otherwise each process prints a warning
     if int(os.environ.get('WORLD_SIZE') or 1) > 1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     command = typer.main.get_command(app)
     try:
-        if args[:1] == ['batch']: args = _paired(args)
+        if args[:1] == ['batch']: args = _join_pairs(args)
         for name in set(args[:1]) & commands().keys():
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_experiment_command(name, commands()[name][0]))
@@ -268,7 +274,9 @@ def process():
     "Run the `imgexp` command and exit with its status."
     status = main()
     if int(os.environ.get('WORLD_SIZE') or 1) == 1: sys.exit(status)
-    atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 # %% ../nbs/90c_cli.ipynb #4d9ee1d2

@@ -18,27 +18,27 @@ from .files import short_path, writing
 from .output import Json, check_writable, print_table, say, stop_on_sigterm, to_csv
 
 # %% ../nbs/90b_cli_sweep.ipynb #64278357
-sweep_app = typer.Typer(help='Sweeps: hyper-parameter search with the sweep files of Weights & Biases.',
+sweep_app = typer.Typer(help='Sweeps: hyperparameter search with Weights & Biases sweep files.',
                         no_args_is_help=True, rich_markup_mode=None)
 
-SweepName = Annotated[str, typer.Argument(help='A sweep; by default the one that was changed last.')]
+SweepName = Annotated[str, typer.Argument(help='A sweep; by default the most recently modified one.')]
 
 # %% ../nbs/90b_cli_sweep.ipynb #84be672b
 @sweep_app.command('init')
 def sweep_init(
-    file: Annotated[Path, typer.Argument(help="W&B's YAML: method, metric, parameters, early_terminate, run_cap.")],
+    file: Annotated[Path, typer.Argument(help="W&B sweep file: method, metric, parameters, early_terminate, run_cap.")],
     name: Annotated[str,
-                    typer.Option(help="The sweep's name; by default the file's `name`, or the name of the file.")] = '',
+                    typer.Option(help="Sweep name; by default the file's `name`, or the file name.")] = '',
     program: Annotated[str, typer.Option(help="What a trial runs: 10_keras_cnn, 03_train, a notebook, or "
-                                              "module:function; by default the file's program.")] = '',
-    trials: Annotated[int, typer.Option(min=0, help='Number of trials; 0 is run_cap, or the whole grid, or 20.')] = 0,
-    seed: Annotated[int, typer.Option(min=0, help='Of sampling.')] = 0,
-    storage: Annotated[str, typer.Option(help='Of the journal: journal (a file), sqlite, or the URL of a database for '
-                                              'several machines.')] = 'journal',
-    threads: Annotated[int, typer.Option(min=0, help='Per trial; 0 is one on the CPU, and a share of the cores on a '
-                                                     'GPU.')] = 0,
+                                              "module:function; by default the file's `program`.")] = '',
+    trials: Annotated[int, typer.Option(min=0, help='Number of trials; 0: run_cap, or the whole grid, or 20.')] = 0,
+    seed: Annotated[int, typer.Option(min=0, help='Seed for sampling.')] = 0,
+    storage: Annotated[str, typer.Option(help='Where trials are recorded: journal (a file), sqlite, or the URL of a '
+                                              'database for several machines.')] = 'journal',
+    threads: Annotated[int, typer.Option(min=0, help='Threads per trial; 0: one on the CPU, an equal share of the '
+                                                     'cores per GPU.')] = 0,
 ):
-    "Make a sweep from a YAML file, and show its plan."
+    "Create a sweep from a YAML file and show its plan."
     from imgexp.sweep import make_sweep, plan_sweep
     from imgexp.sweep_config import read_yaml
     config = read_yaml(file)
@@ -51,11 +51,11 @@ def sweep_init(
 def sweep_run(
     name: SweepName = '',
     jobs: Annotated[int,
-                    typer.Option(min=0, help='Trials at once; 0 is one a GPU, or as many as there are cores.')] = 0,
+                    typer.Option(min=0, help='Concurrent trials; 0: one per GPU, or cores / threads per trial.')] = 0,
     dry_run: Annotated[bool,
-                       typer.Option('--dry-run', help='Only show what would run, and how long it would take.')] = False,
+                       typer.Option('--dry-run', help='Only show what would run and how long it would take.')] = False,
     on: Annotated[str,
-                  typer.Option(help='local, or wandb: the sweep is made there, and its agent runs here.')] = 'local',
+                  typer.Option(help='local, or wandb: W&B chooses the values, and its agent runs here.')] = 'local',
 ):
     "Run a sweep; the same command continues it."
     from imgexp.study import find_sweep
@@ -72,7 +72,7 @@ def sweep_run(
 
 # %% ../nbs/90b_cli_sweep.ipynb #4c4e0d62
 def _live(sweep, rows=15):
-    "Return a table of the trials that is redrawn every second"
+    "Return a live table of the trials, redrawn every second"
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
@@ -88,7 +88,9 @@ def _live(sweep, rows=15):
                           else f'{t[sweep.metric.name]:.4g}', str(t.trained),
                           ' '.join(f'{k}={t[k]:.3g}' if isinstance(t[k], float) else f'{k}={t[k]}'
                                    for k in sweep.varying if t[k] == t[k]))
-        table.caption = f'{len(ended)} of {sweep.limit} trials have ended' + f", best {best['value']:.4g}"*bool(best) + f', {len(trials) - len(shown)} not shown'*(len(trials) > len(shown))
+        hidden = len(trials) - len(shown)
+        table.caption = (f'{len(ended)} of {sweep.limit} trials have ended' + f", best {best['value']:.4g}"*bool(best)
+                         + f', {hidden} not shown'*(hidden > 0))
         return table
     return Live(get_renderable=draw, refresh_per_second=1, console=Console(stderr=True, markup=False, highlight=False),
                 transient=True)
@@ -96,7 +98,7 @@ def _live(sweep, rows=15):
 # %% ../nbs/90b_cli_sweep.ipynb #6c1449cd
 @sweep_app.command('status')
 def sweep_status(name: SweepName = '', as_json: Json = False):
-    "The trials of a sweep, the best first."
+    "List the trials of a sweep, best first."
     from imgexp.study import find_sweep
     from imgexp.sweep import plan_sweep
     sweep = find_sweep(name)
@@ -105,22 +107,22 @@ def sweep_status(name: SweepName = '', as_json: Json = False):
     table.loc[[n for n in sweep.abandoned() if n in table.index], 'state'] = 'to continue'
     if as_json: return print_table(table, as_json)
     if not len(table): return
-    table['run'] = table.run.str[-8:]  # enough for `imgexp runs show`
+    table['run'] = table.run.str[-8:]  # enough to find it with `imgexp runs show`
     print_table(table.drop(columns=[*(sweep.by_name.keys() - sweep.varying),
                                     *([] if table.error.any() else ['error'])]), as_json)
 
 # %% ../nbs/90b_cli_sweep.ipynb #fceb7908
 @sweep_app.command('best')
 def sweep_best(name: SweepName = '', as_json: Json = False):
-    "The best trial: its values, metric and run, and its test accuracy once the sweep has ended."
+    "Show the best trial: values, metric, run, and test accuracy once the sweep has ended."
     from imgexp.files import read_json
     from imgexp.study import find_sweep
     sweep = find_sweep(name)
     best = sweep.best()
     if not best:
-        what, do = ('every trial failed',
-                    'status') if any(r['error'] for r in sweep.rows()) else ('no trial has ended yet', 'run')
-        raise RunFailed(f'sweep {sweep.name}: {what}: `imgexp sweep {do} {sweep.name}`')
+        failed = any(r['error'] for r in sweep.rows())
+        problem, command = ('every trial failed', 'status') if failed else ('no trial has ended yet', 'run')
+        raise RunFailed(f'sweep {sweep.name}: {problem}: `imgexp sweep {command} {sweep.name}`')
     saved = read_json(sweep.dir/'best.json') or {}
     best |= {'test': saved.get('test') if saved.get('trial') == best['trial'] else None}
     if as_json: return print(json.dumps(best, indent=1))
@@ -133,7 +135,7 @@ def sweep_best(name: SweepName = '', as_json: Json = False):
 # %% ../nbs/90b_cli_sweep.ipynb #c297682d
 @sweep_app.command('stop')
 def sweep_stop(name: SweepName = ''):
-    "Start no more trials; running ones go on to their end, and `run` continues the sweep."
+    "Start no more trials; running ones finish, and `imgexp sweep run` continues the sweep."
     from imgexp.study import find_sweep
     from imgexp.sweep import stop_sweep
     sweep = find_sweep(name)
@@ -142,7 +144,7 @@ def sweep_stop(name: SweepName = ''):
 
 @sweep_app.command('extend')
 def sweep_extend(name: SweepName, trials: Annotated[int, typer.Option(help='Number of additional trials.')]):
-    "Allow more trials."
+    "Add trials to a sweep."
     from imgexp.study import find_sweep
     from imgexp.sweep import extend_sweep, plan_sweep
     extend_sweep(find_sweep(name), trials)
@@ -162,13 +164,13 @@ def sweep_retry(name: SweepName = ''):
 @sweep_app.command('export')
 def sweep_export(
     name: SweepName = '',
-    csv: Annotated[Optional[Path], typer.Option(help='Write the trials there. Texts that a spreadsheet would take for '
-                                                     'formulas get an apostrophe before them.')] = None,
+    csv: Annotated[Optional[Path], typer.Option(help='Write the trials to a CSV file. Text that a spreadsheet would '
+                                                     'read as a formula is prefixed with an apostrophe.')] = None,
     figures: Annotated[bool, typer.Option('--figures',
-                                          help='Write pictures to figures/ in the folder of the sweep.')] = False,
-    to_wandb: Annotated[bool, typer.Option('--wandb', help='Send the table to Weights & Biases.')] = False,
+                                          help='Save figures to figures/ in the folder of the sweep.')] = False,
+    to_wandb: Annotated[bool, typer.Option('--wandb', help='Send the table of trials to Weights & Biases.')] = False,
 ):
-    "Write or send the table of trials, and the pictures."
+    "Export the table of trials and the figures."
     from imgexp.study import find_sweep
     from imgexp.sweep import send_to_wandb
     sweep = find_sweep(name)

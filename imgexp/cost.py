@@ -20,19 +20,19 @@ from .networks import Blocks, blocks, rows_html, rows_text, shorten_rows
 # %% ../nbs/02c_cost.ipynb #985a1bea
 @contextmanager
 def _counting(model):
-    "Count operations in evaluation mode without fused attention, then restore all modes."
-    modes, fast = {m: m.training for m in model.modules()}, torch.backends.mha.get_fastpath_enabled()
+    "Count operations in evaluation mode without fused attention, then restore all modes"
+    modes, fastpath = {m: m.training for m in model.modules()}, torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for m in modes: m.training = False
         with torch.no_grad(), FlopCounterMode(display=False, depth=99) as counter: yield counter
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for m, mode in modes.items(): m.training = mode
 
 # %% ../nbs/02c_cost.ipynb #ee5bf3f3
 def _multiply_adds(model, size):
-    "Multiply-adds of one image, in all and by block."
+    "Multiply-adds of one image, in total and by block"
     state = {k: torch.empty_like(v, device='meta') for k, v in chain(model.named_parameters(), model.named_buffers())}
     with _counting(model) as counter:
         torch.func.functional_call(model, state, torch.empty(1, 3, size, size, device='meta'))
@@ -58,17 +58,17 @@ class Summary:
                 f'{self.multiply_adds:,} multiply-adds per image')
     def _table(self):
         rows = [(*row, f'{n:,}') for row, n in zip(self.blocks.rows(), self.block_multiply_adds)]
-        return (*Blocks.head, 'multiply-adds'), shorten_rows(rows)
+        return (*Blocks.header, 'multiply-adds'), shorten_rows(rows)
     def __repr__(self): return f'{self}\n{rows_text(*self._table())}'
     def _repr_html_(self): return f'<p>{escape(str(self))}</p>{rows_html(*self._table())}'
 
 # %% ../nbs/02c_cost.ipynb #b3c14825
 def summary(
-    model:nn.Module, # a network of `build_model`
+    model:nn.Module, # a network from `build_model`
     size:int=0, # side of the images in px; 0: the size that the network was built for
-) -> Summary: # shows itself as a table
+) -> Summary: # displayed as a table
     "Summarize parameters, trained parameters and multiply-adds per image, in total and by block."
     report = getattr(model, 'report', None)
     size = size or (report.size if report else 224)
-    total, each = _multiply_adds(model, size)
-    return Summary(getattr(model, 'arch', type(model).__name__), size, total, blocks(model), each)
+    total, by_block = _multiply_adds(model, size)
+    return Summary(getattr(model, 'arch', type(model).__name__), size, total, blocks(model), by_block)

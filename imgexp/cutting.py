@@ -15,70 +15,71 @@ from .errors import InputError
 from .networks import blocks
 
 # %% ../nbs/14_cutting.ipynb #21ea30a0
-class _Steps(fx.Tracer):
-    "Trace a network's `forward`, with each block as a single step"
+class _BlockTracer(fx.Tracer):
+    "Trace a network's `forward`, with each block as a single node"
     def __init__(self, leaves):
         super().__init__(autowrap_modules=(math,))
         self.leaves = set(leaves)
     def is_leaf_module(self, module, name): return module in self.leaves or super().is_leaf_module(module, name)
 
-def _crossings(nodes, at):
-    "Whether any node after `at` needs a node before `at`"
-    before = {n for n in nodes[:at] if n.op != 'get_attr'}
-    return any(before.intersection(n.all_input_nodes) for n in nodes[at + 1:])
+def _is_bypassed(nodes, i):
+    "Whether any node after node `i` uses the value of a node before it"
+    before = {n for n in nodes[:i] if n.op != 'get_attr'}
+    return any(before.intersection(n.all_input_nodes) for n in nodes[i + 1:])
 
 # %% ../nbs/14_cutting.ipynb #59452835
-def _cut_node(model, nodes, k):
-    "Return the index of the last node before the trained blocks and the steps inseparable from them"
-    found = blocks(model)
+def _cut_index(model, nodes, k):
+    "Index of the last node before the trained blocks (the head and `k` more) that is not bypassed"
     names = {m: name for name, m in model.named_modules()}
-    first = names[found[len(found) - 1 - k].modules[0]]
-    end = next(i for i, n in enumerate(nodes) if n.op == 'call_module' and n.target == first)
-    return max(i for i in range(end) if nodes[i].op != 'get_attr' and not _crossings(nodes, i))
+    first_trained = names[blocks(model)[-1 - k].modules[0]]
+    stop = next(i for i, n in enumerate(nodes) if n.op == 'call_module' and n.target == first_trained)
+    return max(i for i in range(stop) if nodes[i].op != 'get_attr' and not _is_bypassed(nodes, i))
 
 # %% ../nbs/14_cutting.ipynb #b87b2f46
 @dataclass
 class Cut:
-    "A network in two parts that share its weights: `suffix(prefix(x))` is the network's output for x."
+    "A network split in two, which share its weights: `suffix(prefix(x))` is the network's output for x."
     prefix: nn.Module # frozen
-    suffix: nn.Module # the trained blocks, and what lies between
-    name: str         # name of the last step of the prefix
+    suffix: nn.Module # the trained blocks, and any frozen nodes between the cut and them
+    name: str         # name of the prefix's last node
     arch: str = ''    # architecture of the network
     def __repr__(self):
-        return f'cut after {self.name}: {sum(p.numel() for p in self.prefix.parameters()):,} parameters frozen, {sum(p.numel() for p in self.suffix.parameters()):,} behind'
+        frozen, behind = (sum(p.numel() for p in part.parameters()) for part in (self.prefix, self.suffix))
+        return f'cut after {self.name}: {frozen:,} parameters frozen, {behind:,} behind'
 
 # %% ../nbs/14_cutting.ipynb #b74d697d
 def cut(
     model: nn.Module, # from `build_model`
-    retrain: int = 0, # number of blocks before the head to leave out of the prefix, besides the head
+    retrain: int = 0, # number of blocks before the head to train, and so to leave out of the prefix
 ) -> Cut:
-    "Split a network where its frozen blocks end; raises `InputError` if nothing is frozen."
+    "Split a network at the end of its frozen blocks; raises `InputError` if nothing is frozen."
     leaves = [m for b in blocks(model) for m in b.modules]
+    arch = getattr(model, 'arch', 'this network')
     if not 0 <= retrain < len(blocks(model)) - 1:
-        raise InputError(f'retrain={retrain}: features need frozen blocks; {getattr(model, "arch", "this network")} '
-                         f'has {len(blocks(model)) - 1} below its head: give 0 to {len(blocks(model)) - 2}')
-    nodes = list(_Steps(leaves).trace(model).nodes)
-    at = _cut_node(model, nodes, retrain)
-    if nodes[at].op == 'placeholder':
-        raise InputError(f'retrain={retrain}: in {getattr(model, "arch", "this network")} no frozen part can be parted '
-                         'from what is trained: give a smaller retrain')
-    return Cut(_graph(model, nodes[:at + 1]), _graph(model, nodes[at:], entry=True), _step(nodes[at]),
+        raise InputError(f'retrain={retrain}: features need frozen blocks; {arch} has {len(blocks(model)) - 1} below '
+                         f'its head: give 0 to {len(blocks(model)) - 2}')
+    nodes = list(_BlockTracer(leaves).trace(model).nodes)
+    i = _cut_index(model, nodes, retrain)
+    if nodes[i].op == 'placeholder':
+        raise InputError(f'retrain={retrain}: {arch} cannot be cut between its input and the trained blocks: give a '
+                         'smaller retrain')
+    return Cut(_subgraph(model, nodes[:i + 1]), _subgraph(model, nodes[i:], entry=True), _node_name(nodes[i]),
                getattr(model, 'arch', ''))
 
-def _step(node): return node.target if isinstance(node.target, str) else node.name
+def _node_name(node): return node.target if isinstance(node.target, str) else node.name
 
 # %% ../nbs/14_cutting.ipynb #f1f4eea5
-def _graph(model, nodes, entry=False):
-    "Make a module from the steps `nodes`; with `entry`, its input is the value of the first step"
-    graph, new = fx.Graph(), {}
-    if entry: new[nodes[0]] = graph.placeholder('features')
-    def copied(n):
-        if n not in new: new[n] = graph.node_copy(n, copied)  # parameters of the network itself
-        return new[n]
-    for n in nodes[entry:]: copied(n)
-    if not entry: graph.output(new[nodes[-1]])
-    part = fx.GraphModule(model, graph)
-    part.graph.eliminate_dead_code()
-    part.delete_all_unused_submodules()
-    part.recompile()
-    return part
+def _subgraph(model, nodes, entry=False):
+    "Make a module of `nodes`; with `entry`, the module's input stands for the first node"
+    graph, copies = fx.Graph(), {}
+    if entry: copies[nodes[0]] = graph.placeholder('features')
+    def copy(n):
+        if n not in copies: copies[n] = graph.node_copy(n, copy)  # arguments outside `nodes` are parameters (get_attr)
+        return copies[n]
+    for n in nodes: copy(n)
+    if not entry: graph.output(copies[nodes[-1]])
+    module = fx.GraphModule(model, graph)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module

@@ -29,7 +29,7 @@ def without_warnings():
 
 @cache
 def reads_heic():
-    "Whether Pillow reads HEIC, which takes the plugin pillow-heif."
+    "Whether Pillow can read HEIC, which requires the plugin pillow-heif."
     if not find_spec('pillow_heif'): return False
     import_module('pillow_heif').register_heif_opener()
     return True
@@ -46,11 +46,11 @@ def open_image(
 # %% ../nbs/01b_decoding.ipynb #557b3699
 _MAGIC = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG': 'PNG', b'GIF8': 'GIF', b'II*\0': 'TIFF', b'MM\0*': 'TIFF',
           b'8BPS': 'PSD', b'\0\0\0\x0cJXL ': 'JPEG XL', b'\0\0\0\x0cjP  ': 'JPEG 2000'}
-_BRANDS = dict.fromkeys((b'avif', b'avis'),
-                        'AVIF') | dict.fromkeys((b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'), 'HEIC')
+_BRANDS = dict.fromkeys((b'avif', b'avis'), 'AVIF')
+_BRANDS |= dict.fromkeys((b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'), 'HEIC')
 
 def image_kind(
-    head: bytes, # the first 16 bytes of a file, or more
+    head: bytes, # at least the first 16 bytes of a file
 ) -> str: # JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF, HEIC, JPEG XL, JPEG 2000 or PSD; '' for anything else
     "Guess the image format from a file's first bytes."
     if head[:4] == b'RIFF': return 'WebP'*(head[8:12] == b'WEBP')
@@ -63,189 +63,195 @@ class BadImage(RunFailed):
     "An image that can't be decoded; the message says why."
 
 _END = b'\xff\xd9'
-_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')  # of a segment: no stuffed byte, fill byte or restart marker
+_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')  # of a segment, not a stuffed byte, fill byte or restart marker
 
 def _segments(raw):
-    "(marker, start, stop) of each segment of a JPEG up to its end marker; raises `BadImage` where there is none"
-    at = 2
-    while at <= len(raw) and (m := _MARKER.search(raw, at)):
+    "Yield (marker, start, stop) of each segment of a JPEG up to its end marker; raises `BadImage` if there is none"
+    pos = 2
+    while pos <= len(raw) and (m := _MARKER.search(raw, pos)):
         code, start = m[1][0], m.end()
         if code == 0xd9:
             yield code, m.start(), start
             return
-        at = start + int.from_bytes(raw[start:start + 2], 'big')
-        if at <= len(raw): yield code, start, at
+        pos = start + int.from_bytes(raw[start:start + 2], 'big')
+        if pos <= len(raw): yield code, start, pos
     raise BadImage('is damaged: a segment reaches beyond its end' if raw[-2:] == _END else 'is cut short')
 
 # %% ../nbs/01b_decoding.ipynb #96eb24b3
 def _is_frame(code): return 0xc0 <= code <= 0xcf and code not in (0xc4, 0xc8, 0xcc)
 
-def _harmless(raw):
-    "A JPEG up to its end, without anything that makes libjpeg warn but changes no pixel"
+def _without_harmless_faults(raw):
+    "A JPEG up to its end marker, without what makes libjpeg warn although it changes no pixel"
     out, frame = bytearray(raw), 0
     for code, start, stop in _segments(raw):
         if _is_frame(code): frame = code
         elif code == 0xe2: out[start - 1] = 0xfe  # a color profile becomes a comment
         elif code == 0xe0 and raw[start + 2:start + 7] == b'JFIF\0': out[start + 7] = 1  # its version
-        # means something in progressive images only
+        # has a meaning in progressive images only
         elif code == 0xda and frame in (0xc0, 0xc1): out[stop - 3:stop] = b'\0\x3f\0'
     return bytes(out[:start]) + _END
 
 # %% ../nbs/01b_decoding.ipynb #a366f6cf
 def _lacks_scans(raw):
-    "Whether a JPEG of several scans lacks a color, or detail down to the last bit"
-    left, progressive = {}, False
+    "Whether a JPEG of several scans lacks a color component, or its last bits"
+    missing, progressive = {}, False
     for code, start, stop in _segments(raw):
         if _is_frame(code):
-            # bits of each coefficient that are still to come
-            left = {raw[i]: [1]*64 for i in range(start + 8, stop, 3)}
+            # {component: number of low bits of each coefficient that have not come yet}
+            missing = {raw[i]: [1]*64 for i in range(start + 8, stop, 3)}
             progressive = code in (0xc2, 0xca)
         elif code == 0xda:
             first, last, bits = raw[stop - 3:stop] if progressive else (0, 63, 0)
-            for i in range(start + 3, stop - 3, 2): left[raw[i]][first:last + 1] = [bits & 15]*(last + 1 - first)
-    return any(map(any, left.values()))
+            for i in range(start + 3, stop - 3, 2): missing[raw[i]][first:last + 1] = [bits & 15]*(last + 1 - first)
+    return any(map(any, missing.values()))
 
-ZEROS = bytes(16)  # in a scan: a longer run than any intact picture has
+ZEROS = bytes(16)  # a run of zeros in a scan that is longer than in any intact picture
 
 # %% ../nbs/01b_decoding.ipynb #948889cc
 def _has_lost_bytes(raw, scan):
-    "Whether a JPEG's only scan, starting at `scan`, has a run of zeros that no intact picture has"
-    at = raw.find(ZEROS, scan)
-    if at < 0: return False
-    first = {}  # symbol of each Huffman table for brightness and color detail whose code is all zeros
+    "Whether a JPEG's only scan, which begins at `scan`, has a run of zeros that no intact picture has"
+    pos = raw.find(ZEROS, scan)
+    if pos < 0: return False
+    zero_symbols = {}  # {Huffman table: symbol whose code is all zeros}
     for code, start, stop in _segments(raw):
         i = start + 2
         while code == 0xc4 and i < stop:
-            first[raw[i]] = raw[i + 17]
+            zero_symbols[raw[i]] = raw[i + 17]
             i += 17 + sum(raw[i + 1:i + 17])
-        if code == 0xda: table = 0x10 | raw[start + 4] & 15  # of the first component
-    return at < start and first.get(table, 0) != 0  # 0 ends a block: many of them are an even area
+        if code == 0xda: table = 0x10 | raw[start + 4] & 15  # AC table of the first component
+    return pos < start and zero_symbols.get(table, 0) != 0  # symbol 0 ends a block, as in an even area
 
 # %% ../nbs/01b_decoding.ipynb #f276a625
-def _codes(counts, symbols):
-    "A Huffman table of a JPEG as {code in 0 and 1: symbol}"
+def _huffman_codes(counts, symbols):
+    "A Huffman table of a JPEG as {code, a string of 0 and 1: symbol}"
     out, code, symbols = {}, 0, iter(symbols)
     for n, count in enumerate(counts, 1):
-        for _ in range(count): out[f'{code:0{n}b}'] = next(symbols); code += 1
+        for _ in range(count):
+            out[f'{code:0{n}b}'] = next(symbols)
+            code += 1
         code *= 2
     return out
 
-def _symbol(bits, at, codes):
-    "The symbol that begins at a place of the bits, and where the next one begins"
-    for stop in range(at + 1, at + 17):
-        if (s := codes.get(bits[at:stop])) is not None: return s, stop
+def _next_symbol(bits, pos, codes):
+    "The symbol encoded at `pos`, and the position of the next one"
+    for stop in range(pos + 1, pos + 17):
+        if (s := codes.get(bits[pos:stop])) is not None: return s, stop
     raise ValueError('no code of the table')
 
 # %% ../nbs/01b_decoding.ipynb #388d209b
-def _skip_block(bits, at, dc, ac):
-    "Where the next block begins"
-    size, at = _symbol(bits, at, dc)
-    at, k = at + size, 1
-    while k < 64:
-        s, at = _symbol(bits, at, ac)
-        if s & 15 == 0 and s != 0xf0: break  # the rest of the block is zero
-        at, k = at + (s & 15), k + (s >> 4) + 1
-    if k > 64: raise ValueError('more than 64 coefficients')
-    return at
+def _skip_block(bits, pos, dc, ac):
+    "Position of the next block"
+    size, pos = _next_symbol(bits, pos, dc)
+    pos, i = pos + size, 1
+    while i < 64:
+        symbol, pos = _next_symbol(bits, pos, ac)
+        if symbol & 15 == 0 and symbol != 0xf0: break  # the rest of the block is zero
+        pos, i = pos + (symbol & 15), i + (symbol >> 4) + 1
+    if i > 64: raise ValueError('more than 64 coefficients')
+    return pos
 
 # %% ../nbs/01b_decoding.ipynb #8dd71d91
-def _blocks(raw):
+def _restart_intervals(raw):
     "Bits and MCU count of each restart interval of a one-scan JPEG, and the Huffman tables of an MCU's blocks"
-    tables, every, samplings, order, scan = {}, 0, {}, [], 0
+    tables, restart_interval, samplings, components, scan = {}, 0, {}, [], 0
     for code, start, stop in _segments(raw):
         body = raw[start + 2:stop]
         while code == 0xc4 and body:
             n = 17 + sum(body[1:17])
-            tables[body[0]], body = _codes(body[1:17], body[17:n]), body[n:]
-        if code == 0xdd: every = int.from_bytes(body, 'big')
+            tables[body[0]], body = _huffman_codes(body[1:17], body[17:n]), body[n:]
+        if code == 0xdd: restart_interval = int.from_bytes(body, 'big')
         if code in (0xc0, 0xc1):
             height, width = struct.unpack('>HH', body[1:5])
             samplings = {body[i]: divmod(body[i + 1], 16) for i in range(6, len(body), 3)}
-        if code == 0xda: scan, order = stop, [(body[i], body[i + 1]) for i in range(1, len(body) - 3, 2)]
-    across, down = (8*max(s[i] for s in samplings.values()) for i in (0, 1))
-    n = -(-width//across) * -(-height//down)
-    data = [p.replace(b'\xff\0', b'\xff') for p in re.split(rb'\xff[\xd0-\xd7]', raw[scan:start])]
-    mcus = [every]*((n - 1)//every) + [(n - 1) % every + 1] if every else [n]
-    tables_of = [(tables[t >> 4], tables[16 | t & 15])
-                 for c, t in order for _ in range(samplings[c][0]*samplings[c][1])]
-    return [bin(int.from_bytes(b'\1' + p, 'big'))[3:] for p in data], mcus, tables_of
+        if code == 0xda: scan, components = stop, [(body[i], body[i + 1]) for i in range(1, len(body) - 3, 2)]
+    mcu_width, mcu_height = (8*max(s[i] for s in samplings.values()) for i in (0, 1))
+    n = -(-width//mcu_width) * -(-height//mcu_height)
+    intervals = [p.replace(b'\xff\0', b'\xff') for p in re.split(rb'\xff[\xd0-\xd7]', raw[scan:start])]
+    full = (n - 1)//restart_interval if restart_interval else 0
+    mcus = [restart_interval]*full + [n - full*restart_interval]
+    block_tables = [(tables[t >> 4], tables[16 | t & 15])
+                    for c, t in components for _ in range(samplings[c][0]*samplings[c][1])]
+    return [bin(int.from_bytes(b'\1' + p, 'big'))[3:] for p in intervals], mcus, block_tables
 
 # %% ../nbs/01b_decoding.ipynb #0acb0438
 def _has_all_blocks(raw):
-    "Whether the data of a JPEG end where its last block does; slow, for a sampling that libjpeg can't check"
+    "Whether the data of a JPEG end where its last block does; slow, for subsamplings that libjpeg can't check"
     try:
-        parts, mcus, tables = _blocks(raw)
-        if len(parts) != len(mcus): return False
-        for bits, n in zip(parts, mcus):
-            at = 0
+        intervals, mcus, tables = _restart_intervals(raw)
+        if len(intervals) != len(mcus): return False
+        for bits, n in zip(intervals, mcus):
+            pos = 0
             for _ in range(n):
-                for dc, ac in tables: at = _skip_block(bits, at, dc, ac)
-            if not 0 <= len(bits) - at < 8: return False
+                for dc, ac in tables: pos = _skip_block(bits, pos, dc, ac)
+            if not 0 <= len(bits) - pos < 8: return False
         return True
-    except (ValueError, KeyError, IndexError, StopIteration, struct.error): return False  # only damage leads there
+    except (ValueError, KeyError, IndexError, StopIteration, struct.error): return False  # damaged
 
 # %% ../nbs/01b_decoding.ipynb #9efa5424
-def _head(raw):
-    "Whether a JPEG has EXIF data, whether it has several scans, and where the first one begins"
-    at, exif, components, several = 2, False, 0, False
-    while at + 12 < len(raw) and raw[at] == 0xff and raw[at + 1] != 0xd9:
-        code = raw[at + 1]
+def _parse_header(raw):
+    "Whether a JPEG has EXIF data, whether it has several scans, and the offset of the first scan"
+    pos, exif, components, multi_scan = 2, False, 0, False
+    while pos + 12 < len(raw) and raw[pos] == 0xff and raw[pos + 1] != 0xd9:
+        code = raw[pos + 1]
         if code == 0xda:
-            several |= raw[at + 4] < components
+            multi_scan |= raw[pos + 4] < components
             break
-        if code == 0xff: at += 1; continue  # a fill byte
-        if code == 0xe1: exif |= raw[at + 4:at + 10] == b'Exif\0\0'
-        elif _is_frame(code): components, several = raw[at + 9], code in (0xc2, 0xca)
-        at += 2 + (raw[at + 2] << 8 | raw[at + 3])
-    return exif, several, at
+        if code == 0xff:  # a fill byte
+            pos += 1
+            continue
+        if code == 0xe1: exif |= raw[pos + 4:pos + 10] == b'Exif\0\0'
+        elif _is_frame(code): components, multi_scan = raw[pos + 9], code in (0xc2, 0xca)
+        pos += 2 + (raw[pos + 2] << 8 | raw[pos + 3])
+    return exif, multi_scan, pos
 
 # %% ../nbs/01b_decoding.ipynb #01b76e6b
 def jpeg_size(
     raw: bytes,  # a file's content
 ) -> tuple | None: # height, width in px
     "Size of a JPEG that only needs decoding (upright, color or gray); None for any other file."
-    return _plain_size(raw, _head(raw)[0]) if raw[:2] == b'\xff\xd8' else None
+    return _plain_size(raw, _parse_header(raw)[0]) if raw[:2] == b'\xff\xd8' else None
 
 def _plain_size(raw, exif):
     if exif and _orientation(raw) != 1: return None
-    try: height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
-    except (ValueError, KeyError): return None  # KeyError: a sampling that it has no name for
-    return (height, width) if space in ('YCbCr', 'Gray', 'RGB') else None
+    try: height, width, color_space, _ = simplejpeg.decode_jpeg_header(raw)
+    except (ValueError, KeyError): return None  # KeyError: a subsampling that simplejpeg has no name for
+    return (height, width) if color_space in ('YCbCr', 'Gray', 'RGB') else None
 
 # %% ../nbs/01b_decoding.ipynb #cbbef3ae
 def _orientation(raw):
     "EXIF orientation, 1 to 8; 1 if the EXIF data are damaged"
     try:
-        with without_warnings(), open_image(raw) as f: found = f.getexif().get(0x112, 1)
+        with without_warnings(), open_image(raw) as f: orientation = f.getexif().get(0x112, 1)
     except Exception: return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 # %% ../nbs/01b_decoding.ipynb #37cd4780
-def _check_scans(raw, several, scan):
+def _check_scans(raw, multi_scan, scan):
     "Raise `BadImage` for damage that libjpeg does not report"
-    if several and _lacks_scans(raw): raise BadImage('is cut short: it lacks scans')
-    if not several and _has_lost_bytes(raw, scan): raise BadImage('is damaged: zeros in the middle of the picture')
+    if multi_scan and _lacks_scans(raw): raise BadImage('is cut short: it lacks scans')
+    if not multi_scan and _has_lost_bytes(raw, scan): raise BadImage('is damaged: zeros in the middle of the picture')
 
-_TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-          6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-          8: lambda a: a[:, ::-1].swapaxes(0, 1)}
+_UPRIGHT = {  # by EXIF orientation
+    2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1)}
 
 def _decode_unknown_sampling(raw):
     "Decode a JPEG whose subsampling simplejpeg doesn't know, by OpenCV, which doesn't report damage"
-    if not _has_all_blocks(raw): raise BadImage('is damaged: more or less data than its size needs')
+    if not _has_all_blocks(raw): raise BadImage('is damaged: more or less data than its size requires')
     image = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None: raise BadImage('is a JPEG that cannot be read: its sampling of colors is not supported')
+    if image is None: raise BadImage('is a JPEG that cannot be read: its chroma subsampling is not supported')
     return image
 
 # %% ../nbs/01b_decoding.ipynb #e9589ab5
 def _decode_strictly(raw):
-    "Decode a JPEG at full size; returns it and its bytes without needless zeros; raises `BadImage` on warnings"
+    "Decode a JPEG at full size; returns image and bytes, less needless zeros; raises `BadImage` on warnings"
     try: return simplejpeg.decode_jpeg(raw, 'RGB'), raw
     except ValueError as e: why = re.sub(r'^(\w+\(\)|Corrupt JPEG data): ', '', str(e))
     if 'subsampling' in why: return _decode_unknown_sampling(raw), raw
-    shorter = raw[:-2].rstrip(b'\0') + _END
-    if shorter != raw:
-        with suppress(ValueError): return simplejpeg.decode_jpeg(shorter, 'RGB'), shorter
+    stripped = raw[:-2].rstrip(b'\0') + _END
+    if stripped != raw:
+        with suppress(ValueError): return simplejpeg.decode_jpeg(stripped, 'RGB'), stripped
     why = re.sub(r'extraneous bytes before marker \w+', 'bytes too many', why)
     why = why.replace('premature end of data segment', 'data are missing')
     kind = 'is a JPEG that cannot be read' if 'upported' in why else 'is damaged'
@@ -254,25 +260,25 @@ def _decode_strictly(raw):
 # %% ../nbs/01b_decoding.ipynb #20fa1657
 def _decode_odd_jpeg(raw):
     "Decode a JPEG that is rotated, CMYK, or makes libjpeg warn, at full size and upright"
-    image, plain = _decode_strictly(_harmless(raw))
-    _check_scans(plain, *_head(plain)[1:])
-    turn = _TURNS.get(_orientation(raw))
-    return np.ascontiguousarray(turn(image)) if turn else image
+    image, decoded_raw = _decode_strictly(_without_harmless_faults(raw))
+    _check_scans(decoded_raw, *_parse_header(decoded_raw)[1:])
+    to_upright = _UPRIGHT.get(_orientation(raw))
+    return np.ascontiguousarray(to_upright(image)) if to_upright else image
 
 # %% ../nbs/01b_decoding.ipynb #32111fdc
-def _flat(image):
-    "uint8 RGB [h, w, 3] from what OpenCV decoded unchanged: 16 bit, gray, transparent"
+def _to_rgb(image):
+    "Convert what OpenCV decoded unchanged (16 bit, gray, transparent) to RGB, uint8 [h, w, 3]"
     if image.dtype == np.uint16: image = (image >> 8).astype(np.uint8)
     if image.ndim == 2: return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 3: return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     alpha = image[..., 3:].astype(np.float32)/255
     return np.uint8(np.round(image[..., 2::-1]*alpha + 255*(1 - alpha)))
 
-def _unread(raw):
-    "Why an image that no decoder knows can't be read"
+def _why_unreadable(raw):
+    "Why no decoder can read an image"
     kind = image_kind(raw)
     if kind == 'HEIC' and not reads_heic(): return 'is a HEIC image: pip install pillow-heif makes it readable'
-    return f'is damaged, or {kind} of a sort that cannot be read' if kind else 'is not an image that can be read'
+    return f'is damaged, or an unsupported kind of {kind}' if kind else 'is not an image that can be read'
 
 # %% ../nbs/01b_decoding.ipynb #69b27d92
 def _decode_pillow(raw):
@@ -280,42 +286,44 @@ def _decode_pillow(raw):
     try:
         with without_warnings(), open_image(raw) as f:
             image = ImageOps.exif_transpose(f).convert('RGBA')
-    except UnidentifiedImageError: raise BadImage(_unread(raw)) from None
+    except UnidentifiedImageError: raise BadImage(_why_unreadable(raw)) from None
     except Image.DecompressionBombError as e: raise BadImage(f'cannot be read: {e}') from None
     except Exception as e: raise BadImage(f'is damaged: {e}') from None
-    return _flat(np.ascontiguousarray(np.array(image)[..., [2, 1, 0, 3]]))
+    return _to_rgb(np.ascontiguousarray(np.array(image)[..., [2, 1, 0, 3]]))
 
 # %% ../nbs/01b_decoding.ipynb #0fa3cc53
-_PIXELS = (b'IHDR', b'PLTE', b'tRNS', b'IDAT')  # parts of a PNG that its pixels come from
+_PIXEL_CHUNKS = (b'IHDR', b'PLTE', b'tRNS', b'IDAT')  # chunks of a PNG that determine its pixels
 
 def _check_png(raw):
     "Raise `BadImage` if a PNG lacks its end, or a chunk that determines its pixels has a wrong checksum"
-    at = 8
-    while at + 8 <= len(raw):
-        kind, stop = raw[at + 4:at + 8], at + 8 + int.from_bytes(raw[at:at + 4], 'big')
+    pos = 8
+    while pos + 8 <= len(raw):
+        kind, stop = raw[pos + 4:pos + 8], pos + 8 + int.from_bytes(raw[pos:pos + 4], 'big')
         if kind == b'IEND': return
-        if not kind.isalpha(): raise BadImage('is damaged: no part of a PNG where one must be')
-        if kind in _PIXELS and stop + 4 <= len(raw) and zlib.crc32(memoryview(raw)[at + 4:stop]) != int.from_bytes(raw[stop:stop + 4], 'big'):
-            raise BadImage(f'is damaged: wrong checksum of {kind.decode()}')
-        at = stop + 4
+        if not kind.isalpha(): raise BadImage('is damaged: invalid PNG chunk')
+        if kind in _PIXEL_CHUNKS and stop + 4 <= len(raw):
+            checksum = int.from_bytes(raw[stop:stop + 4], 'big')
+            if zlib.crc32(memoryview(raw)[pos + 4:stop]) != checksum:
+                raise BadImage(f'is damaged: wrong checksum of {kind.decode()}')
+        pos = stop + 4
     raise BadImage('is cut short')
 
 # %% ../nbs/01b_decoding.ipynb #c516de6c
 def _check_tiff(raw):
-    "Raise `BadImage` if a checksum of a TIFF is wrong; only those compressed with deflate have any"
+    "Raise `BadImage` if a checksum of a TIFF is wrong; only deflate-compressed ones have checksums"
     try:
         with without_warnings(), open_image(raw) as f:
             if f.info.get('compression') not in ('tiff_deflate', 'tiff_adobe_deflate'): return
-            starts, sizes = (273, 279) if 273 in f.tag_v2 else (324, 325)  # of strips or tiles
-            parts = list(zip(f.tag_v2[starts], f.tag_v2[sizes]))
+            starts, sizes = (273, 279) if 273 in f.tag_v2 else (324, 325)  # tags of the strips, or of the tiles
+            strips = list(zip(f.tag_v2[starts], f.tag_v2[sizes]))
     except Exception: return  # decoding will say why
     try:
-        for start, size in parts: zlib.decompress(raw[start:start + size])
+        for start, size in strips: zlib.decompress(raw[start:start + size])
     except zlib.error: raise BadImage('is damaged: wrong checksum') from None
 
 # %% ../nbs/01b_decoding.ipynb #227f0bf6
 def _decode_other(raw):
-    "Decode any file but a JPEG, at full size"
+    "Decode any file that is not a JPEG, at full size"
     kind = image_kind(raw)
     png, webp = kind == 'PNG', kind == 'WebP'
     if png: _check_png(raw)
@@ -326,41 +334,41 @@ def _decode_other(raw):
                              cv2.IMREAD_UNCHANGED if png or webp else cv2.IMREAD_COLOR_RGB)
     except cv2.error: image = None
     if image is None: return _decode_pillow(raw)
-    return _flat(image) if png or webp else image
+    return _to_rgb(image) if png or webp else image
 
 # %% ../nbs/01b_decoding.ipynb #03be6100
 def _reduction(size, height, width):
-    "Largest factor (1, 2, 4 or 8) by which an image can be shrunk and still be as large as wanted"
+    "Largest factor (1, 2, 4 or 8) by which an image can be shrunk and still have the requested size"
     if not height or not width: return 1
     return next((k for k in (8, 4, 2) if size[0] >= k*height and size[1] >= k*width), 1)
 
 # %% ../nbs/01b_decoding.ipynb #06dd0b04
 def decode(
     raw: bytes,      # a file's content
-    height: int = 0, # px needed; a large JPEG may be shrunk by 2, 4 or 8
-    width: int = 0,  # px needed; 0 means full size
+    height: int = 0, # minimum height in px; a larger JPEG may be shrunk by 2, 4 or 8
+    width: int = 0,  # minimum width in px; 0 means full size
     scratch=None,    # function that takes a number of bytes and returns a uint8 buffer of at least that size
 ) -> np.ndarray:     # uint8 [h, w, 3], RGB
     "Decode an image, upright; raises `BadImage`, even for damage that a tolerant decoder would accept."
     if not raw: raise BadImage('is empty')
     if raw[:2] != b'\xff\xd8': return _decode_other(raw)
-    exif, several, scan = _head(raw)
+    exif, multi_scan, scan = _parse_header(raw)
     size = _plain_size(raw, exif)
     if size is None: return _decode_odd_jpeg(raw)
     k = _reduction(size, height, width)
     height, width = -(-size[0]//k), -(-size[1]//k)
     buffer = scratch(3*height*width) if scratch else None
-    # strict: otherwise it may return leftover memory
+    # strict by default; without that, it may return leftover memory
     try: image = simplejpeg.decode_jpeg(raw, 'RGB', min_height=height, min_width=width, buffer=buffer)
     except ValueError: return _decode_odd_jpeg(raw)
-    _check_scans(raw, several, scan)
+    _check_scans(raw, multi_scan, scan)
     return image
 
 # %% ../nbs/01b_decoding.ipynb #944423b9
 def resize(
     image,       # uint8 [h, w] or [h, w, 3]
-    width: int,  # px wanted
-    height: int, # px wanted
+    width: int,  # target width in px
+    height: int, # target height in px
 ) -> np.ndarray:
     "Resize by area averaging when shrinking, bilinearly when enlarging."
     h, w = image.shape[:2]
@@ -371,7 +379,7 @@ def resize(
 # %% ../nbs/01b_decoding.ipynb #4cb7f6b4
 def shrink(
     image,        # uint8 [h, w] or [h, w, 3]
-    shorter: int, # px of the shorter side; 0 leaves the image
+    shorter: int, # target length of the shorter side in px; 0 leaves the image as it is
 ) -> np.ndarray:
     "Shrink the shorter side to at most `shorter` px, keeping the proportions."
     h, w = image.shape[:2]

@@ -19,31 +19,31 @@ class RunBusy(InputError):
 class RunFailed(InputError):
     "A run cannot continue: an unreadable image, a non-finite loss, a full disk."
 
-# by name, for errors that arrive as text from another process
+# by name, to rebuild errors that arrive as text from another process
 ERRORS = {e.__name__: e for e in (InputError, RunBusy, RunFailed)}
 
 # %% ../nbs/00_errors.ipynb #e7758625
 def unknown_name(
     name: str,  # as the user typed it
     names,      # known names
-    what: str = 'parameter', # kind of thing
+    what: str = 'parameter', # what the name stands for: 'column', 'recipe'
 ) -> InputError:
-    "An error that suggests the nearest known name, or lists all of them."
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f'did you mean {near[0]!r}?' if near else f"choose from {', '.join(names)}"
+    "Error for an unknown name that suggests the nearest known one, or lists them all."
+    matches = difflib.get_close_matches(name, names, 1)
+    hint = f'did you mean {matches[0]!r}?' if matches else f"choose from {', '.join(names)}"
     return InputError(f'unknown {what} {name!r}: {hint}')
 
 # %% ../nbs/00_errors.ipynb #f66f827b
 def invalid_choice(
-    name: str,  # of the parameter
+    name: str,  # parameter
     value,      # as the user gave it
     choices,    # allowed values
-    more: str = '', # other possibilities, in words
+    more: str = '', # text after the list of choices: ', or nothing'
 ) -> InputError:
-    "An error for an invalid value that suggests the nearest allowed one and lists them all."
-    near = difflib.get_close_matches(str(value).lower(), [str(c) for c in choices], 1)
+    "Error for an invalid value that suggests the nearest allowed one and lists them all."
+    matches = difflib.get_close_matches(str(value).lower(), [str(c) for c in choices], 1)
     allowed = f"one of {', '.join(str(c) for c in choices if c != '')}{more}"
-    hint = f'did you mean {near[0]!r}? Choose {allowed}' if near else f'choose {allowed}'
+    hint = f'did you mean {matches[0]!r}? Choose {allowed}' if matches else f'choose {allowed}'
     return InputError(f'{name}={value!r} is not known: {hint}')
 
 # %% ../nbs/00_errors.ipynb #5cb9bc65
@@ -55,11 +55,11 @@ class Stopped(KeyboardInterrupt):
 def stop_requests():  # yields a list, empty until a signal arrives; then it holds 'interrupted' or 'terminated'
     "Collect SIGINT and SIGTERM instead of terminating (main thread only)."
     requests, handlers = [], {}
-    def record(number, frame):
-        if requests and number == signal.SIGINT: raise KeyboardInterrupt
-        requests.append('interrupted' if number == signal.SIGINT else 'terminated')
+    def record(signum, frame):
+        if requests and signum == signal.SIGINT: raise KeyboardInterrupt
+        requests.append('interrupted' if signum == signal.SIGINT else 'terminated')
     if threading.current_thread() is threading.main_thread():
-        for s in (signal.SIGINT, signal.SIGTERM): handlers[s] = signal.signal(s, record)
+        for signum in (signal.SIGINT, signal.SIGTERM): handlers[signum] = signal.signal(signum, record)
     try: yield requests
     finally:
-        for s, handler in handlers.items(): signal.signal(s, handler)
+        for signum, handler in handlers.items(): signal.signal(signum, handler)

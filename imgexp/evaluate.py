@@ -14,16 +14,16 @@ from .experiments import EXPERIMENTS, find_experiment
 from .files import project_root, write_json
 from .runs import Run
 from .start import find_run
-from .trained import Trained, own_data
+from .trained import Trained, run_data
 
 # %% ../nbs/04_evaluate.ipynb #d9aaba73
 def _experiment_of(run):
     "The experiment of a run; raises InputError if it is unknown or its framework can no longer be imported"
     if run.notebook not in EXPERIMENTS:
-        raise InputError(f'run {run.name} is one of {run.notebook or "an unknown notebook"}, whose networks cannot be '
+        raise InputError(f'run {run.name} is of {run.notebook or "an unknown notebook"}, whose networks cannot be '
                          f'loaded here: choose a run of {", ".join(EXPERIMENTS)}')
     if EXPERIMENTS[run.notebook][1] == 'torch' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
-        raise InputError(f'run {run.name} needs torch, which cannot be imported any more where TensorFlow is: '
+        raise InputError(f'run {run.name} needs torch, which cannot be imported after TensorFlow: '
                          'load it in a new process (restart the kernel)')
     return find_experiment(run.notebook)
 
@@ -32,18 +32,18 @@ def _newest(folder):
     "The newest finished run that can be loaded"
     names = sorted((d.name for d in folder.glob('[!.]*') if (d/'metrics.json').is_file()),
                    reverse=True) if folder.is_dir() else []
-    newest = find_run('', folder)  # raises where there is none
+    newest = find_run('', folder)  # raises if there is none
     run = next((r for r in (Run(folder/n) for n in names) if r.notebook in EXPERIMENTS), None)
     if run: return run
-    raise InputError(f'no finished run that can be loaded yet: the newest, {newest.name}, is {newest.state}, '
-                     f'of notebook {newest.notebook}; `imgexp runs ls` lists all')
+    raise InputError(f'no finished run can be loaded: the newest, {newest.name} of notebook {newest.notebook}, is '
+                     f'{newest.state}; `imgexp runs ls` lists all')
 
 # %% ../nbs/04_evaluate.ipynb #e40d63d2
 def load_run(
-    name: str = '',           # a run's name, an unambiguous part of it, or its directory; '' is the newest finished run that can be loaded
-    checkpoint: str = 'best', # 'best', 'last', or the name of a checkpoint or of weights alone (weights-0002)
+    name: str = '',           # a run's name, part of it, or its directory; '' is the newest finished run
+    checkpoint: str = 'best', # 'best', 'last', or the name of a checkpoint or weights file (weights-0002)
     device: str = '',         # 'cuda', 'mps', 'cpu'; '' chooses
-    root: str | Path | None = None, # the project; found by default
+    root: str | Path | None = None, # project folder; None: the current project
 ) -> Trained:
     "Load a run's network with its best (or averaged) weights; raises `InputError` if run or checkpoint is missing."
     folder = Path(root or project_root())/'runs'
@@ -53,11 +53,11 @@ def load_run(
 # %% ../nbs/04_evaluate.ipynb #3e81c0d7
 def evaluate_test(
     run, # a finished `Run` of any experiment
-) -> dict: # as `Trained.evaluate`; None where there are no test images
-    "Evaluate a run of a search on the test images, left alone by its training; done once and saved in its metrics."
-    known = run.metrics.get('test')
-    if known: return known
-    if not len(own_data(run).split('test')): return None
+) -> dict: # as from `Trained.evaluate`; None if there are no test images
+    "Evaluate a run of a search on the test images, which its training did not use; done once, saved in its metrics."
+    saved = run.metrics.get('test')
+    if saved: return saved
+    if not len(run_data(run).split('test')): return None
     test = load_run(str(run.dir)).evaluate('test')
     write_json(run.dir/'metrics.json', run.metrics | {'test': test})
     return test

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import torch
 
 from .augment import MixParams
-from .checkpoints import Checkpoints, KeepParams, begin_at_end, checkpoints, restore, restore_best
+from .checkpoints import Checkpoints, KeepParams, checkpoints, restore, restore_best, start_from_parent
 from .errors import InputError, RunFailed, Stopped, stop_requests
 from .learner import OPTIMIZERS, make_optimizer
 from .lr_finder import find_lr
-from .parallel import rank, rank_zero_print, world
+from .parallel import rank, rank_zero_print, world_size
 from .params import Parameters, SeedParams, param, set_seed, takes
 from .callbacks import EMA, HIGHER, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
@@ -49,9 +49,9 @@ class FitParams(OptimizerParams, EMAParams, MixParams, KeepParams, SeedParams, B
 # %% ../nbs/02l_fit.ipynb #3beab83e
 def best_column(
     best_by: str,     # 'auto', or a name in `HIGHER`
-    ema: float = 0.,  # decay of the averaged weights; 0: there are none
+    ema: float = 0.,  # decay of the averaged weights; 0 is off
 ) -> str:             # a name in `HIGHER`
-    "Column of the history that determines the best epoch; raises `InputError` if there is no such column."
+    "Column of the history that determines the best epoch; raises `InputError` if the run has no such column."
     if best_by == 'auto': return 'ema_top1' if ema else 'valid_top1'
     if best_by.startswith('ema') and not ema:
         raise InputError(f'best_by={best_by!r} needs averaged weights: give ema=0.999, or best_by=valid_top1')
@@ -72,7 +72,7 @@ def _weights_metadata(learn):
     "Metadata saved with the weights, enough to build the network again"
     report = learn.model.report
     return {'arch': learn.model.arch, 'classes': learn.table.classes, 'size': learn.size, 'norm': learn.norm,
-            'stem': report.stem, 'head': report.kind}
+            'stem': report.stem, 'head': report.head_kind}
 
 # %% ../nbs/02l_fit.ipynb #dc2917b3
 def _callbacks(run, learn, p, requests):
@@ -81,55 +81,55 @@ def _callbacks(run, learn, p, requests):
     callbacks = [
         Schedule(p.lr, schedule(p.schedule, p.epochs, p.warmup)), Finite(), History(run), Progress(), Bottleneck(),
         EarlyStop(p.patience, best_by),
-        Checkpoints(run, _weights_metadata(learn), requests, best_by, best=p.keep_best, every=p.keep_every,
-                    alone=parse_epochs(p.keep_weights), end=deadline)]
-    if any(mix.values()): callbacks.append(Mixtures(len(learn.table.classes), learn.dls.train.make.seed, **mix))
+        Checkpoints(run, _weights_metadata(learn), requests, best_by, keep_best=p.keep_best, keep_every=p.keep_every,
+                    keep_weights=parse_epochs(p.keep_weights), deadline=deadline)]
+    if any(mix.values()): callbacks.append(Mixtures(len(learn.table.classes), learn.dls.train.preprocess.seed, **mix))
     if p.ema: callbacks.append(EMA(p.ema))
     return callbacks
 
 # %% ../nbs/02l_fit.ipynb #5f27c19b
 def _set_lr(run, learn, callbacks, requests):
-    "Ask the LR finder, without the callbacks of the training"
+    "Set the peak learning rate with the LR finder, which runs without the training callbacks"
     with learn.removed_cbs(callbacks): curve = find_lr(learn, stop_requests=requests)
     learn.schedule.peak = curve.valley
     rank_zero_print(f'lr={curve.valley:.2g} by the LR finder (its steepest fall is at {curve.steep:.2g})')
     if rank() == 0: run.figure('lr_finder', curve.figure())
 
 def _loop(run, learn, p, requests, parent, after):
-    "Resume the run, or begin where its parent ended, and train to the end"
+    "Resume the run, or start where its parent ended, and train to the end"
     callbacks = _callbacks(run, learn, p, requests)
     with learn.added_cbs(callbacks):
         restored = restore(run, learn, after)
-        if not restored and parent: begin_at_end(parent, learn)
+        if not restored and parent: start_from_parent(parent, learn)
         if not restored and p.lr == 0: _set_lr(run, learn, callbacks, requests)
         learn.fit(learn.base + p.epochs)
         for loader, names in zip((learn.dls.train, learn.dls.valid), learn.history.skipped()):
             loader.skipped.update(names)
 
 # %% ../nbs/02l_fit.ipynb #2160b320
-_LOST = re.compile('gloo|nccl|connection (closed|reset)|process group|socket', re.I)
+_LOST_CONNECTION = re.compile('gloo|nccl|connection (closed|reset)|process group|socket', re.I)
 
 @contextmanager
-def _ending(run):
+def _record_early_end(run):
     "Context manager that marks the run as failed or stopped if the training ends early"
     try: yield
     except KeyboardInterrupt as e:
         run.stop(str(e) or 'interrupted')
         raise
     except BaseException as e:
-        lost = world() > 1 and not isinstance(e, InputError) and _LOST.search(str(e))
+        lost = world_size() > 1 and not isinstance(e, InputError) and _LOST_CONNECTION.search(str(e))
         if lost:
-            e = RunFailed(_cause(run) or 'another process of this training ended: the same command continues from the '
-                                         'last checkpoint')
+            e = RunFailed(_error_elsewhere(run) or 'another process of this training ended: the same command '
+                                                   'continues from the last checkpoint')
         elif rank(): (run.dir/f'.error-{rank()}').write_text(str(e))
         run.fail(e)
         raise e from None if lost else e.__cause__
 
 # %% ../nbs/02l_fit.ipynb #93567d74
-def _cause(run):
-    "The error that another process of this training left; waits two seconds for it"
-    until = time.monotonic() + 2
-    while time.monotonic() < until and not list(run.dir.glob('.error-*')): time.sleep(0.05)
+def _error_elsewhere(run):
+    "The error message that another process of this training left; wait up to two seconds for it"
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline and not list(run.dir.glob('.error-*')): time.sleep(0.05)
     errors = [p.read_text().strip() for p in sorted(run.dir.glob('.error-*'))]
     return next((e for e in errors if e), '')
 
@@ -152,8 +152,8 @@ def _train(run, learn, p, parent, after, first_lr):
 def fit(
     run,                 # a `Run` of `start_run`; a finished one is not trained again
     learn,               # of `make_learner`
-    parent=None,         # a finished `Run` to continue from, as a new run
-    after: int = 0,      # epochs of this run that another learner trained: this one begins with their best weights
+    parent=None,         # a finished `Run` that this new run extends
+    after: int = 0,      # number of epochs that an earlier learner trained; this one starts with the best weights
     first_lr: float = 1., # learning rate of the first trained block, relative to the head's
     **values,            # of `FitParams`
 ) -> dict:               # the best checkpoint: name, epoch, by, valid_top1, valid_loss
@@ -162,5 +162,5 @@ def fit(
     best_column(p.best_by, p.ema)
     if not run.finished:
         set_seed(p.seed)
-        with _ending(run): _train(run, learn, p, parent, after, first_lr)
+        with _record_early_end(run): _train(run, learn, p, parent, after, first_lr)
     return restore_best(run, learn) if rank() == 0 else {}

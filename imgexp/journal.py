@@ -19,7 +19,7 @@ from .runs import BEAT, STALE
 # %% ../nbs/06a_journal.ipynb #3514bd2d
 @cache
 def load_optuna():
-    "Import and return Optuna, without its log messages and warnings."
+    "Import and return Optuna, with its log messages and warnings silenced."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         import optuna
@@ -29,15 +29,16 @@ def load_optuna():
 
 # %% ../nbs/06a_journal.ipynb #26962b8a
 PATIENCE = 30. # seconds for which a failed write is retried
-_WRITES = 'create_new_study', 'create_new_trial', 'set_trial_param', 'set_trial_state_values', 'set_trial_intermediate_value', 'set_trial_user_attr'
+_WRITES = ('create_new_study', 'create_new_trial', 'set_trial_param', 'set_trial_state_values',
+           'set_trial_intermediate_value', 'set_trial_user_attr')
 
 class StorageFailed(RunFailed):
     "The journal cannot be written."
     value = {'unwritable': True}
 
 # %% ../nbs/06a_journal.ipynb #c9f1dc2c
-def _cut_torn_line(path):
-    "Cut off an incomplete last line; the caller must hold the lock"
+def _truncate_torn_line(path):
+    "Remove an incomplete last line; the caller must hold the lock"
     with open(path, 'rb+') as f:
         if not f.seek(0, os.SEEK_END): return
         f.seek(-1, os.SEEK_END)
@@ -47,7 +48,7 @@ def _cut_torn_line(path):
 
 # %% ../nbs/06a_journal.ipynb #0fd29ed8
 class _Lock:
-    "A lock for Optuna's journal; released when its process ends, and unbreakable by other processes"
+    "A lock for Optuna's journal; released when its process ends, never broken by other processes"
     def __init__(self, path):
         self.path = path
         self.lock = FileLock(f'{path}.lock', timeout=PATIENCE, poll_interval=0.002, is_singleton=False,
@@ -57,7 +58,7 @@ class _Lock:
         except Timeout:
             raise StorageFailed(f'{short_path(self.path)} is locked by another process: the same command '
                                 'continues') from None
-        try: _cut_torn_line(self.path)
+        try: _truncate_torn_line(self.path)
         except BaseException:
             self.release()
             raise
@@ -66,7 +67,7 @@ class _Lock:
 
 # %% ../nbs/06a_journal.ipynb #4a111518
 def _journal_file(path):
-    "Open Optuna's journal file; an incomplete line is cut off before each new one"
+    "Open Optuna's journal file, with the lock that removes an incomplete line before each write"
     from optuna.storages.journal import JournalFileBackend
     path.open('ab').close()  # keeps the modification time of an existing file
     lock = _Lock(path)
@@ -78,61 +79,61 @@ def _journal_file(path):
 FILE_STORAGES = ('journal', 'sqlite')
 
 def check_storage(
-    text: str, # journal, sqlite, or the URL of a database
+    storage: str, # journal, sqlite, or the URL of a database
 ):
     "Raise `InputError` for an unknown storage, or for a URL that contains a password."
-    if text in FILE_STORAGES: return
-    if not re.match(r'[a-z0-9+]+://', text):
-        raise invalid_choice('storage', text, ['journal', 'sqlite'], ', or the URL of a database')
-    if re.search(r'//[^/@]*:[^/@]*@|[?&](password|passwd|pwd)=', text, re.I):
-        raise InputError('storage holds a password: give the URL without it, and set IMGEXP_STORAGE to the whole one')
+    if storage in FILE_STORAGES: return
+    if not re.match(r'[a-z0-9+]+://', storage):
+        raise invalid_choice('storage', storage, ['journal', 'sqlite'], ', or the URL of a database')
+    if re.search(r'//[^/@]*:[^/@]*@|[?&](password|passwd|pwd)=', storage, re.I):
+        raise InputError('storage contains a password: give the URL without it, and set IMGEXP_STORAGE to the full URL')
 
 # %% ../nbs/06a_journal.ipynb #a53bcb95
 def open_storage(
-    text: str,    # journal, sqlite, or the URL of a database
-    folder: Path, # the sweep's folder, for the first two
-):                # an Optuna storage; `beats` is its database if it can record heartbeats
+    location: str, # journal, sqlite, or the URL of a database
+    folder: Path,  # the sweep's folder, for journal and sqlite
+):                 # an Optuna storage; `heartbeat_storage` is its backend if it records heartbeats
     "Open or create the journal of a sweep."
     load_optuna()
     from optuna.storages import JournalStorage, RDBStorage, get_storage
-    if text == 'journal': return JournalStorage(_journal_file(folder/'journal.log'))
-    url = os.environ.get('IMGEXP_STORAGE') or text
+    if location == 'journal': return JournalStorage(_journal_file(folder/'journal.log'))
+    url = os.environ.get('IMGEXP_STORAGE') or location
     try:
-        if text != 'sqlite':
+        if location != 'sqlite':
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # heartbeats are an experimental feature of Optuna
                 backend = RDBStorage(url, heartbeat_interval=BEAT, grace_period=STALE)
-            storage = get_storage(backend)  # with its cache
-            storage.beats = backend
+            storage = get_storage(backend)  # adds a cache
+            storage.heartbeat_storage = backend
             return storage
         import sqlite3
         with sqlite3.connect(folder/'journal.db') as db: db.execute('pragma journal_mode=wal')
         return get_storage(RDBStorage(f"sqlite:///{folder/'journal.db'}",
                                       engine_kwargs={'connect_args': {'timeout': PATIENCE}}))
     except Exception as e:
-        why = (str(e).splitlines() or [''])[0]
-        raise InputError(f'storage: {type(e).__name__}: {why}: give journal, sqlite, or the URL of a '
+        reason = (str(e).splitlines() or [''])[0]
+        raise InputError(f'storage: {type(e).__name__}: {reason}: give journal, sqlite, or the URL of a '
                          'database') from None
 
 # %% ../nbs/06a_journal.ipynb #e3ffdeaf
 def retrying(
-    storage,   # an Optuna storage
-    what: str, # named in the error
-):             # the same storage
+    storage,          # an Optuna storage
+    description: str, # of the storage, for the error message
+):                    # the same storage
     "Make a storage retry failed writes for `PATIENCE` seconds, and then raise `StorageFailed`."
     from optuna.exceptions import StorageInternalError
-    def patiently(write):
+    def with_retries(write):
         @wraps(write)
         def call(*args, **kw):
-            until = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + PATIENCE
             while True:
                 try: return write(*args, **kw)
                 except (OSError, StorageInternalError) as e:
-                    if time.monotonic() > until:
-                        why = getattr(e, 'strerror', None) or str(e.__cause__ or e).splitlines()[0]
-                        raise StorageFailed(f'{what} cannot be written ({why}): free some room or wait; the same '
-                                            'command continues') from None
+                    if time.monotonic() > deadline:
+                        reason = getattr(e, 'strerror', None) or str(e.__cause__ or e).splitlines()[0]
+                        raise StorageFailed(f'{description} cannot be written ({reason}): free some disk space or '
+                                            'wait; the same command continues') from None
                     time.sleep(0.2)
         return call
-    for name in _WRITES: setattr(storage, name, patiently(getattr(storage, name)))
+    for name in _WRITES: setattr(storage, name, with_retries(getattr(storage, name)))
     return storage

@@ -19,12 +19,12 @@ from .errors import InputError, RunFailed, Stopped, stop_requests
 from .evaluate import evaluate_test
 from .experiments import Experiment
 from .files import read_json
-from .keras_checkpoints import describe, last_checkpoint, load_checkpoint, read_about, rebuild, save_checkpoint
+from .keras_checkpoints import describe, last_checkpoint, load_checkpoint, read_description, rebuild, save_checkpoint
 from .keras_data import Arrays, epoch_batches, to_arrays
 from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, clear_keras, keras_precision, load_keras,
     n_blocks)
 from .loader import BadImageParams, SizeParams
-from .metrics import confusion, left_out, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
+from .metrics import confusion, skipped_message, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import prepare_images, preparation
 from .sources import DataParams, load_images
 from .params import Parameters, RunParams, SeedParams, param, seeds, takes
@@ -72,14 +72,15 @@ class KerasNotebookParams(KerasParams, heading='sweep'):
 
 # %% ../nbs/10_keras_cnn.ipynb #1afc6774
 @lru_cache(maxsize=1)
-def _arrays(data, classes, subset, seed, size, bad, stamp):
+def _arrays(data, classes, subset, seed, size, bad, data_id):
+    "Arrays of the images; `data_id` is part of the cache key only"
     table = keep_subset(prepare_images(load_images(data, classes), size, 'off'), subset, seed)
     return Arrays(table, size, bad)
 
 def load_arrays(
     p: KerasParams, # data, classes, subset, seed, size, bad
 ) -> Arrays:
-    "Load the images of a run; the last call's stay in memory, for the next trial of a sweep."
+    "Load the images of a run; the last ones stay in memory for the next trial of a sweep."
     table = load_images(p.data, p.classes)
     return _arrays(p.data, p.classes, p.subset, seeds(p)['subset'], p.size, p.bad, table_id(table))
 
@@ -87,23 +88,23 @@ def load_arrays(
 def make_model(
     p: KerasParams, # parameters
     arrays,    # `Arrays`
-    run=None,  # a `Run`; if it has a checkpoint, the network is built from that
+    run=None,  # a `Run`; if it has a checkpoint, the network is built from its description
 ):             # a compiled Keras model
     "Build and compile the network."
-    keras, about = load_keras(), _about(p, arrays, run)
+    keras, description = load_keras(), _description(p, arrays, run)
     keras.utils.set_random_seed(p.seed % 2**32)
     steps = p.epochs*-(-len(arrays.images['train'])//p.batch_size)
     lr = keras.optimizers.schedules.CosineDecay(p.lr, steps) if p.schedule == 'cosine' else p.lr
-    model = rebuild(about)
+    model = rebuild(description)
     model.compile(keras.optimizers.Adam(lr), 'sparse_categorical_crossentropy', metrics=['accuracy'], jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
 
 # %% ../nbs/10_keras_cnn.ipynb #7d65c68c
-def _about(p, arrays, run=None):
-    "Return the network's description, from the run's checkpoint or from parameters, data and machine"
+def _description(p, arrays, run=None):
+    "Description of the network, from the run's checkpoint or from parameters, data and machine"
     last = run and last_checkpoint(run)
-    if last: return read_about(last)
+    if last: return read_description(last)
     return describe(p.replace(precision=run.resolved.get('precision', p.precision)) if run else p, arrays)
 
 def predict_keras(
@@ -116,30 +117,30 @@ def predict_keras(
     return probs/probs.sum(1, keepdims=True)
 
 # %% ../nbs/10_keras_cnn.ipynb #f9e3a9b9
-def _row(p, model, arrays, epoch, logs, spent, began):
-    "Return the row of the history for an epoch"
+def _row(p, model, arrays, epoch, logs, seconds, start):
+    "Row of the history for an epoch"
     n = len(arrays.images['train'])
     valid = score(predict_keras(model, arrays.images['valid']), arrays.labels['valid'])
     return dict(epoch=epoch + 1, step=(epoch + 1)*-(-n//p.batch_size), images=(epoch + 1)*n,
-                seconds=round(spent + time.perf_counter() - began, 2), lr=float(model.optimizer.learning_rate),
+                seconds=round(seconds + time.perf_counter() - start, 2), lr=float(model.optimizer.learning_rate),
                 train_loss=logs['loss'], train_top1=logs['accuracy'], valid_loss=valid['loss'],
-                valid_top1=valid['top1']['value'],
-                valid_top5=valid['top5']['value'], img_per_s=round(n/(time.perf_counter() - began), 1), peak_mem_mb=_peak_memory())
+                valid_top1=valid['top1']['value'], valid_top5=valid['top5']['value'],
+                img_per_s=round(n/(time.perf_counter() - start), 1), peak_mem_mb=_peak_memory())
 
 def _peak_memory():
-    "Return the peak memory in MB"
+    "Peak memory in MB"
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3))
 
-def _listener(keras, asked):
-    "Return a callback that ends a training within an epoch on a request to stop"
-    class Listen(keras.callbacks.Callback):
+def _stop_callback(keras, requests):
+    "Callback that ends a training within an epoch on a stop request"
+    class StopCallback(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if asked: raise Stopped(f'{asked[0]}; the same command continues')
-    return Listen()
+            if requests: raise Stopped(f'{requests[0]}; the same command continues')
+    return StopCallback()
 
 # %% ../nbs/10_keras_cnn.ipynb #534036fe
 def _resume(run, model):
-    "Continue a run; returns epochs done, seconds spent, {'best': best checkpoint, 'top1': its accuracy}"
+    "Restore a run; returns epochs done, seconds spent, {'best': name of the best checkpoint, 'top1': its accuracy}"
     index, folder = read_json(run.dir/'checkpoints'/'index.json'), last_checkpoint(run)
     if not folder: return 0, 0., {'best': '', 'top1': -1.}
     if folder.name != index['last']: print(f"checkpoint {index['last']} is damaged: continuing from {folder.name}")
@@ -162,28 +163,27 @@ def fit_keras(
     arrays,    # `Arrays`
     model,     # from `make_model`
 ):
-    "Train or continue training; leaves the model with the weights of the best epoch."
-    keras, about = load_keras(), _about(p, arrays, run)
-    done, spent, best = _resume(run, model)
-    with stop_requests() as asked:
-        for epoch in range(done, p.epochs):
+    "Start or continue the training, then load the weights of the best epoch into the model."
+    keras, description = load_keras(), _description(p, arrays, run)
+    epochs_done, seconds, best = _resume(run, model)
+    with stop_requests() as requests:
+        for epoch in range(epochs_done, p.epochs):
             if run.stop_reason: break
-            began = time.perf_counter()
+            start = time.perf_counter()
             batches = epoch_batches(arrays, epoch, p.batch_size, seeds(p)['order'], p.augment)
-            history = model.fit(batches, verbose=0, shuffle=False, callbacks=[_listener(keras, asked)]).history
+            history = model.fit(batches, verbose=0, shuffle=False, callbacks=[_stop_callback(keras, requests)]).history
             logs = {k: float(v[-1]) for k, v in history.items()}
             if not np.isfinite(logs['loss']):
                 raise RunFailed(f'the loss is {logs["loss"]} in epoch {epoch + 1}: give a smaller lr')
-            row = _row(p, model, arrays, epoch, logs, spent, began)
-            spent = row['seconds']
+            row = _row(p, model, arrays, epoch, logs, seconds, start)
+            seconds = row['seconds']
             if row['valid_top1'] > best['top1']: best = {'best': f'epoch-{epoch + 1:04d}', 'top1': row['valid_top1']}
-            save_checkpoint(model, run, about, row, best)
+            save_checkpoint(model, run, description, row, best)
             run.log(row)
-            left = duration((p.epochs - epoch - 1)*row['images']/(epoch + 1)/row['img_per_s'])
+            remaining = duration((p.epochs - epoch - 1)*row['images']/(epoch + 1)/row['img_per_s'])
             print(f"epoch {epoch + 1}/{p.epochs}: loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), top-1 "
-                  f"{row['train_top1']:.1%} "
-                  f"(valid {row['valid_top1']:.1%}), {row['img_per_s']:,.0f} img/s, {duration(spent)}, {left} to go",
-                  flush=True)
+                  f"{row['train_top1']:.1%} (valid {row['valid_top1']:.1%}), {row['img_per_s']:,.0f} img/s, "
+                  f"{duration(seconds)}, {remaining} to go", flush=True)
     load_checkpoint(model, run.dir/'checkpoints'/read_json(run.dir/'checkpoints'/'index.json')['best'])
 
 # %% ../nbs/10_keras_cnn.ipynb #b00412cb
@@ -196,23 +196,23 @@ def finish_keras(
     "Evaluate, plot the figures, and finish the run."
     splits = [s for s in ('valid', 'test') if len(arrays.images[s]) and not (s == 'test' and run.observer)]
     probs = {s: predict_keras(model, arrays.images[s]) for s in splits}
-    if arrays.skipped: print(left_out(arrays.skipped, len(arrays.table)))
+    if arrays.skipped: print(skipped_message(arrays.skipped, len(arrays.table)))
     history, split = run.history, splits[-1]
     labels, images, classes = arrays.labels[split], arrays.images[split], arrays.classes
-    each = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(min(len(classes), 10))])
-    shown = images[..., 0] if images.shape[-1] == 1 else images
+    examples = np.concatenate([np.flatnonzero(labels == k)[:3] for k in range(min(len(classes), 10))])
+    pictures = images[..., 0] if images.shape[-1] == 1 else images
     if run.observer: return _finish(run, history, probs, arrays)
     figures = {'curves': plot_curves(history, len(arrays.images['valid']), int(_best(history).epoch)),
-               'predictions': plot_predictions(shown, probs[split], labels, classes, each),
+               'predictions': plot_predictions(pictures, probs[split], labels, classes, examples),
                'confusion': plot_confusion(confusion(labels, probs[split].argmax(1), len(classes)), classes),
-               'mistakes': plot_mistakes(shown, probs[split], labels, classes)}
+               'mistakes': plot_mistakes(pictures, probs[split], labels, classes)}
     if not run.finished:
         for name, fig in figures.items(): run.figure(name, fig)
     return _finish(run, history, probs, arrays) | figures
 
 # %% ../nbs/10_keras_cnn.ipynb #cf191e16
 def _best(history):
-    "Return the row of the best epoch, the first if several tie"
+    "Row of the best epoch, the first one of ties"
     return history.loc[history.valid_top1.idxmax()]
 
 def _finish(run, history, probs, arrays):
@@ -248,7 +248,7 @@ def _run_experiment(
     p: KerasParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
 ) -> Run:      # finished
-    "Train, evaluate, and finish one run."
+    "Train, evaluate, and finish one run"
     clear_keras()
     arrays = load_arrays(p)
     with start_keras(p, arrays, observer) as run:
@@ -274,8 +274,8 @@ class KerasNetwork(Trained):
     def probabilities(self, table, split, bad):
         "See `Trained.probabilities`."
         rows = table.split(split)
-        images, kept, skipped = to_arrays(table.take(rows), self.size, bad, self.about['channels'])
-        return predict_keras(self.model, images), rows[kept], skipped
+        images, decoded, skipped = to_arrays(table.take(rows), self.size, bad, self.metadata['channels'])
+        return predict_keras(self.model, images), rows[decoded], skipped
 
 # %% ../nbs/10_keras_cnn.ipynb #253cd90e
 def load_keras_network(
@@ -285,15 +285,15 @@ def load_keras_network(
 ) -> KerasNetwork:
     "Load the network of a run as it was trained, even if the data or the machine has changed."
     if device:
-        raise InputError(f'device={device!r} is for networks in torch; TensorFlow chooses its own: leave device out')
+        raise InputError(f'device={device!r} is for torch networks; TensorFlow chooses its own: leave device out')
     if 'keras' not in sys.modules: os.environ['KERAS_BACKEND'] = run.depends.get('backend', 'tensorflow')
     index, folder = read_json(run.dir/'checkpoints'/'index.json') or {}, run.dir/'checkpoints'
     path = checkpoint_path(run, {k: index.get(k) for k in ('last', 'best')}, checkpoint,
                            sorted(d.name for d in folder.glob('epoch-*')))
-    about = read_about(path)
-    model = rebuild(about)
+    description = read_description(path)
+    model = rebuild(description)
     load_checkpoint(model, path)
-    return KerasNetwork(run, model, about, checkpoint, about['precision'])
+    return KerasNetwork(run, model, description, checkpoint, description['precision'])
 
 # %% ../nbs/10_keras_cnn.ipynb #5a568d93
 EXPERIMENT = Experiment('10_keras_cnn', KerasParams, _run_experiment, load_keras_network, cell=KerasNotebookParams)

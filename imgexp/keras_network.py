@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'STRATEGIES', 'KERAS_PRECISIONS', 'load_keras', 'block_filters', 'n_blocks', 'on_tensorflow',
-           'keras_precision', 'layer_type', 'mish', 'build_cnn', 'plot_filters', 'plot_features', 'clear_keras']
+           'keras_precision', 'dtype_policy', 'mish', 'build_cnn', 'plot_filters', 'plot_features', 'clear_keras']
 
 # %% ../nbs/09_keras_network.ipynb #fedb3967
 import gc, os, re, sys
@@ -21,11 +21,14 @@ from .text import plot_text
 # %% ../nbs/09_keras_network.ipynb #6c9fdb60
 @contextmanager
 def _silent():
-    "Discard what TensorFlow writes to stderr on import, whatever its settings"
+    "Discard what TensorFlow writes to stderr on import, regardless of its log level"
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try: yield
-    finally: os.dup2(stderr, 2); os.close(stderr); os.close(null)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 # %% ../nbs/09_keras_network.ipynb #d43eaa77
 def load_keras():
@@ -46,22 +49,22 @@ KERAS_PRECISIONS = ['auto', 'fp32', 'bf16']
 
 # %% ../nbs/09_keras_network.ipynb #bc317efc
 def block_filters(
-    filters: int,  # number of filters in the first block
+    filters: int,  # number of filters in the first block, 1 or more
     strategy: str, # one of STRATEGIES
-    blocks: int,   # 1 and up
+    blocks: int,   # number of blocks, 1 or more
 ) -> list:         # of int
     "Return the number of filters of each block."
     return [{'same': filters, 'half': min(filters, max(8, filters >> k)), 'pyramid': filters << k}[strategy]
             for k in range(blocks)]
 
 def n_blocks(
-    blocks: int, # 0: five, or as many as there is room for
+    blocks: int, # number of blocks; 0: five, or as many as fit
     size: int,   # side of the images in px
 ) -> int:
     "Return the number of blocks; raises `InputError` if the image is too small for them."
     room = int(size).bit_length() - 1
     if blocks > room:
-        raise InputError(f'blocks={blocks}: an image of {size} px has room for {room}, each halves it: give '
+        raise InputError(f'blocks={blocks}: an image of {size} px has room for {room}, as each halves it: give '
                          f'blocks={room} or less, or a larger size')
     return blocks or min(5, room)
 
@@ -87,7 +90,7 @@ def keras_precision(
     return ('bf16' if _native_bf16() else 'fp32') if precision == 'auto' else precision
 
 # %% ../nbs/09_keras_network.ipynb #7953e5c0
-def layer_type(
+def dtype_policy(
     precision: str, # one of KERAS_PRECISIONS
 ) -> str:           # 'float32' or 'mixed_bfloat16'
     "Return Keras's dtype policy for the layers; weights are float32 in both cases."
@@ -105,7 +108,7 @@ def mish(
 
 @cache
 def _activation(name):
-    "Return an activation by name"
+    "Activation function by name, compiled on TensorFlow"
     plain = mish if name == 'mish' else getattr(load_keras().activations, name)
     return plain if name == 'relu' or not on_tensorflow() else _compiled(plain)
 
@@ -114,13 +117,13 @@ def _compiled(f):
     "Compile an activation to one forward pass over memory, and one backward pass that recomputes its terms"
     import tensorflow as tf
     def forward(x): return tf.cast(f(tf.cast(x, tf.float32)), x.dtype)
-    def backward(x, up):
+    def backward(x, upstream):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = forward(x)
-        return tape.gradient(y, x, up)
+        return tape.gradient(y, x, upstream)
     forward_flat, backward_flat = _flat(forward), _flat(backward)
-    return tf.custom_gradient(lambda x: (forward_flat(x), lambda up: backward_flat(x, up)))
+    return tf.custom_gradient(lambda x: (forward_flat(x), lambda upstream: backward_flat(x, upstream)))
 
 # %% ../nbs/09_keras_network.ipynb #02da7648
 def _flat(f):
@@ -136,7 +139,7 @@ def _flat(f):
 
 # %% ../nbs/09_keras_network.ipynb #201219c5
 @cache
-def _norm():
+def _batch_norm():
     "Batch norm layer with TensorFlow's fused kernel, which Keras's own layer does not use"
     base = load_keras().layers.BatchNormalization
     if not on_tensorflow(): return base
@@ -144,9 +147,9 @@ def _norm():
     class BatchNormalization(base):
         def call(self, x, training=None, mask=None):
             if not training: return super().call(x, training=False)
-            none = tf.zeros(0)
-            y, *batch, _, _, _ = tf.raw_ops.FusedBatchNormV3(x=x, scale=self.gamma, offset=self.beta, mean=none,
-                                                             variance=none, epsilon=self.epsilon)
+            empty = tf.zeros(0)
+            y, *batch, _, _, _ = tf.raw_ops.FusedBatchNormV3(x=x, scale=self.gamma, offset=self.beta, mean=empty,
+                                                             variance=empty, epsilon=self.epsilon)
             for moving, new in zip((self.moving_mean, self.moving_variance), batch):
                 moving.assign(self.momentum*moving + (1 - self.momentum)*new)
             return y
@@ -161,22 +164,22 @@ def build_cnn(
 ):                    # a Keras model: uint8 images -> probabilities
     "Build a CNN, with initial weights determined by the seed."
     keras, c, seed = load_keras(), SimpleNamespace(**config), config.get('seed', 0)
-    layers, norm_layer, activation = keras.layers, _norm(), _activation(c.activation)
-    kind = {'dtype': layer_type(config.get('precision', 'auto'))}
+    layers, norm_layer, activation = keras.layers, _batch_norm(), _activation(c.activation)
+    policy = {'dtype': dtype_policy(config.get('precision', 'auto'))}
     def init(k): return keras.initializers.GlorotUniform(seed=seed*1000 + k)
     mean, std = norm
     x = inputs = keras.Input(input_shape, name='image')
     x = layers.Rescaling(1/(255*std), -mean/std, name='normalize')(x)
     for k, n in enumerate(block_filters(c.filters, c.strategy, n_blocks(c.blocks, input_shape[0])), 1):
         x = layers.Conv2D(n, c.filter_size, padding='same', use_bias=not c.batch_norm, kernel_initializer=init(k),
-                          name=f'conv{k}', **kind)(x)
-        if c.batch_norm: x = norm_layer(momentum=0.9, name=f'norm{k}', **kind)(x)
-        x = layers.Activation(activation, name=f'act{k}', **kind)(x)
-        x = layers.MaxPooling2D(2, name=f'pool{k}', **kind)(x)
-    x = layers.Flatten(name='flatten', **kind)(x)
-    x = layers.Dense(c.dense, kernel_initializer=init(100), name='dense', **kind)(x)
-    x = layers.Activation(activation, name='act', **kind)(x)
-    x = layers.Dropout(c.dropout, seed=seed*1000 + 101, name='dropout', **kind)(x)
+                          name=f'conv{k}', **policy)(x)
+        if c.batch_norm: x = norm_layer(momentum=0.9, name=f'norm{k}', **policy)(x)
+        x = layers.Activation(activation, name=f'act{k}', **policy)(x)
+        x = layers.MaxPooling2D(2, name=f'pool{k}', **policy)(x)
+    x = layers.Flatten(name='flatten', **policy)(x)
+    x = layers.Dense(c.dense, kernel_initializer=init(100), name='dense', **policy)(x)
+    x = layers.Activation(activation, name='act', **policy)(x)
+    x = layers.Dropout(c.dropout, seed=seed*1000 + 101, name='dropout', **policy)(x)
     x = layers.Dense(n_classes, 'softmax', kernel_initializer=init(102), name='probabilities')(x)
     return keras.Model(inputs, x, name='cnn')
 
@@ -207,6 +210,7 @@ def plot_features(
 
 # %% ../nbs/09_keras_network.ipynb #ca9cb9e9
 def _tiles(images, title, cmap='gray', columns=16):
+    "Figure of small images in a grid"
     import matplotlib.pyplot as plt
     rows = -(-len(images)//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(columns*0.5, rows*0.5 + 0.4), squeeze=False)
@@ -218,7 +222,7 @@ def _tiles(images, title, cmap='gray', columns=16):
 
 # %% ../nbs/09_keras_network.ipynb #86f73270
 def clear_keras():
-    "Free earlier trainings' memory: Keras's state, and TensorFlow's custom gradients, which keep every graph."
+    "Free the memory of earlier trainings: Keras's state, and TensorFlow's custom gradients, which keep every graph."
     load_keras().backend.clear_session()
     if on_tensorflow():
         from tensorflow.python.framework import ops

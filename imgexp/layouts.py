@@ -13,24 +13,26 @@ from .errors import unknown_name
 from .download import BadArchive
 
 # %% ../nbs/01_layouts.ipynb #3d2619b5
-# image extensions that every installation can read
+# file extensions of images that every installation can read
 SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm'.split())
 
 def _images(folder): return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.name[0] != '.')
+
 def subfolders(folder: Path) -> list:
-    "Return the sorted names of the visible subfolders."
+    "Sorted names of the visible subfolders."
     return sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in '._')
+
 def read_lines(path: Path) -> list:
-    "Return the non-empty lines of a text file."
+    "Non-empty lines of a text file."
     return [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
 
 def parent_of(
     raw: Path, # where the archives were unpacked
     name: str, # name of a file or folder
 ) -> Path:
-    "Return the folder that contains `name`, at most two levels down."
+    "The folder that contains `name`, at most two levels down; raises `BadArchive` if there is none."
     folder = next((p.parent for depth in ('', '*/', '*/*/') for p in sorted(raw.glob(depth + name))), None)
-    if folder is None: raise BadArchive(f'the archive holds no {name}: it is not the official one')
+    if folder is None: raise BadArchive(f'the archive contains no {name}: it is not the official one')
     return folder
 
 # %% ../nbs/01_layouts.ipynb #968d4cd6
@@ -49,6 +51,7 @@ def _splits(raw, names):
 
 @_layout
 def _from_train_val(raw, files): return _splits(raw, {'train': 'train', 'val': 'valid'})
+
 @_layout
 def _from_train_test(raw, files): return _splits(raw, {'train': 'train', 'val': 'test'})
 
@@ -128,16 +131,16 @@ def _from_cifar10(raw, files):
         for path in sorted(home.glob('*_batch*.bin')):
             rows = np.fromfile(path, np.uint8).reshape(-1, 3073)  # a label, then 32×32 red, green, blue
             split = 'test' if path.name.startswith('test') else 'train'
-            for i, r in enumerate(rows):
-                pixels = r[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield split, classes[r[0]], f'{path.stem}-{i:05d}.png', lambda p=pixels: _png(p)
+            for i, row in enumerate(rows):
+                pixels = row[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+                yield split, classes[row[0]], f'{path.stem}-{i:05d}.png', lambda p=pixels: _png(p)
     return classes, items()
 
 _CLOTHES = ['T-shirt-top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
 # %% ../nbs/01_layouts.ipynb #e9a64b8a
 def _idx(path, skip):
-    "The bytes of an idx file after its header"
+    "Bytes of a gzipped idx file after its header of `skip` bytes"
     import numpy as np
     return np.frombuffer(gzip.decompress(Path(path).read_bytes()), np.uint8, offset=skip)
 
@@ -170,12 +173,12 @@ def _from_parquet(raw, files):
 # %% ../nbs/01_layouts.ipynb #9a44a924
 def unknown_class(
     name: str, # as the user typed it
-    classes, # all names
+    classes,   # names of all classes
 ):           # an `InputError`
-    "Return the error for a class that a data set does not have."
-    near = difflib.get_close_matches(name, classes, 1)
-    rest = [f'… ({len(classes)} in all)'] if len(classes) > 20 else []
-    return unknown_name(name, near or [*classes[:20], *rest], 'class')
+    "Make the error for a class that a data set does not have."
+    matches = difflib.get_close_matches(name, classes, 1)
+    more = [f'… ({len(classes)} in all)'] if len(classes) > 20 else []
+    return unknown_name(name, matches or [*classes[:20], *more], 'class')
 
 # %% ../nbs/01_layouts.ipynb #fd0fc228
 def place_images(
@@ -184,17 +187,19 @@ def place_images(
     classes=(), # classes to keep; all by default
 ) -> int:       # number of images now present
     "Move or write images into class folders, skipping existing ones; returns the number present."
-    n, made = 0, set()
+    n, created = 0, set()
     for split, c, name, source in items:
         if classes and c not in classes: continue
         folder = root/split/c
-        if folder not in made: folder.mkdir(parents=True, exist_ok=True); made.add(folder)
+        if folder not in created:
+            folder.mkdir(parents=True, exist_ok=True)
+            created.add(folder)
         target, n = folder/name, n + 1
         if target.exists(): continue
         if callable(source):
-            spare = root/'.unpacked/.spare'
-            spare.write_bytes(source())
-            os.replace(spare, target)
+            temp = root/'.unpacked/.spare'
+            temp.write_bytes(source())
+            os.replace(temp, target)
         else:
             try: os.replace(source, target)
             except FileNotFoundError:

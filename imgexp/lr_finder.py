@@ -20,17 +20,18 @@ from fastai.callback.schedule import steep, valley  # after the learner, which s
 
 # %% ../nbs/02k_lr_finder.ipynb #70d59a32
 class _LRSweep(StatefulCallback):
-    "Raises the learning rate from batch to batch; ends when the loss explodes"
+    "Callback that raises the learning rate from batch to batch and ends training when the loss explodes"
     run_valid = False
     def __init__(self, low, high, steps, stop_requests):
-        self.low, self.high, self.steps, self.stop_requests, self.rates, self.losses = low, high, steps, stop_requests, [], []
+        self.low, self.high, self.steps, self.stop_requests = low, high, steps, stop_requests
+        self.rates, self.losses = [], []
     def before_batch(self):
         self.rates.append(self.low*(self.high/self.low)**(len(self.rates)/(self.steps - 1)))
         self.opt.set_hypers(lr=self.rates[-1])
     def after_batch(self):
         if all_max(len(self.stop_requests)):
-            raise Stopped(f"{[*self.stop_requests, 'another process was asked to stop'][0]}; the same command "
-                          "continues")
+            reason = next(iter(self.stop_requests), 'another process was asked to stop')
+            raise Stopped(f'{reason}; the same command continues')
         previous, k = self.losses[-1] if self.losses else 0., len(self.losses) + 1
         smooth = 0.98*previous*(1 - 0.98**(k - 1)) + 0.02*all_sum(self.learn.loss).item()
         self.losses.append(smooth/(1 - 0.98**k))
@@ -41,14 +42,14 @@ class _LRSweep(StatefulCallback):
 @dataclass
 class LRCurve:
     "Loss over learning rate, and two suggestions."
-    valley: float   # in the longest fall of the loss
-    steep: float    # where it falls fastest
-    rates: list     # learning rates
-    losses: list    # smoothed training loss at each
+    valley: float   # learning rate within the longest descent of the loss
+    steep: float    # learning rate where the loss falls fastest
+    rates: list     # learning rates tried
+    losses: list    # smoothed training loss at each rate
 
     @styled
     def figure(self):
-        "Loss over learning rate."
+        "Plot the loss over the learning rate."
         import matplotlib.pyplot as plt
         fig, ax = plt.subplots(figsize=(4, 2.2))
         ax.semilogx(self.rates, self.losses)
@@ -59,11 +60,11 @@ class LRCurve:
 
 # %% ../nbs/02k_lr_finder.ipynb #c6198740
 def _suggest(rates, losses, steps):
-    "The curve without its ends, and the rates that fastai's rules suggest"
+    "Trim the ends of the curve and apply fastai's rules to it"
     n = len(rates)
     rates, losses = (torch.tensor(v[n//10:-5]) for v in (rates, losses))
     if len(losses) < 10 or not losses.isfinite().all():
-        raise RunFailed(f'the LR finder saw the loss explode after {n} steps: give lr yourself')
+        raise RunFailed(f'the loss exploded after {n} steps of the LR finder: give lr explicitly')
     return LRCurve(valley(rates, losses, steps)[0], steep(rates, losses, steps)[0], rates.tolist(), losses.tolist())
 
 # %% ../nbs/02k_lr_finder.ipynb #99ba6b3d
@@ -71,16 +72,19 @@ def find_lr(
     learn,             # an `ImageLearner` with its optimizer
     low: float = 1e-5, # first learning rate
     high: float = 10., # last learning rate
-    steps: int = 100,  # batches
-    stop_requests=(),  # checked after each batch, as `imgexp.errors.stop_requests` fills it
+    steps: int = 100,  # number of batches
+    stop_requests=(),  # list of `imgexp.errors.stop_requests`, checked after each batch
 ) -> LRCurve:
-    "Run the LR finder; `learn` and all random generators are left as they were."
+    "Run the LR finder, then restore `learn` and all random generators."
     random_state, start, scaler = generators(), (learn.first_epoch, learn.first_batch), copy.deepcopy(learn.scaler)
     weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
     optimizer = copy.deepcopy(learn.opt.state_dict())
-    sweep, learn.first_epoch, learn.first_batch = _LRSweep(low, high, steps, stop_requests), 0, 0
+    sweep = _LRSweep(low, high, steps, stop_requests)
+    learn.first_epoch = learn.first_batch = 0
     learn.fit(-(-steps//len(learn.dls.train.at(0))), cbs=sweep)
-    learn.model.load_state_dict(weights); learn.opt.load_state_dict(optimizer); learn.opt.zero_grad()
+    learn.model.load_state_dict(weights)
+    learn.opt.load_state_dict(optimizer)
+    learn.opt.zero_grad()
     learn.scaler, (learn.first_epoch, learn.first_batch) = scaler, start
     set_generators(random_state)
     return _suggest(sweep.rates, sweep.losses, steps)

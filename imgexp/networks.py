@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'archs', 'check_arch', 'CompactResNet', 'compact_resnet', 'MLP', 'find_head', 'Block', 'Blocks',
-           'shorten_rows', 'rows_text', 'rows_html', 'blocks', 'set_retrain', 'keep_statistics', 'set_drop_path',
+           'shorten_rows', 'rows_text', 'rows_html', 'blocks', 'set_retrain', 'freeze_bn_statistics', 'set_drop_path',
            'drop_probs']
 
 # %% ../nbs/02_networks.ipynb #ae643096
@@ -27,17 +27,17 @@ def archs() -> list[str]: # sorted
 
 # %% ../nbs/02_networks.ipynb #76e218cd
 def check_arch(
-    arch: str, # as the user gave it
+    arch: str, # name to check
 ):
     "Raise `InputError` if the architecture is unknown, suggesting similar names."
     if arch in archs(): return
-    close = difflib.get_close_matches(str(arch), archs(), n=3)
-    hint = f'did you mean {" or ".join(close)}?' if close else 'resnet18, for one, is.'
+    matches = difflib.get_close_matches(str(arch), archs(), n=3)
+    hint = f'did you mean {" or ".join(matches)}?' if matches else 'try resnet18.'
     raise InputError(f'arch={arch!r} is not known: {hint} `imgexp.networks.archs()` lists all {len(archs())}.')
 
 # %% ../nbs/02_networks.ipynb #ae58d7fd
 class _Residual(nn.Module):
-    "Two 3×3 convolutions and a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385, figure 2)."
+    "Two 3×3 convolutions and a shortcut (He et al. 2016, https://arxiv.org/abs/1512.03385, figure 2)"
     def __init__(self, n_in, n_out, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
@@ -45,9 +45,9 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_out)
         self.relu = nn.ReLU(inplace=True)
-        same = stride == 1 and n_in == n_out
+        identity = stride == 1 and n_in == n_out
         pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
-        self.shortcut = nn.Identity() if same else nn.Sequential(
+        self.shortcut = nn.Identity() if identity else nn.Sequential(
             pool, nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x):
@@ -63,10 +63,10 @@ class CompactResNet(nn.Module):
         widths:tuple=(64, 128, 160), # channels of the stages
     ):
         super().__init__()
-        ins = 32, *widths[:-1]
-        conv = nn.Conv2d(3, ins[0], 3, 2, 1, bias=False)
-        self.stem = nn.Sequential(conv, nn.BatchNorm2d(ins[0]), nn.ReLU(inplace=True))
-        self.stages = nn.Sequential(*[_Residual(i, w, s) for i, w, s in zip(ins, widths, strides)])
+        channels = 32, *widths[:-1] # input channels of the stages
+        conv = nn.Conv2d(3, channels[0], 3, 2, 1, bias=False)
+        self.stem = nn.Sequential(conv, nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True))
+        self.stages = nn.Sequential(*[_Residual(c, w, s) for c, w, s in zip(channels, widths, strides)])
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(widths[-1], n_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -91,7 +91,7 @@ class MLP(nn.Module):
         n_in:int, # features
         n_classes:int, # number of outputs
         hidden:int=512, # neurons of the hidden layer
-        dropout:float=0.2, # share of them that is dropped in training
+        dropout:float=0.2, # dropout rate of the hidden layer, 0 to 1
     ):
         super().__init__()
         self.hidden, self.relu = nn.Linear(n_in, hidden), nn.ReLU(inplace=True)
@@ -108,7 +108,7 @@ def find_head(
 # %% ../nbs/02_networks.ipynb #2963b86a
 @dataclass
 class Block:
-    "A piece of the network that is frozen or trained as one."
+    "A unit of the network that is frozen or trained as a whole."
     name: str # path of its first module, as in the state dict
     modules: list # in order
     params: list # its parameters; each belongs to one block only
@@ -122,68 +122,68 @@ class Block:
 # %% ../nbs/02_networks.ipynb #d9c1bef9
 class Blocks(list):
     "The blocks from input to head, shown with the smallest `retrain` that trains each."
-    head = 'retrain', 'block', 'kind', 'parameters', 'trained'
+    header = 'retrain', 'block', 'kind', 'parameters', 'trained'
     def rows(self):
         return [(k, b.name, b.kind, f'{b.n_params:,}', f'{b.n_trained:,}')
                 for k, b in zip(reversed(range(len(self))), self)]
-    def __repr__(self): return rows_text(self.head, shorten_rows(self.rows()))
-    def _repr_html_(self): return rows_html(self.head, shorten_rows(self.rows()))
+    def __repr__(self): return rows_text(self.header, shorten_rows(self.rows()))
+    def _repr_html_(self): return rows_html(self.header, shorten_rows(self.rows()))
 
 def shorten_rows(
     rows: list, # of tuples
-    n: int = 24, # rows that are kept at most
+    n: int = 24, # maximum number of rows
 ) -> list:
-    "Leave out the middle of a long table."
+    "Shorten a table by replacing the middle rows with an ellipsis."
     return rows if len(rows) <= n else rows[:n//2] + [('…',) * len(rows[0])] + rows[-n//2:]
 
 # %% ../nbs/02_networks.ipynb #f8219f81
 def rows_text(
-    head: list, # titles of the columns
+    header: list, # column titles
     rows: list, # of tuples
 ) -> str:
     "Format a table as plain text, numbers right-aligned."
-    rows = [[str(c) for c in r] for r in [head, *rows]]
+    rows = [[str(c) for c in r] for r in [header, *rows]]
     widths = [max(map(len, c)) for c in zip(*rows)]
     def line(r): return '  '.join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths)))
     return '\n'.join(line(r).rstrip() for r in rows)
 
 # %% ../nbs/02_networks.ipynb #d4fe11b4
 def rows_html(
-    head: list, # titles of the columns
+    header: list, # column titles
     rows: list, # of tuples
 ) -> str:
     "Format a table as HTML, numbers right-aligned."
     def tr(tag, cells):
-        side = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
+        align = ['right' if str(c).replace(',', '').isdigit() else 'left' for c in cells]
         return '<tr>' + ''.join(f'<{tag} style="text-align:{s}">{escape(str(c))}</{tag}>'
-                                for s, c in zip(side, cells)) + '</tr>'
-    return f'<table>{tr("th", head)}{"".join(tr("td", r) for r in rows)}</table>'
+                                for s, c in zip(align, cells)) + '</tr>'
+    return f'<table>{tr("th", header)}{"".join(tr("td", r) for r in rows)}</table>'
 
 # %% ../nbs/02_networks.ipynb #1e8421ae
 _NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm
-_OPEN = {'AnyStage', '_DenseBlock', 'Encoder', 'MaxVitBlock'} # of RegNet, DenseNet, ViT and MaxViT
+_CONTAINERS = {'AnyStage', '_DenseBlock', 'Encoder', 'MaxVitBlock'} # of RegNet, DenseNet, ViT and MaxViT
 
 def _starts_block(module):
-    "Whether a module starts a new block: it has parameters and is not a norm."
+    "Whether a module starts a new block: it has parameters and is not a norm"
     return not isinstance(module, _NORMS) and next(module.parameters(), None) is not None
 
-def _opens(name, module, head):
-    "Whether a module is a container of blocks rather than a block."
-    if type(module).__name__ in _OPEN: return True
+def _is_container(name, module, head):
+    "Whether a module is a container of blocks rather than a block"
+    if type(module).__name__ in _CONTAINERS: return True
     if name == 'stem' or type(module) not in (nn.Sequential, nn.ModuleList): return False
     inner = [m for m in module.children() if _starts_block(m)]
-    return len(inner) > 1 or any(m is head or _opens('', m, head) for m in inner)
+    return len(inner) > 1 or any(m is head or _is_container('', m, head) for m in inner)
 
 # %% ../nbs/02_networks.ipynb #50d6e23c
 def _units(module, head, path=''):
-    "Path and module of everything that is never opened, from input to head."
+    "Path and module of every unit that is not a container, from input to head"
     for name, m in module.named_children():
-        if _opens(name, m, head): yield from _units(m, head, f'{path}{name}.')
+        if _is_container(name, m, head): yield from _units(m, head, f'{path}{name}.')
         else: yield f'{path}{name}', m
 
 # %% ../nbs/02_networks.ipynb #470e1073
 def blocks(
-    model:nn.Module, # a network of `build_model`
+    model:nn.Module, # a network from `build_model`
 ) -> Blocks: # a list of `Block`
     "Split a network into blocks from input to head; each parameter is in exactly one, and the last is the head."
     head, units = next((m for m in model.modules() if isinstance(m, MLP)), find_head(model)[1]), Blocks()
@@ -191,15 +191,15 @@ def blocks(
         if not units or _starts_block(m): units.append(Block(path, [], []))
         units[-1].modules.append(m)
         units[-1].params += m.parameters()
-    seen = {p for b in units for p in b.params}
-    units[0].params += [p for p in model.parameters() if p not in seen] # class token, position embedding
+    assigned = {p for b in units for p in b.params}
+    units[0].params += [p for p in model.parameters() if p not in assigned] # class token, position embedding
     return units
 
 # %% ../nbs/02_networks.ipynb #1bff1e88
 def _stay_in_eval(module, mode=True): return nn.Module.train(module, False)
 
 def _freeze(block, frozen, mode):
-    "Freeze a block, or unfreeze it and put it in the training mode `mode`."
+    "Freeze a block, or unfreeze it and put it in the training mode `mode`"
     for p in block.params:
         p.requires_grad_(not frozen)
         if frozen: p.grad = None
@@ -213,7 +213,7 @@ def set_retrain(
     model:nn.Module, # changed in place
     k:int, # -1 everything, 0 the head, k the head and the last k blocks
 ) -> nn.Module: # the same model
-    "Choose what is trained; the rest gets no gradient and stays in evaluation mode despite calls of `.train()`."
+    "Select what is trained; the rest gets no gradients and stays in evaluation mode even after `.train()`."
     units = blocks(model)
     last = len(units) - 1
     if k != int(k) or not -1 <= k <= last:
@@ -223,10 +223,10 @@ def set_retrain(
     return model
 
 # %% ../nbs/02_networks.ipynb #b3c9cc2e
-def keep_statistics(
+def freeze_bn_statistics(
     model:nn.Module, # changed in place
 ) -> nn.Module: # the same model
-    "Freeze batch norm's statistics despite `.train()`; its weights learn (Keras' guide to transfer learning)."
+    "Freeze the batch-norm statistics even after `.train()`, not the weights (Keras's guide to transfer learning)."
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.train = partial(_stay_in_eval, m)
@@ -235,7 +235,7 @@ def keep_statistics(
 
 # %% ../nbs/02_networks.ipynb #32693bb6
 _tv = torchvision.models
-_BRANCHES = { # kind of block: the modules that its residual branches end in
+_BRANCHES = { # block class: submodules in which its residual branches end
     _Residual: ['bn2'], _tv.resnet.BasicBlock: ['bn2'], _tv.resnet.Bottleneck: ['bn3'],
     _tv.mobilenetv2.InvertedResidual: ['conv'], _tv.mobilenetv3.InvertedResidual: ['block'],
     _tv.mnasnet._InvertedResidual: ['layers'], _tv.regnet.ResBottleneckBlock: ['f'],
@@ -248,19 +248,19 @@ _BRANCHES = { # kind of block: the modules that its residual branches end in
 
 # %% ../nbs/02_networks.ipynb #491892e5
 def _residuals(model):
-    "Name of each residual block, from input to head, and the modules that its branches end in."
-    def adds(block): return getattr(block, 'use_res_connect', getattr(block, 'apply_residual', True))
+    "{name of each residual block: modules in which its branches end}, from input to head"
+    def has_shortcut(block): return getattr(block, 'use_res_connect', getattr(block, 'apply_residual', True))
     return {name: [m.get_submodule(path) for path in _BRANCHES[type(m)]]
-            for name, m in model.named_modules() if type(m) in _BRANCHES and adds(m)}
+            for name, m in model.named_modules() if type(m) in _BRANCHES and has_shortcut(m)}
 
 # %% ../nbs/02_networks.ipynb #f174d3d2
 class _DropPath:
-    "A forward hook that drops a residual branch of each image with probability `p` while its module trains."
+    "A forward hook that drops a residual branch of each image with probability `p` while its module trains"
     def __init__(self, p): self.p = p
     def __call__(self, module, args, out): return stochastic_depth(out, self.p, 'row', module.training)
 
-def _drop(module, p):
-    "Let the branch that ends in `module` be dropped with probability `p`; 0 removes the hook."
+def _set_drop_prob(module, p):
+    "Drop the branch that ends in `module` with probability `p`; 0 removes the hook"
     hooks = module._forward_hooks
     for key in [k for k, hook in hooks.items() if isinstance(hook, _DropPath)]: del hooks[key]
     if isinstance(module, StochasticDepth): module.p = p
@@ -271,27 +271,27 @@ def set_drop_path(
     model:nn.Module, # changed in place; its state dict stays as it is
     rate:float, # probability at the last residual block, from 0 (nothing is dropped) to below 1
 ) -> nn.Module: # the same model
-    "Drop residual branches in training, replacing an earlier rate; raises `InputError` if the model has none."
+    "Drop residual branches in training, replacing any earlier rate; raises `InputError` if the model has none."
     if not 0 <= rate < 1:
-        raise InputError(f'drop_path={rate}: a probability from 0 to below 1 is needed, for example 0.1 '
+        raise InputError(f'drop_path={rate}: it must be a probability from 0 to below 1, for example 0.1 '
                          "(build_model also takes -1, the architecture's own).")
     residuals = _residuals(model)
     if rate and not residuals:
         raise InputError(f'drop_path={rate}: {getattr(model, "arch", type(model).__name__)} has no residual branches '
                          'to drop; use drop_path=0, or another arch (a ResNet, ConvNeXt, vision transformer …).')
-    for m in model.modules(): _drop(m, 0.)
+    for m in model.modules(): _set_drop_prob(m, 0.)
     for i, ends in enumerate(residuals.values()):
-        for m in ends: _drop(m, rate*i/max(1, len(residuals) - 1))
+        for m in ends: _set_drop_prob(m, rate*i/max(1, len(residuals) - 1))
     return model
 
 # %% ../nbs/02_networks.ipynb #601475e3
-def _prob(module):
-    "The probability with which the branch that ends in `module` is dropped."
+def _drop_prob(module):
+    "Drop probability of the branch that ends in `module`"
     if isinstance(module, StochasticDepth): return module.p
     return max((hook.p for hook in module._forward_hooks.values() if isinstance(hook, _DropPath)), default=0.)
 
 def drop_probs(
-    model:nn.Module, # any network of `build_model`
-) -> dict: # name of each residual block, from input to head, to probability
-    "The probabilities with which residual branches are dropped in training."
-    return {name: _prob(ends[-1]) for name, ends in _residuals(model).items()}
+    model:nn.Module, # a network from `build_model`
+) -> dict: # {name of the residual block: probability}, from input to head
+    "Drop probability of each residual block in training."
+    return {name: _drop_prob(ends[-1]) for name, ends in _residuals(model).items()}

@@ -31,14 +31,14 @@ def find_notebook(
     raise unknown_name(name, list(notebooks), 'notebook')
 
 def _library_folders():
-    "The folders that may hold the library's notebooks: in an installation, and in a checkout"
+    "Return the folders of the library's notebooks, in an installation and in a checkout"
     package = Path(importlib.util.find_spec('imgexp').origin).parent
     return [package/'nbs', package.parent/'nbs']
 
 # %% ../nbs/05a_notebooks.ipynb #f95e2ae0
 def notebook_parameters(
     notebook: Path, # has a cell tagged `parameters`
-) -> dict:          # name: default
+) -> dict:          # {name: default}
     "Return the parameters of a notebook and their defaults."
     cells = (read_json(notebook) or {}).get('cells', [])
     source = next((''.join(c['source']) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', [])), None)
@@ -48,7 +48,7 @@ def notebook_parameters(
     try: return dict(_assignment(n) for n in ast.parse(source).body)
     except (SyntaxError, ValueError, TypeError, AttributeError):
         raise InputError(f'{short_path(notebook)}: the cell with the tag "parameters" must hold lines like `lr: float '
-                         '= 0.1`, each a number, a text, True or False') from None
+                         '= 0.1`, each a number, a string, True or False') from None
 
 def _assignment(node):
     "Return (name, default) for a line of a parameters cell"
@@ -83,25 +83,25 @@ def check_points(
 # %% ../nbs/05a_notebooks.ipynb #b6738974
 @contextmanager
 def _forward_stop(grace=20.):
-    "Forward a stop request to the kernel, then SIGTERM after `grace` s; yields a list that receives the reason"
+    "Forward a stop request to the kernel, and SIGTERM after `grace` s; yields a list that receives the reason"
     import psutil
-    stop_requested, over = [], threading.Event()
-    def to_kernels(number):
+    stop_requested, done = [], threading.Event()
+    def signal_kernels(number):
         for p in psutil.Process().children():
             try: p.send_signal(number)
             except psutil.NoSuchProcess: pass
-    def insist():
-        while not over.wait(grace): to_kernels(signal.SIGTERM)
-    def ask(number, frame):
+    def escalate():
+        while not done.wait(grace): signal_kernels(signal.SIGTERM)
+    def on_sigterm(number, frame):
         if stop_requested: return
         stop_requested.append('terminated')
-        to_kernels(signal.SIGINT)
-        threading.Thread(target=insist, daemon=True).start()
-    before = signal.signal(signal.SIGTERM, ask)
+        signal_kernels(signal.SIGINT)
+        threading.Thread(target=escalate, daemon=True).start()
+    previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
     try: yield stop_requested
     finally:
-        over.set()
-        signal.signal(signal.SIGTERM, before)
+        done.set()
+        signal.signal(signal.SIGTERM, previous_handler)
 
 # %% ../nbs/05a_notebooks.ipynb #26989ee7
 # our kernel imports from the working folder last; papermill's own process ignores that folder (PYTHONSAFEPATH)
@@ -112,22 +112,22 @@ _KERNEL = ['--IPKernelApp.ignore_cwd=True', "--IPKernelApp.exec_lines=import img
 def execute(
     notebook: str, # path
     values: dict,  # parameters
-) -> dict:         # run: the run's directory, reused: whether it was already finished
+) -> dict:         # run: its directory, or ''; reused: whether it was already finished
     "Run a notebook in a worker process; raises `InputError` if it fails, `KeyboardInterrupt` if stopped."
     import papermill
     runs_dir()  # fails early if runs/ cannot be written
     error = None
-    # private to this process, even if others work on the same runs
+    # a private folder, since other processes may work on the same runs
     with tempfile.TemporaryDirectory(prefix='imgexp-') as folder:
         out, run_file = Path(folder)/'out.ipynb', Path(folder)/'run'
         with _forward_stop() as stop_requested, environment_variables(IMGEXP_RUN_LOG=str(run_file), PYTHONSAFEPATH='1'):
             try:
                 papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True,
                                            extra_arguments=_KERNEL)
-            except Exception as e: error = _error_of(e)
-        run, reused = _run_of_kernel(run_file, Path(notebook).stem)
+            except Exception as e: error = _short_error(e)
+        run, reused = _recorded_run(run_file, Path(notebook).stem)
         value = {'run': str(run.dir) if run else '', 'reused': reused}
-        saved_at = _keep(out, run, reused, notebook, error)
+        saved_at = _save_executed(out, run, reused, notebook, error)
     if stop_requested: raise _with_value(KeyboardInterrupt('terminated'), value)
     if error: raise _with_value(error if run else type(error)(f'{error} ({saved_at})'), value)
     return value
@@ -137,26 +137,28 @@ def _with_value(e, value):
     e.value = value
     return e
 
-def _error_of(e):
-    "Return a notebook's error with its own type if it is one of ours, and in one line"
+def _short_error(e):
+    "Convert a notebook's error to one line, with its type if the library defines it, or as `InputError`"
     name = getattr(e, 'ename', type(e).__name__)
     text = str(getattr(e, 'evalue', '') or e).strip().splitlines() or [name]
     return ERRORS[name](text[0]) if name in ERRORS else InputError(f'{name}: {text[-1]}')
 
-def _run_of_kernel(path, stem):
-    "(last run that the kernel recorded for this notebook, not for its examples; whether it was already done)"
+def _recorded_run(path, stem):
+    "Return the last run that the kernel recorded for this notebook, and whether it was already finished"
     lines = [l.split('\t') for l in path.read_text().splitlines()] if path.exists() else []
     return next(((Run(folder), state == 'reused') for folder, state in reversed(lines) if Run(folder).notebook == stem),
                 (None, False))
 
 # %% ../nbs/05a_notebooks.ipynb #ab5b00d7
-def _keep(out, run, reused, notebook, error):
-    "Move the executed notebook into its run, or into runs/ if it has none; returns the new path"
+def _save_executed(out, run, reused, notebook, error):
+    "Copy the executed notebook to its run, or to runs/ if it has no run; returns the new path"
     if reused or not out.exists() or not (run or error): return ''
     name = f'{time.strftime("%Y%m%d-%H%M%S")}-{Path(notebook).stem}-{secrets.token_hex(4)}.ipynb'
     target = run.dir/'notebook.ipynb' if run else runs_dir()/name
     with writing(target):
         part = target.with_name(f'.{secrets.token_hex(8)}.part')
-        try: shutil.copyfile(out, part); os.replace(part, target)
+        try:
+            shutil.copyfile(out, part)
+            os.replace(part, target)
         finally: part.unlink(missing_ok=True)
     return short_path(target)

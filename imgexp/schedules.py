@@ -16,54 +16,55 @@ from .errors import InputError, invalid_choice
 from .style import BLUE, GREEN, ORANGE, RED, set_title, styled
 
 # %% ../nbs/02e_schedules.ipynb #2726de3e
-def _phase(at, up):
-    "Whether `at` is in the warm-up, which ends at `up`, and the completed fraction of its phase, 0 to 1"
-    if not 0 <= at <= 1: raise ValueError(f'at={at} is out of range: a fraction of the training, 0 to 1')
-    return (True, at/up) if at < up else (False, (at - up)/(1 - up))
+def _phase(progress, warmup_frac):
+    "Whether `progress` is in the warm-up, and the completed fraction of that phase, 0 to 1"
+    if not 0 <= progress <= 1: raise ValueError(f'progress={progress} is out of range: it must be 0 to 1')
+    if progress < warmup_frac: return True, progress/warmup_frac
+    return False, (progress - warmup_frac)/(1 - warmup_frac)
 
-def _cos(start, end, pos):
-    "From `start` to `end` along half a cosine: slow, fast, slow"
+def _half_cosine(start, end, pos):
+    "Half a cosine from `start` to `end`: slow, fast, slow"
     return start + (end - start)*(1 - math.cos(math.pi*pos))/2
 
 # %% ../nbs/02e_schedules.ipynb #ca73a33e
 def one_cycle(
-    at: float,         # fraction of the training completed, 0 to 1
-    peak: float,       # the largest learning rate
-    up: float = 1/4,   # fraction of the training in which it climbs, 0 to less than 1
-) -> tuple:            # learning rate, momentum
+    progress: float,           # fraction of the training completed, 0 to 1
+    peak: float,               # largest learning rate
+    warmup_frac: float = 1/4,  # fraction of the training spent in warm-up, 0 to less than 1
+) -> tuple:                    # learning rate, momentum
     "From peak/25 up to the peak and down to peak/100,000, in half cosines; momentum 0.95, 0.85, 0.95."
-    climbing, pos = _phase(at, up)
-    if climbing: return _cos(peak/25, peak, pos), _cos(.95, .85, pos)
-    return _cos(peak, peak/1e5, pos), _cos(.85, .95, pos)
+    climbing, pos = _phase(progress, warmup_frac)
+    if climbing: return _half_cosine(peak/25, peak, pos), _half_cosine(.95, .85, pos)
+    return _half_cosine(peak, peak/1e5, pos), _half_cosine(.85, .95, pos)
 
 # %% ../nbs/02e_schedules.ipynb #66bc79c5
 def cosine(
-    at: float,         # fraction of the training completed, 0 to 1
-    peak: float,       # the largest learning rate
-    up: float = 1/20,  # fraction of the training in which it climbs, 0 to less than 1
-) -> tuple:            # learning rate, None: momentum stays the optimizer's own
+    progress: float,           # fraction of the training completed, 0 to 1
+    peak: float,               # largest learning rate
+    warmup_frac: float = 1/20, # fraction of the training spent in warm-up, 0 to less than 1
+) -> tuple:                    # learning rate, None: the optimizer's momentum is unchanged
     "From peak/100 straight up to the peak, then half a cosine down to 0."
-    climbing, pos = _phase(at, up)
-    return (peak*(0.01 + 0.99*pos) if climbing else _cos(peak, 0., pos)), None
+    climbing, pos = _phase(progress, warmup_frac)
+    return (peak*(0.01 + 0.99*pos) if climbing else _half_cosine(peak, 0., pos)), None
 
 # %% ../nbs/02e_schedules.ipynb #e5ce5b64
 def linear(
-    at: float,         # fraction of the training completed, 0 to 1
-    peak: float,       # the largest learning rate
-    up: float = 1/8,   # fraction of the training in which it climbs, 0 to less than 1
-) -> tuple:            # learning rate, None: momentum stays the optimizer's own
+    progress: float,           # fraction of the training completed, 0 to 1
+    peak: float,               # largest learning rate
+    warmup_frac: float = 1/8,  # fraction of the training spent in warm-up, 0 to less than 1
+) -> tuple:                    # learning rate, None: the optimizer's momentum is unchanged
     "From peak/10,000 straight up to the peak, then straight down to 0."
-    climbing, pos = _phase(at, up)
+    climbing, pos = _phase(progress, warmup_frac)
     return (peak*(1e-4 + (1 - 1e-4)*pos) if climbing else peak*(1 - pos)), None
 
 # %% ../nbs/02e_schedules.ipynb #876b0483
 def constant(
-    at: float,         # fraction of the training completed, 0 to 1
-    peak: float,       # the largest learning rate
-    up: float = 0.,    # fraction of the training in which it climbs, 0 to less than 1
-) -> tuple:            # learning rate, None: momentum stays the optimizer's own
+    progress: float,           # fraction of the training completed, 0 to 1
+    peak: float,               # largest learning rate
+    warmup_frac: float = 0.,   # fraction of the training spent in warm-up, 0 to less than 1
+) -> tuple:                    # learning rate, None: the optimizer's momentum is unchanged
     "The peak throughout; with a warm-up, from peak/100 straight up to it."
-    climbing, pos = _phase(at, up)
+    climbing, pos = _phase(progress, warmup_frac)
     return (peak*(0.01 + 0.99*pos) if climbing else peak), None
 
 # %% ../nbs/02e_schedules.ipynb #293af115
@@ -73,33 +74,34 @@ SCHEDULES = list(_POLICIES)
 def schedule(
     name: str,            # one of SCHEDULES
     epochs: int,          # length of the training, 1 or more
-    warmup: float = -1.,  # epochs until the peak, 0 to less than `epochs`; -1: the schedule's own part of them
+    warmup: float = -1.,  # epochs until the peak, 0 to less than `epochs`; -1: the schedule's default
 ) -> Callable:            # (fraction of the training completed, peak) -> (learning rate, momentum or None)
-    "A learning-rate schedule by name; raises `InputError` for an unknown name or a warm-up that never ends."
+    "A learning-rate schedule by name; raises `InputError` for an unknown name or a warm-up that is too long."
     if name not in SCHEDULES: raise invalid_choice('schedule', name, SCHEDULES)
     if not epochs >= 1: raise InputError(f'epochs={epochs} is out of range: it must be at least 1')
     if warmup == -1: return _POLICIES[name]
-    if 0 <= warmup < epochs: return partial(_POLICIES[name], up=warmup/epochs)
+    if 0 <= warmup < epochs: return partial(_POLICIES[name], warmup_frac=warmup/epochs)
     raise InputError(f"warmup={warmup:g} is out of range: it must be at least 0 and less than epochs={epochs}, "
-                     "or -1 for the schedule's own: warm up for fewer epochs or train for more")
+                     "or -1 for the schedule's default: warm up for fewer epochs or train for more")
 
 # %% ../nbs/02e_schedules.ipynb #049812b4
-def _bounds(sizes):
+def _parse_sizes(sizes):
     "Parse `sizes`: low, high, and the fractions of the training where the rise begins and ends; or InputError"
-    def refuse(why):
-        return InputError(f"sizes={sizes!r} {why}: write for example '160-192@0.65-0.8', which is 160 px until 65% of "
-                          "the training and 192 px from 80% on, '128-192', '176', or nothing for the size of the run")
+    def error(reason):
+        return InputError(f"sizes={sizes!r} {reason}: write for example '160-192@0.65-0.8', which is 160 px until 65% "
+                          "of the training and 192 px from 80% on, '128-192', '176', or nothing for the size of the "
+                          "run")
     number = r'(\d+\.?\d*|\.\d+)'
-    found = re.fullmatch(rf'(\d+)(?:-(\d+)(?:@{number}-{number})?)?', ''.join(str(sizes).split()), re.ASCII)
-    if not found: raise refuse('is not understood')
-    low, high, start, end = found.groups()
-    if high is None and int(low) < 8: raise refuse(f'has {int(low)}, and a size must be at least 8')
+    match = re.fullmatch(rf'(\d+)(?:-(\d+)(?:@{number}-{number})?)?', ''.join(str(sizes).split()), re.ASCII)
+    if not match: raise error('is not understood')
+    low, high, start, end = match.groups()
+    if high is None and int(low) < 8: raise error(f'has {int(low)}, and a size must be at least 8')
     for side in () if high is None else (int(low), int(high)):
-        if side < 32 or side % 32: raise refuse(f'has {side}, and sizes that rise must be multiples of 32 from 32 on')
+        if side < 32 or side % 32: raise error(f'has {side}, and sizes that rise must be multiples of 32')
     low, high = int(low), int(high or low)
-    if low > high: raise refuse(f'falls, and sizes must rise ({high}-{low})')
+    if low > high: raise error(f'falls, and sizes must rise ({high}-{low})')
     start, end = float(start or 0), float(end or 1)
-    if not 0 <= start < end <= 1: raise refuse('needs two parts of the training after the @, from 0 to 1 and rising')
+    if not 0 <= start < end <= 1: raise error('needs two fractions of the training after the @, from 0 to 1 and rising')
     return low, high, start, end
 
 # %% ../nbs/02e_schedules.ipynb #3c20e399
@@ -110,7 +112,7 @@ def image_sizes(
 ) -> list:        # for each epoch the side of the training images, px
     "Side of the training images in each epoch; raises `InputError` if `sizes` cannot be parsed."
     if not str(sizes).strip(): return [size]*epochs
-    low, high, start, end = _bounds(sizes)
+    low, high, start, end = _parse_sizes(sizes)
     epoch, end = np.arange(epochs), min(end*epochs, epochs - 1)
     side = np.interp(epoch, [min(start*epochs, end), end], [low, high])
     step = 32 if low < high else 1
@@ -132,17 +134,17 @@ def plot_schedules(
     names,                # one of SCHEDULES, or a list of them
     epochs: int,          # length of the training, 1 or more
     lr: float = 1.,       # the largest learning rate
-    warmup: float = -1.,  # epochs until the peak; -1: the schedule's own
+    warmup: float = -1.,  # epochs until the peak; -1: the schedule's default
     sizes: str = '',      # image sizes over the training, as for `image_sizes`
     size: int = 0,        # side of the images where `sizes` is empty, px; 0: not drawn
 ): # Figure
     "Plot the learning rate over the training, with momentum and image size, if any."
     import matplotlib.pyplot as plt
     names = [names] if isinstance(names, str) else list(names)
-    at = np.linspace(0, 1, 401)
-    values = {n: np.array([schedule(n, epochs, warmup)(a, lr) for a in at], float) for n in names}
-    moving = [n for n in names if not np.isnan(values[n][:, 1]).any()]
-    panels = ['learning rate'] + ['momentum']*bool(moving) + ['image size']*bool(sizes or size)
+    progress = np.linspace(0, 1, 401)
+    values = {n: np.array([schedule(n, epochs, warmup)(a, lr) for a in progress], float) for n in names}
+    with_momentum = [n for n in names if not np.isnan(values[n][:, 1]).any()]
+    panels = ['learning rate'] + ['momentum']*bool(with_momentum) + ['image size']*bool(sizes or size)
     width = 2.9*len(panels) + (1.2 if len(names) > 1 else 0.3)
     fig, axes = plt.subplots(1, len(panels), figsize=(width, 2.3), squeeze=False)
     peak = f'peak {lr:g}' if len(names) > 1 else f'{names[0]}, peak {lr:g}'
@@ -150,8 +152,8 @@ def plot_schedules(
         ax.set(xlabel='epoch', xlim=(0, epochs))
         if panel == 'image size': _draw_sizes(ax, image_sizes(sizes, size, epochs))
         else:
-            column, drawn = (1, moving) if panel == 'momentum' else (0, names)
-            for n in drawn: ax.plot(at*epochs, values[n][:, column], _LINES[n][1], color=_LINES[n][0], label=n)
-            set_title(ax, panel, ', '.join(moving) if column else peak)
+            column, drawn = (1, with_momentum) if panel == 'momentum' else (0, names)
+            for n in drawn: ax.plot(progress*epochs, values[n][:, column], _LINES[n][1], color=_LINES[n][0], label=n)
+            set_title(ax, panel, ', '.join(with_momentum) if column else peak)
     if len(names) > 1: fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper')
     return fig

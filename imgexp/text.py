@@ -9,7 +9,7 @@ __all__ = ['printable', 'plot_text', 'duration', 'file_size', 'accuracy_text', '
 import re, sys
 
 # %% ../nbs/00b_text.ipynb #f7ddc008
-_CONTROL = re.compile(  # control characters, and those that reverse the direction of text
+_CONTROL = re.compile(  # control characters, line separators and bidirectional overrides
     '[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]')
 
 def printable(
@@ -45,7 +45,7 @@ def file_size(
 def accuracy_text(
     accuracy: dict, # value, low, high (fractions) and n
 ) -> str:           # '91.0% (88.0% to 93.0%, n = 341)'
-    "An accuracy with its interval and number of images."
+    "Format an accuracy with its interval and number of images."
     return '{value:.1%} ({low:.1%} to {high:.1%}, n = {n:,})'.format(**accuracy)
 
 # %% ../nbs/00b_text.ipynb #acb30300

@@ -7,9 +7,9 @@ __all__ = ['EXPERIMENT', 'train']
 
 # %% ../nbs/03_train.ipynb #5165774c
 from .experiments import METRICS, Experiment
-from .parallel import distributed, from_first, rank_zero_print
+from .parallel import distributed, from_rank_zero, rank_zero_print
 from .params import takes
-from .results import conclude
+from .results import finish_run
 from .runs import Run
 from .setup import TrainParams, dependencies, fit_run, load_learner, load_table, resolve_train
 from .start import start_run
@@ -17,13 +17,13 @@ from .trained import load_network
 
 # %% ../nbs/03_train.ipynb #d5693287
 def _start(p, table, learn, observer=None):
-    "The run, made or found by the first process"
+    "Start the run, or find an existing one, in process 0; return it in all processes"
     started = []
-    def first():
+    def start():
         started.append(start_run('03_train', p, dependencies(p, table, learn.model),
                                  resolved={'precision': learn.precision}, observer=observer))
         return str(started[0].dir)
-    folder = from_first(first)
+    folder = from_rank_zero(start)
     return started[0] if started else Run(folder)
 
 # %% ../nbs/03_train.ipynb #41e830c6
@@ -31,14 +31,14 @@ def _run_experiment(
     p: TrainParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
 ) -> Run:          # finished
-    "Train, evaluate, and finish one run."
-    p, messages = resolve_train(p), []  # until there is a run: what is refused leaves nothing on stdout
+    "Train, evaluate, and finish one run"
+    p, messages = resolve_train(p), []  # printed once the run is started: failed starts print nothing to stdout
     with distributed():
         table = load_table(p, messages.append)
         learn = load_learner(p, table)
         with _start(p, table, learn, observer) as run:
             for line in messages: rank_zero_print(line)
-            conclude(run, learn, fit_run(p, run, learn), p.upload)
+            finish_run(run, learn, fit_run(p, run, learn), p.upload)
     return run
 
 # %% ../nbs/03_train.ipynb #02637bfe

@@ -18,18 +18,18 @@ from .files import to_plain
 # %% ../nbs/05_workers.ipynb #017615d0
 @dataclass
 class Job:
-    "One call of a function in a worker process."
+    "A function call to run in a worker process."
     call: str    # 'module:function'
     values: dict = field(default_factory=dict) # its arguments
-    name: str = '' # shown to the user
+    name: str = '' # shown in messages
 
 @dataclass
 class Result:
     "The outcome of a job."
     job: Job
     state: str           # done, failed, stopped (can be resumed), or waiting (not started)
-    value: object = None # returned by the function
-    error: str = ''      # one line
+    value: object = None # return value, or `value` of the exception
+    error: str = ''      # one-line message
     seconds: float = 0.
 
 # %% ../nbs/05_workers.ipynb #208ff5ef
@@ -44,18 +44,18 @@ def find_function(
 # %% ../nbs/05_workers.ipynb #7e11c8f5
 def _call(call, values):
     "Call a function and return its `Result` as a dictionary"
-    began = time.perf_counter()
-    try: out = {'state': 'done', 'value': to_plain(find_function(call)(**values))}
-    except KeyboardInterrupt as e: out = {'state': 'stopped', 'error': str(e), 'value': _value_of(e)}
-    except InputError as e: out = {'state': 'failed', 'error': str(e), 'value': _value_of(e)}
+    start = time.perf_counter()
+    try: outcome = {'state': 'done', 'value': to_plain(find_function(call)(**values))}
+    except KeyboardInterrupt as e: outcome = {'state': 'stopped', 'error': str(e), 'value': _error_value(e)}
+    except InputError as e: outcome = {'state': 'failed', 'error': str(e), 'value': _error_value(e)}
     except Exception as e:
         traceback.print_exc()
-        out = {'state': 'failed', 'error': ' '.join(traceback.format_exception_only(e)[-1].split()),
-               'value': _value_of(e)}
-    return out | {'seconds': time.perf_counter() - began}
+        outcome = {'state': 'failed', 'error': ' '.join(traceback.format_exception_only(e)[-1].split()),
+               'value': _error_value(e)}
+    return outcome | {'seconds': time.perf_counter() - start}
 
-def _value_of(e):
-    "The `value` that one of our exceptions carries, as plain values; None if it has none"
+def _error_value(e):
+    "Return the `value` dictionary attached to an exception, as plain values; None if there is none"
     value = getattr(e, 'value', None)
     return to_plain(value) if isinstance(value, dict) else None
 
@@ -63,7 +63,7 @@ def _value_of(e):
 def _terminated(number, frame): raise KeyboardInterrupt('terminated')
 
 def _listen(jobs, busy):
-    "Read jobs from stdin; treat its end as a request to stop"
+    "Read jobs from stdin; treat end of file as a request to stop"
     for line in sys.stdin: jobs.put(json.loads(line))
     jobs.put(None)
     if busy.is_set(): os.kill(os.getpid(), signal.SIGTERM)
@@ -89,7 +89,7 @@ _WORK = "import sys; sys.path[:] = [p for p in sys.path if p]; from imgexp.worke
 
 # %% ../nbs/05_workers.ipynb #e08ecac4
 class _Worker:
-    "The parent's handle on a worker process; queues (worker, outcome), and (worker, None) when it ends"
+    "A worker process as seen by its parent; queues (worker, outcome) per job, and (worker, None) when it exits"
     def __init__(self, slot, env, outcomes):
         self.slot, self.job, self.log = slot, None, tempfile.TemporaryFile()
         self.process = subprocess.Popen([sys.executable, '-c', _WORK], env=os.environ | env, text=True,
@@ -104,40 +104,41 @@ class _Worker:
     def begin(self, job):
         self.job = job
         try: print(json.dumps({'call': job.call, 'values': to_plain(job.values)}), file=self.process.stdin, flush=True)
-        except BrokenPipeError: pass  # it died while idle; its end is already in the queue
-    def end(self):
-        "Close its stdin: an idle worker exits, a busy one is asked to stop"
+        except BrokenPipeError: pass  # it died while idle; its exit is already in the queue
+    def close(self):
+        "Close stdin: an idle worker exits, a busy one is asked to stop"
         try: self.process.stdin.close()
         except BrokenPipeError: pass
     def kill(self):
-        "Kill it and all its child processes"
+        "Kill the process and all its child processes"
         import psutil
-        try: family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        try: processes = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         except psutil.NoSuchProcess: return
-        for p in family:
+        for p in processes:
             try: p.kill()
             except psutil.NoSuchProcess: pass
 
 # %% ../nbs/05_workers.ipynb #f94397f3
 @patch
-def death(self: _Worker):
+def describe_exit(self: _Worker):
     "Describe how the process ended, with its last line of output"
     code = self.process.returncode
     if code >= 0: ending = f'ended with status {code}'
-    else: ending = f'was killed by {signal.Signals(-code).name}' + ', perhaps for lack of memory'*(code == -signal.SIGKILL)
+    elif code == -signal.SIGKILL: ending = 'was killed by SIGKILL, perhaps for lack of memory'
+    else: ending = f'was killed by {signal.Signals(-code).name}'
     size = os.fstat(self.log.fileno()).st_size
     lines = os.pread(self.log.fileno(), 2000, max(0, size - 2000)).decode(errors='replace').split('\n')
     last = next((line.strip() for line in reversed(lines) if line.strip()), '')
     return f'its process {ending}' + f' after: {last}'*bool(last)
 
 # %% ../nbs/05_workers.ipynb #a039ba06
-def visible_gpus() -> list: # names, as in CUDA_VISIBLE_DEVICES
-    "List the NVIDIA GPUs that may be used, by asking nvidia-smi, without importing a framework."
-    if (named := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None:
-        return [g for g in named.split(',') if g.strip() not in ('', '-1')]
-    try: listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20, check=True).stdout
+def visible_gpus() -> list: # of device ids, as in CUDA_VISIBLE_DEVICES
+    "List the NVIDIA GPUs that may be used, from nvidia-smi, without importing a framework."
+    if (visible := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None:
+        return [gpu for gpu in visible.split(',') if gpu.strip() not in ('', '-1')]
+    try: output = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError): return []
-    return [str(k) for k, line in enumerate(l for l in listed.splitlines() if l.startswith('GPU '))]
+    return [str(k) for k, line in enumerate(l for l in output.splitlines() if l.startswith('GPU '))]
 
 def usable_cores() -> int:
     "Number of cores that this process may use."
@@ -147,19 +148,19 @@ def usable_cores() -> int:
 def worker_environments(
     n: int, # number of workers
     n_cores: int = 0, # 0: all
-    cards=None, # GPU names; by default `visible_gpus()`
-    threads: int = 0, # per worker; 0: OMP_NUM_THREADS, or its share of the cores
+    gpus=None, # device ids; by default `visible_gpus()`
+    threads: int = 0, # per worker; 0: OMP_NUM_THREADS, or an equal share of the cores
 ) -> list:  # of dicts, one per worker
     "Return environment variables for `n` workers: threads, and GPUs assigned round-robin."
-    cards, each = visible_gpus() if cards is None else cards, str(max(1, (n_cores or usable_cores())//n))
-    threads = {k: str(threads or os.environ.get(k, each))
+    gpus, share = visible_gpus() if gpus is None else gpus, str(max(1, (n_cores or usable_cores())//n))
+    threads = {k: str(threads or os.environ.get(k, share))
                for k in ('OMP_NUM_THREADS', 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS')}
-    return [threads | ({'CUDA_VISIBLE_DEVICES': cards[k % len(cards)]} if cards else {}) for k in range(n)]
+    return [threads | ({'CUDA_VISIBLE_DEVICES': gpus[k % len(gpus)]} if gpus else {}) for k in range(n)]
 
 def thread_count(
     environment: dict, # from `worker_environments`
 ) -> int:
-    "Number of threads of a worker; the first if there is a list for nested levels (`4,2`)."
+    "Number of threads of a worker; the outermost level of a nested setting like `4,2`."
     return int(environment['OMP_NUM_THREADS'].split(',')[0])
 
 # %% ../nbs/05_workers.ipynb #c050dda0
@@ -167,9 +168,11 @@ class Local:
     "Worker processes on this machine; each runs many jobs, and is replaced if it dies."
     def __init__(
         self,
-        n: int = 1, # jobs at once
-        threads: int = 0, # per worker; 0: its share of the cores
-    ): self.n, self.environments, self.outcomes, self.workers = n, worker_environments(n, threads=threads), queue.Queue(), {}
+        n: int = 1, # concurrent jobs
+        threads: int = 0, # per worker; 0: an equal share of the cores
+    ):
+        self.n, self.environments = n, worker_environments(n, threads=threads)
+        self.outcomes, self.workers = queue.Queue(), {}
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
     @property
@@ -183,14 +186,14 @@ class Local:
         if slot not in self.workers: self.workers[slot] = _Worker(slot, self.environments[slot], self.outcomes)
         self.workers[slot].begin(job)
 
-    def wait(self, seconds: float): # (job, {'state', 'value', 'error', 'seconds'}), or None
+    def wait(self, seconds: float): # (job, {'state', 'value', 'error', 'seconds'}); None on a timeout
         "Return the next job to end within `seconds`; its state is `died` if its process died."
         try: worker, outcome = self.outcomes.get(timeout=seconds)
         except queue.Empty: return None
         job, worker.job = worker.job, None
         if outcome is None or outcome['state'] == 'stopped': self._forget(worker)
         if not job: return None
-        return job, outcome or {'state': 'died', 'error': worker.death()}
+        return job, outcome or {'state': 'died', 'error': worker.describe_exit()}
     def _forget(self, worker):
         if self.workers.get(worker.slot) is worker: del self.workers[worker.slot]
 
@@ -198,7 +201,7 @@ class Local:
 @patch
 def stop(
     self: Local,
-    hard: bool = False, # kill the workers at once
+    hard: bool = False, # kill the workers immediately
 ):
     "Ask all jobs to write a checkpoint and stop."
     for w in list(self.workers.values()): w.kill() if hard else w.process.terminate()
@@ -207,7 +210,7 @@ def stop(
 @patch
 def close(self: Local):
     "Close the workers, and kill those that do not exit in time."
-    for w in list(self.workers.values()): w.end()
+    for w in list(self.workers.values()): w.close()
     for w in list(self.workers.values()):
         try: w.process.wait(5)
         except subprocess.TimeoutExpired: w.kill()
@@ -218,19 +221,19 @@ class Interrupted(Stopped):
     "Jobs were asked to stop; `results` holds the outcomes so far."
     def __init__(
         self,
-        why,     # 'interrupted' or 'terminated'
+        reason,  # 'interrupted' or 'terminated'
         results, # `Result`s, in the order of the jobs
     ):
-        super().__init__(f'{why}; the same command continues')
+        super().__init__(f'{reason}; the same command continues')
         self.results = results
 
 # %% ../nbs/05_workers.ipynb #249dd995
 def run_jobs(
     jobs,            # `Job`s
-    n: int = 1,      # jobs at once
+    n: int = 1,      # concurrent jobs
     executor=None,   # by default `Local(n)`
-    on_result=None,  # called with each `Result` as it arrives, and the index of its job
-    tries: int = 3,  # a job counts as failed once its process has died this often
+    on_result=None,  # called with each `Result` as it arrives and the index of its job
+    tries: int = 3,  # number of process deaths after which a job counts as failed
 ) -> list:           # `Result`s, in the order of the jobs
     "Run all jobs and return their results; raises `Interrupted` on a request to stop."
     jobs = [replace(j) for j in jobs]  # copies, so that each has its own identity
@@ -245,8 +248,9 @@ def run_jobs(
                     ex.stop()
                 if not (ended := ex.wait(0.2)): continue
                 job, outcome = ended
-                deaths[id(job)] += outcome['state'] == 'died'
-                if outcome['state'] == 'died' and deaths[id(job)] < tries and not stop_requested: waiting.appendleft(job)
+                died = outcome['state'] == 'died'
+                deaths[id(job)] += died
+                if died and deaths[id(job)] < tries and not stop_requested: waiting.appendleft(job)
                 else:
                     results[indices[id(job)]] = result = _result(job, outcome, stop_requested)
                     if on_result: on_result(result, indices[id(job)])

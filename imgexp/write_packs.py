@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from .contents import file_state, fingerprint, known_contents, remember_contents, settled, size_and_time
-from .data import Pixels, stored
+from .contents import file_state, fingerprint, open_hash_cache, settled, size_and_time, store_hashes
+from .data import Pixels, read_stored
 from .decoding import BadImage, decode, jpeg_size, shrink
 from .errors import InputError, RunFailed, unknown_name
 from .files import file_sha256, read_json, short_path, write_json, writing
@@ -28,8 +28,8 @@ from .text import duration, file_size, printable
 QUALITY = 90
 
 def _packed_image(table, row, kind):
-    "Return the bytes to store, height, width, sha-256 of the file, and why it can't be decoded"
-    try: raw = stored(table, row)
+    "Bytes to store, height, width, sha-256 of the file, and the reason if it can't be decoded"
+    try: raw = read_stored(table, row)
     except BadImage as e: return b'', 0, 0, bytes(32), str(e)
     sha = hashlib.sha256(raw).digest()
     try: image = decode(raw, table.presize, table.presize)
@@ -45,7 +45,7 @@ def _jpeg(image):
 
 # %% ../nbs/01h_write_packs.ipynb #cb7b8caf
 def _stamps(table, rows):
-    "Return what a file of images is made from: the name, label, split and state of each image"
+    "What a shard is made from: name, label, split and file state of each image"
     return [[printable(table.items[r]), int(table.labels[r]), int(table.splits[r]), file_state(_path(table, r))]
             for r in rows]
 
@@ -54,10 +54,10 @@ def _path(table, row): return table.source.path(table.indices[row])
 # %% ../nbs/01h_write_packs.ipynb #c30a3832
 _INDEX = ('item', 'label', 'split', 'height', 'width', 'sha256', 'error')
 
-def _batch(table, rows, held):
-    "Return an Arrow record batch of some images"
+def _record_batch(table, rows, encoded):
+    "Arrow record batch of some images"
     import pyarrow as pa
-    images, heights, widths, shas, errors = zip(*held)
+    images, heights, widths, shas, errors = zip(*encoded)
     names = [printable(table.items[r]) for r in rows]  # Arrow accepts only Unicode
     return pa.record_batch({
         'item': pa.array(names, pa.large_string()), 'label': pa.array(table.labels[rows], pa.int32()),
@@ -67,90 +67,92 @@ def _batch(table, rows, held):
 
 # %% ../nbs/01h_write_packs.ipynb #53949ea3
 def _write_arrow(path, table, build):
-    "Write an Arrow file of a build completely or not at all; returns its sha-256"
+    "Write an Arrow file atomically and verify it; returns its sha-256"
     import pyarrow as pa
     table, sink = table.replace_schema_metadata({'build': build}), pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as f: f.write(table)
-    whole, part = sink.getvalue(), path.with_name(f'.{path.name}.part')
-    sha = hashlib.sha256(whole).hexdigest()
-    with open(part, 'wb') as f:
-        f.write(whole)
+    payload, temporary = sink.getvalue(), path.with_name(f'.{path.name}.part')
+    sha = hashlib.sha256(payload).hexdigest()
+    with open(temporary, 'wb') as f:
+        f.write(payload)
         f.flush()
         os.fsync(f.fileno())
-    if file_sha256(part) != sha: raise RunFailed(f'{short_path(path)} reads back differently: the disk may be failing')
-    os.replace(part, path)
+    if file_sha256(temporary) != sha:
+        raise RunFailed(f'{short_path(path)} reads back differently: the disk may be failing')
+    os.replace(temporary, path)
     return sha
 
 # %% ../nbs/01h_write_packs.ipynb #d6840dff
-def _build_number(part):
-    "Return the random number of the build that starts, or was interrupted, in this folder"
-    if (known := read_json(part/'build.json')) is None:
-        write_json(part/'build.json', known := {'build': secrets.token_hex(8)})
-    return known['build']
+def _build_id(work_dir):
+    "Random id of the build that starts, or was interrupted, in this folder"
+    if (record := read_json(work_dir/'build.json')) is None:
+        write_json(work_dir/'build.json', record := {'build': secrets.token_hex(8)})
+    return record['build']
 
-def _whole_shard(part, k, stamps, build):
-    "Return the sha-256 of an image file completed from the same files in this build; None if there is none"
-    record = read_json(part/f'images-{k:05d}.json')
-    if not record or (record['stamps'], record['build']) != (stamps, build) or not (part/shard_name(k)).is_file():
+def _finished_shard(work_dir, k, stamps, build):
+    "sha-256 of shard k if this build has completed it from the same files, else None"
+    record = read_json(work_dir/f'images-{k:05d}.json')
+    if not record or (record['stamps'], record['build']) != (stamps, build) or not (work_dir/shard_name(k)).is_file():
         return None
-    return record['sha256'] if file_sha256(part/shard_name(k)) == record['sha256'] else None
+    return record['sha256'] if file_sha256(work_dir/shard_name(k)) == record['sha256'] else None
 
 # %% ../nbs/01h_write_packs.ipynb #b58c0fb6
-def _make_shard(part, table, kind, build, k, rows, pool, tick):
-    "Make or find file k of images; returns its sha-256"
+def _write_shard(work_dir, table, kind, build, k, rows, pool, tick):
+    "Write shard k unless it is complete already; returns its sha-256"
     since, stamps = time.time_ns(), _stamps(table, rows)
-    sha = _whole_shard(part, k, stamps, build)
+    sha = _finished_shard(work_dir, k, stamps, build)
     if sha is not None:
         tick(len(rows))
         return sha
-    held = []
+    encoded = []
     for image in pool.map(lambda row: _packed_image(table, row, kind), rows):
-        held.append(image)
+        encoded.append(image)
         tick(1)
-    sha = _write_arrow(part/shard_name(k), _batch(table, rows, held), build)
+    sha = _write_arrow(work_dir/shard_name(k), _record_batch(table, rows, encoded), build)
     if _stamps(table, rows) != stamps:
-        raise RunFailed(f'{short_path(table.source.root)} changed while it was packed: give the command again')
-    states = [s if s is None or settled(s, since) else '' for *_, s in stamps]  # '': made and read again next time
-    write_json(part/f'images-{k:05d}.json',
+        raise RunFailed(f'{short_path(table.source.root)} changed while it was being packed: run the command again')
+    # '' for a file that was just written: the next attempt then writes this shard again
+    states = [s if s is None or settled(s, since) else '' for *_, s in stamps]
+    write_json(work_dir/f'images-{k:05d}.json',
                {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
-    db, _ = known_contents(printable(table.source.root), known=False)  # so that no file is hashed again later
-    remember_contents(db, [(printable(_path(table, r)), s, h[3] if any(h[3]) else None) for r, s,
-                           h in zip(rows, states, held)])
+    db, _ = open_hash_cache(printable(table.source.root), read=False)  # so that no file is hashed again later
+    store_hashes(db, [(printable(_path(table, r)), s, image[3] if any(image[3]) else None)
+                      for r, s, image in zip(rows, states, encoded)])
     db.close()
     return sha
 
 # %% ../nbs/01h_write_packs.ipynb #82402447
 def _image_bytes(table, kind):
-    "Mean bytes of a packed image, from a sample of 32, or from all files if they are stored unchanged"
+    "Mean bytes of a packed image, from a sample of 32, or from all files if they are stored as they are"
     if not table.presize: return np.mean([(size_and_time(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
     rows = np.linspace(0, len(table) - 1, 32).astype(int)
     return np.mean([len(_packed_image(table, r, kind)[0]) for r in rows])
 
-def _rows_each(n, each):
-    "Return the number of images in a file of about 100 MB, from the bytes per image"
-    return int(np.clip(1e8//max(each, 1), 1, n))
+def _images_per_shard(n, image_bytes):
+    "Number of images in a shard of about 100 MB, at most n"
+    return int(np.clip(1e8//max(image_bytes, 1), 1, n))
 
 # %% ../nbs/01h_write_packs.ipynb #f93bed93
-def _index(part, shards, build):
-    "Write index.arrow from the files of images; returns its sha-256 and the errors by name"
+def _write_index(work_dir, n_shards, build):
+    "Write index.arrow from the shards; returns its sha-256 and the errors by image name"
     import pyarrow as pa
-    tables = [open_arrow(pa.memory_map(os.fsencode(part/shard_name(k))), build).read_all().select(_INDEX)
-              for k in range(shards)]
+    tables = [open_arrow(pa.memory_map(os.fsencode(work_dir/shard_name(k))), build).read_all().select(_INDEX)
+              for k in range(n_shards)]
     index = pa.concat_tables(tables).combine_chunks()
-    errors = {r['item']: r['error']
-              for r in index.filter(index['error'].is_valid()).to_pylist()} if index['error'].null_count < len(index) else {}
-    return _write_arrow(part/'index.arrow', index, build), errors
+    failed = index.filter(index['error'].is_valid()).to_pylist() if index['error'].null_count < len(index) else []
+    return _write_arrow(work_dir/'index.arrow', index, build), {r['item']: r['error'] for r in failed}
 
 # %% ../nbs/01h_write_packs.ipynb #e48a7abe
 class Bar:
-    "Progress of a long job on images: a bar in a terminal, a line every tenth (at most every 10 s) in a log."
+    "Progress of a long job on images: a bar in a terminal; in a log, a line for each tenth, at most every 10 s."
     def __init__(
         self,
-        total: int, # images
-        say,       # called with a line
+        total: int, # number of images
+        say,        # called with a line
     ):
         from tqdm import tqdm
-        self.total, self.done, self.say, self.began, self.told = total, 0, say, time.perf_counter(), time.perf_counter()
+        self.total, self.done, self.say = total, 0, say
+        self.started = self.reported = time.perf_counter()
         self.bar = tqdm(total=total, unit=' images', leave=False) if sys.stderr.isatty() else None
     def tick(
         self,
@@ -159,8 +161,8 @@ class Bar:
         "Count images, and report progress when due."
         before, self.done, now = self.done, self.done + n, time.perf_counter()
         if self.bar is not None: self.bar.update(n)
-        elif now - self.told > 10 and 10*before//self.total < 10*self.done//self.total < 10:
-            rate, self.told = self.done/(now - self.began), now
+        elif now - self.reported > 10 and 10*before//self.total < 10*self.done//self.total < 10:
+            rate, self.reported = self.done/(now - self.started), now
             self.say(f'{self.done:,} of {self.total:,} images, {rate:,.0f} a second, '
                      f'{duration((self.total - self.done)/rate)} to go')
     def close(self):
@@ -168,54 +170,55 @@ class Bar:
         if self.bar is not None: self.bar.close()
 
 # %% ../nbs/01h_write_packs.ipynb #66211d17
-def _room(part, wanted):
-    "Raise InputError if the disk is too small"
-    free = shutil.disk_usage(part).free + sum(f.stat().st_size for f in part.iterdir())
-    if wanted*1.05 > free: raise InputError(f'{short_path(part.parent)} has {file_size(free)} free, and this pack '
-                                            f'needs about {file_size(wanted)}: '
-                                            'choose another --dest, a smaller --size, or --kind jpeg')
+def _check_disk(work_dir, needed):
+    "Raise `InputError` if the disk is too small for `needed` bytes"
+    free = shutil.disk_usage(work_dir).free + sum(f.stat().st_size for f in work_dir.iterdir())
+    if needed*1.05 > free:
+        raise InputError(f'{short_path(work_dir.parent)} has {file_size(free)} free, and this pack needs about '
+                         f'{file_size(needed)}: choose another --dest, a smaller --size, or --kind jpeg')
 
 # %% ../nbs/01h_write_packs.ipynb #aa9001c4
-def _finish(part, whole, table, kind, size, build, files, rows, say):
-    "Complete `part` and rename it to `whole`; returns the errors by name"
-    files['index.arrow'], errors = _index(part, len(files), build)
+def _finish(work_dir, pack_dir, table, kind, size, build, files, rows, say):
+    "Complete `work_dir` and rename it to `pack_dir`; returns the errors by image name"
+    files['index.arrow'], errors = _write_index(work_dir, len(files), build)
     about = {'format': FORMAT, 'build': build, 'name': table.name, 'kind': kind, 'size': size,
              'quality': QUALITY if kind == 'jpeg' else None,
              'images': len(table), 'classes': table.classes, 'rows': rows,
-             'bytes': sum((part/f).stat().st_size for f in files), 'files': files, 'source': str(table.source.root)}
-    write_json(part/'pack.json', about)
-    about['fingerprint'] = fingerprint(from_pack(part))
-    write_json(part/'pack.json', about)
-    for stray in part.iterdir():
+             'bytes': sum((work_dir/f).stat().st_size for f in files), 'files': files,
+             'source': str(table.source.root)}
+    write_json(work_dir/'pack.json', about)
+    about['fingerprint'] = fingerprint(from_pack(work_dir))
+    write_json(work_dir/'pack.json', about)
+    for stray in work_dir.iterdir():
         if stray.name not in (*files, 'pack.json', 'build.json') and not stray.name.startswith('images-'):
             stray.unlink()
-    _put(part, whole, say)
-    for side in (whole/'build.json', *whole.glob('images-*')):
-        if side.name not in files: side.unlink()
+    _publish(work_dir, pack_dir, say)
+    for record in (pack_dir/'build.json', *pack_dir.glob('images-*')):
+        if record.name not in files: record.unlink()
     return errors
 
 # %% ../nbs/01h_write_packs.ipynb #6a230db3
-def _put(part, whole, say):
-    "Give a finished pack its final name; the previous pack of that name is deleted"
-    if whole.exists(): os.replace(whole, part.with_name(f'.{whole.name}.{secrets.token_hex(4)}.old'))
-    os.replace(part, whole)
-    for old in part.parent.iterdir():
-        if not (old.name.startswith(f'.{whole.name}.') and old.name.endswith('.old')): continue
+def _publish(work_dir, pack_dir, say):
+    "Give a finished pack its final name; deletes the previous pack of that name"
+    if pack_dir.exists(): os.replace(pack_dir, work_dir.with_name(f'.{pack_dir.name}.{secrets.token_hex(4)}.old'))
+    os.replace(work_dir, pack_dir)
+    for old in work_dir.parent.iterdir():
+        if not (old.name.startswith(f'.{pack_dir.name}.') and old.name.endswith('.old')): continue
         try: shutil.rmtree(old)
         except OSError as e:
-            say(f'{short_path(old)} is the former pack and cannot be deleted ({e.strerror}; a program may still read '
-                'it): delete it later')
+            say(f'{short_path(old)}, the previous pack, cannot be deleted ({e.strerror}; a program may still be '
+                'reading it): delete it later')
 
 # %% ../nbs/01h_write_packs.ipynb #27a380c6
 def build_pack(
-    data: str | Path,      # a folder of class folders, or a name of the catalog
+    data: str | Path,      # folder of class folders, or a name from the catalog
     size: int = 256,       # shorter side in px; 0 keeps files as they are
     kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
     workers: int = -1,     # threads; -1 uses one per core
-    say=print,            # called with each line
+    say=print,             # called with each line of progress
 ) -> Path:                 # the pack's folder
-    "Build a pack or continue an interrupted build; raises `InputError` for data that can't be packed."
+    "Build a pack, or continue an interrupted build; raises `InputError` for data that can't be packed."
     if kind not in PACK_KINDS: raise unknown_name(kind, PACK_KINDS, 'kind')
     if not 8 <= size <= 8192 and (size, kind) != (0, 'jpeg'):
         raise InputError(f'size={size}: give 8 to 8192 px'
@@ -225,52 +228,54 @@ def build_pack(
     if isinstance(table.source, Pixels):
         raise InputError(f'{table.name} is in memory already: a pack would not be faster')
     if isinstance(table.source, Pack):
-        raise InputError(f'{short_path(data)} is a pack already: give the images that it was made from')
+        raise InputError(f'{short_path(data)} is a pack already: give the images it was made from')
     folder = Path(dest or packs_dir()).expanduser().absolute()
     if folder.is_relative_to(table.source.root):
-        raise InputError(f'dest={short_path(folder)} lies among the images: name a folder elsewhere')
+        raise InputError(f'dest={short_path(folder)} is inside the folder of images: choose one outside')
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     return _build(replace(table, presize=size), kind, size, folder, workers if workers > 0 else os.cpu_count(), say)
 
 # %% ../nbs/01h_write_packs.ipynb #b81d545d
 def _build(table, kind, size, folder, workers, say):
-    "Find the pack in `folder`, or build it; returns its folder"
+    "Find the pack in `folder`, or build it; returns the pack's folder"
     from filelock import FileLock, Timeout
     plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY),
                                      *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
-    whole = folder/f'{table.name}-{kind}-{size}-{plan}'
-    part, began = folder/f'.{whole.name}.part', time.perf_counter()
+    pack_dir = folder/f'{table.name}-{kind}-{size}-{plan}'
+    work_dir, started = folder/f'.{pack_dir.name}.part', time.perf_counter()
+    lock_file = Path(f'{work_dir}.lock')
     try:
-        with writing(folder), FileLock(f'{part}.lock').acquire(timeout=0):
-            with_pack = find_pack(table, [(kind, size)], folder)
-            if with_pack is not None and with_pack.source.damage() is None:
-                say(f'{short_path(with_pack.source.path)} is there already, made from the same images')
-                Path(f'{part}.lock').unlink(missing_ok=True)
-                return with_pack.source.path
-            errors = _make(part, whole, table, kind, size, workers, say)
-            Path(f'{part}.lock').unlink(missing_ok=True)
+        with writing(folder), FileLock(lock_file).acquire(timeout=0):
+            existing = find_pack(table, [(kind, size)], folder)
+            if existing is not None and existing.source.damage() is None:
+                say(f'{short_path(existing.source.path)} is there already, made from the same images')
+                lock_file.unlink(missing_ok=True)
+                return existing.source.path
+            errors = _write_pack(work_dir, pack_dir, table, kind, size, workers, say)
+            lock_file.unlink(missing_ok=True)
     except Timeout: raise RunFailed(f'{short_path(folder)}: another process is making this pack') from None
-    say(f"{len(table):,} images, {file_size(pack_about(whole)['bytes'])}, {time.perf_counter() - began:.0f} s")
+    say(f"{len(table):,} images, {file_size(pack_about(pack_dir)['bytes'])}, {time.perf_counter() - started:.0f} s")
     if folder != packs_dir():
-        say(f'notebooks find packs in {short_path(packs_dir())} by themselves; this one by data={short_path(whole)}')
-    for item, why in list(errors.items())[:10]:
-        say(f'{item} {why}: training will stop there, or leave it out by bad=skip')
+        say(f'notebooks find packs automatically only in {short_path(packs_dir())}: to use this one, give '
+            f'data={short_path(pack_dir)}')
+    for item, error in list(errors.items())[:10]:
+        say(f'{item} {error}: training will stop at it, or skip it with bad=skip')
     if len(errors) > 10: say(f'and {len(errors) - 10} more that can\'t be decoded: `imgexp data check` lists them')
-    return whole
+    return pack_dir
 
 # %% ../nbs/01h_write_packs.ipynb #9113f290
-def _make(part, whole, table, kind, size, workers, say):
-    "Make the missing files of a pack; returns the errors by name"
-    part.mkdir(exist_ok=True)
-    (part/'pack.json').unlink(missing_ok=True)
-    build = _build_number(part)
-    each, bar = _image_bytes(table, kind), Bar(len(table), say)
-    _room(part, each*len(table))
-    rows = _rows_each(len(table), each)
+def _write_pack(work_dir, pack_dir, table, kind, size, workers, say):
+    "Write the missing shards of a pack and finish it; returns the errors by image name"
+    work_dir.mkdir(exist_ok=True)
+    (work_dir/'pack.json').unlink(missing_ok=True)
+    build = _build_id(work_dir)
+    image_bytes, bar = _image_bytes(table, kind), Bar(len(table), say)
+    _check_disk(work_dir, image_bytes*len(table))
+    n_rows = _images_per_shard(len(table), image_bytes)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            files = {shard_name(k): _make_shard(part, table, kind, build, k,
-                                                 range(start, min(start + rows, len(table))), pool, bar.tick)
-                     for k, start in enumerate(range(0, len(table), rows))}
-        return _finish(part, whole, table, kind, size, build, files, rows, say)
+            files = {shard_name(k): _write_shard(work_dir, table, kind, build, k,
+                                                 range(start, min(start + n_rows, len(table))), pool, bar.tick)
+                     for k, start in enumerate(range(0, len(table), n_rows))}
+        return _finish(work_dir, pack_dir, table, kind, size, build, files, n_rows, say)
     finally: bar.close()

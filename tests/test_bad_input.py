@@ -60,10 +60,10 @@ WRONG = {
     'track': ('--track maybe', r"track='maybe' .*auto, online, offline, off"),
     'no such folder': ('--data no/such/folder', r"data='no/such/folder': no such folder, .*digits"),
     'a file, not a folder': ('--data a.txt', r"data='a.txt'"),
-    'no images': ('--data empty', r'no images in .*empty.*one folder of images a class'),
+    'no images': ('--data empty', r'no images in .*empty.*one folder of images per class'),
     'empty class folders': ('--data hollow', r'no images in .*hollow'),
-    'images without class folders': ('--data loose', r'no images in .*loose.*one folder of images a class'),
-    'one class': ('--data single', r'only one class \(circle\) in .*single.* two or more'),
+    'images without class folders': ('--data loose', r'no images in .*loose.*one folder of images per class'),
+    'one class': ('--data single', r'only one class \(circle\) in .*single.* at least two'),
     'one class left': ('--data two --classes square', r'only one class \(square\)'),
     'unknown class': ('--data two --classes circle,sqare', r"unknown class 'sqare': did you mean 'square'"),
     'empty class': ('--data gap', r"class 'square' in .*gap has no training image: .*classes="),
@@ -80,7 +80,7 @@ WRONG = {
     'sizes no multiples': ('--sizes 33-64', r"sizes='33-64' has 33, .*multiples of 32"),
     'sizes for a transformer': ('--arch vit_b_32 --size 32 --sizes 64', r"sizes='64': vit_b_32 takes images of one size"),
     'sizes too small': ('--arch alexnet --size 64 --sizes 32', r'size=32: alexnet needs'),
-    'fp16 on the processor': ('--precision fp16', r"precision='fp16' is not for cpu: choose fp32 or bf16"),
+    'fp16 on the processor': ('--precision fp16', r"precision='fp16' is not supported on cpu: choose fp32 or bf16"),
     'best by what is not averaged': ('--best-by ema_top1', r"best_by='ema_top1' needs averaged weights: give ema"),
     'no epochs': ('--keep-weights 1,b', r"keep_weights='1,b' .*separated by commas"),
     'no seeds': ('--seeds 0', r'--seeds.*imgexp train --help'),
@@ -89,9 +89,9 @@ WRONG = {
     'drop_path without branches': ('--arch squeezenet1_1 --size 32 --drop-path 0.1', r'drop_path=0.1: squeezenet1_1'),
     'retrain too many blocks': ('--retrain 99', r'retrain=99: .*blocks'),
     'weights of another architecture': ('--arch squeezenet1_1 --size 32 --weights compact.pth', r'compact.pth.* not those of arch=squeezenet1_1'),
-    'weights cut short': ('--weights cut.pth', r"weights='cut.pth' is damaged or no weights file.*fetch or save it again"),
-    'safetensors cut short': ('--weights cut.safetensors', r"weights='cut.safetensors' is damaged or no weights file.*fetch or save it again"),
-    'no weights there': ('--weights nowhere.pth', r"weights='nowhere.pth' is no file.*'imagenet'"),
+    'weights cut short': ('--weights cut.pth', r"weights='cut.pth' is damaged or not a weights file.*fetch or save it again"),
+    'safetensors cut short': ('--weights cut.safetensors', r"weights='cut.safetensors' is damaged or not a weights file.*fetch or save it again"),
+    'no weights there': ('--weights nowhere.pth', r"weights='nowhere.pth' is not a file.*'imagenet'"),
     'weights from the web that are none': ('--weights imagenet', r"weights='imagenet': compact_resnet has no published weights"),
     'no such run': ('--resume 20200101-nothing', r"no run '20200101-nothing'.*imgexp runs ls"),
 }
@@ -141,7 +141,7 @@ def test_resume_of_a_run_with_other_parameters(launcher, project, shelf):
     run, = runs_in(project)
     before = {f.name: f.read_bytes() for f in run.glob('*.json')}
     refused(launcher.imgexp(*args, '--lr', '0.2', '--resume', run.name, root=project, cwd=shelf), 2,
-            rf'{run.name} was made with other parameters \(lr 0.003 there, 0.2 here\): .*resume=auto')
+            rf'{run.name} was started with other parameters \(lr 0.003 there, 0.2 here\): .*resume=auto')
     assert runs_in(project) == [run] and before == {f.name: f.read_bytes() for f in run.glob('*.json')}
 
 # -- failures once there is a run
@@ -165,7 +165,7 @@ def test_an_image_that_cannot_be_decoded(launcher, project, workers):
     for name, raw in bad.items(): (data/name).write_bytes(raw)
     args = ['train', *SMALL, '--data', 'data', '--workers', workers]
     job = launcher.imgexp(*args, root=project)
-    failed(job, project, r'(circle/003|square/005).png is (empty|not an image).*: fix or remove it, or go on without such images by bad=skip')
+    failed(job, project, r'(circle/003|square/005).png is (empty|not an image).*: fix or remove it, or skip such images with bad=skip')
     assert 'Traceback' not in job.err
     job = launcher.imgexp(*args, '--bad', 'skip', root=project)
     assert job.wait() == 0, job.err
@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number(launcher, project):
 
 def test_an_error_of_the_program_is_told_with_its_traceback(launcher, project):
     args = ['train', *SMALL, '--data', tree(project/'data', 10)]
-    before = 'def broken(*a): raise RuntimeError("first line\\nwhat went wrong")\nimgexp.train.conclude = broken'
+    before = 'def broken(*a): raise RuntimeError("first line\\nwhat went wrong")\nimgexp.train.finish_run = broken'
     job = launcher.imgexp(*args, root=project, before=before)
     failed(job, project, 'what went wrong')
     assert 'Traceback' in job.err
@@ -228,7 +228,7 @@ def test_disk_full_at_the_start(launcher, disk, shelf):
     (disk.path/'runs').mkdir()
     disk.fill(0)
     job = launcher.imgexp('train', *SMALL, '--data', 'two', root=disk.path, cwd=shelf)
-    refused(job, 2, r'runs cannot be written \(No space left on device\): free some room')
+    refused(job, 2, r'runs cannot be written \(No space left on device\): free some disk space')
     assert runs_in(disk.path) == []
     (disk.path/'filler').unlink()
     assert launcher.imgexp('train', *SMALL, '--data', 'two', root=disk.path, cwd=shelf).wait() == 0

@@ -150,7 +150,7 @@ def test_dry_run(launcher, demo):
     'no experiment': (['00g_runs'], 'has no cell with the tag "parameters"'),
     'no jobs': (['demo.ipynb', '--jobs', '0'], 'imgexp batch --help'),
     'value that is refused': (['10_keras_cnn', '-p', 'activation', 'relu,tanh', '--dry-run'], "activation='tanh' is not known: choose one of relu, silu, gelu, mish"),
-    'half a list': (['demo.ipynb', '-p', 'seed', '[0,1'], "seed='[0,1' begins like a JSON list"),
+    'half a list': (['demo.ipynb', '-p', 'seed', '[0,1'], "seed='[0,1' is not a valid JSON list"),
 }.values())
 def test_bad_input(launcher, demo, args, told):
     job = launcher.imgexp('batch', *args, root=demo)

@@ -21,20 +21,20 @@ def test_a_table_goes_on_where_it_was_interrupted(partial):
             seen.append(name)
             return float(len(seen))
         return run
-    with pytest.raises(KeyboardInterrupt): tables.in_turn('t', {'a': contender('a'), 'b': contender('b', 4), 'slow': (contender('slow'), 1)}, 3)
+    with pytest.raises(KeyboardInterrupt): tables.interleave('t', {'a': contender('a'), 'b': contender('b', 4), 'slow': (contender('slow'), 1)}, 3)
     assert seen == ['a', 'b', 'slow', 'a']
-    found = tables.in_turn('t', {'a': contender('a'), 'b': contender('b'), 'slow': (contender('slow'), 1)}, 3)
+    found = tables.interleave('t', {'a': contender('a'), 'b': contender('b'), 'slow': (contender('slow'), 1)}, 3)
     assert seen == ['a', 'b', 'slow', 'a', 'b', 'a', 'b'] and {k: len(v) for k, v in found.items()} == {'a': 3, 'b': 3, 'slow': 1}
-    tables.forget('t')
+    tables.discard_progress('t')
     assert not list(tables.PARTIAL.iterdir())
 
 def test_a_table_is_not_continued_otherwise(partial, monkeypatch):
     "Values of two processors, of two settings or of other code do not get into one table."
     run = {'a': lambda: 1.}
-    tables.in_turn('t', run, 1, settings={'images': 'x'})
-    with pytest.raises(SystemExit, match='images was x and is y.*delete it'): tables.in_turn('t', run, 1, settings={'images': 'y'})
+    tables.interleave('t', run, 1, settings={'images': 'x'})
+    with pytest.raises(SystemExit, match='images was x and is y.*delete it'): tables.interleave('t', run, 1, settings={'images': 'y'})
     monkeypatch.setattr(tables, 'machine', lambda device: {'cpu': 'another one'})
-    with pytest.raises(SystemExit, match='cpu was .* and is another one'): tables.in_turn('t', run, 1, settings={'images': 'x'})
+    with pytest.raises(SystemExit, match='cpu was .* and is another one'): tables.interleave('t', run, 1, settings={'images': 'x'})
     monkeypatch.undo()
 
 def test_ratios_of_fewer_rounds_are_over_the_median():

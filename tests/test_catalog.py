@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgexp import download as download_module, fetch as fetch_module
+from imgexp import download as download_module, retrieval
 from imgexp.catalog import ENTRIES, catalog, info, where
 from imgexp.layouts import LAYOUTS
-from imgexp.fetch import fetch
+from imgexp.retrieval import fetch
 from imgexp.download import BadArchive, FetchError, Remote, download, unpack
 from imgexp.errors import InputError
 
@@ -245,19 +245,19 @@ def test_offline(tmp_path):
 
 def test_web_page(net, tmp_path):
     remote = net.serve('a.tar', BODY, page)
-    with pytest.raises(FetchError, match='a web page came instead of the file'): get(remote, tmp_path)
+    with pytest.raises(FetchError, match='the server sent a web page instead of the file'): get(remote, tmp_path)
     assert os.listdir(tmp_path) == []
 
 def test_web_page_later(net, tmp_path):
     "A login page in place of the rest does not cost the part"
     remote = net.serve('a.tar', BODY, only(100_000), page)
-    with pytest.raises(FetchError, match='a web page came.*100.0 kB are kept'): get(remote, tmp_path)
+    with pytest.raises(FetchError, match='the server sent a web page.*100.0 kB are kept'): get(remote, tmp_path)
     assert get(remote, tmp_path) == BODY
     assert net.asked('a.tar')[2:] == ['bytes=100000-']
 
 def test_not_the_format(net, tmp_path):
     remote = net.serve('a.zip', BODY)
-    with pytest.raises(FetchError, match='what came is no .zip file'): get(remote, tmp_path)
+    with pytest.raises(FetchError, match='the content is not a .zip file'): get(remote, tmp_path)
 
 def test_damaged_on_the_way(net, tmp_path):
     "A wrong checksum: once more from the beginning; twice is an error"
@@ -266,12 +266,12 @@ def test_damaged_on_the_way(net, tmp_path):
     remote = net.serve('a.bin', BODY, damaged)
     assert get(remote, tmp_path/'once') == BODY
     net.serve('a.bin', BODY, damaged, damaged)
-    with pytest.raises(FetchError, match='its sha256 is [0-9a-f]{64}, published is'): get(remote, tmp_path/'twice')
+    with pytest.raises(FetchError, match='its sha256 is [0-9a-f]{64}, but [0-9a-f]{64} is published'): get(remote, tmp_path/'twice')
     assert os.listdir(tmp_path/'twice') in ([], ['a.bin.part.json'])
 
 def test_length_is_not_the_published(net, tmp_path):
     remote = replace(net.serve('a.bin', BODY), size=400_001)
-    with pytest.raises(FetchError, match='the server offers 400,000 bytes, published are 400,001'): get(remote, tmp_path)
+    with pytest.raises(FetchError, match='the server offers 400,000 bytes, but 400,001 are published'): get(remote, tmp_path)
 
 def test_first_mebibyte(net, tmp_path):
     long = BODY*3
@@ -285,7 +285,7 @@ def test_disk_full(net, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
     with monkeypatch.context() as m:
         m.setattr(shutil, 'disk_usage', lambda p: usage)
-        with pytest.raises(FetchError, match='300.0 kB free where 400.0 kB are needed: make room'): get(remote, tmp_path)
+        with pytest.raises(FetchError, match='300.0 kB free, but 400.0 kB are needed: free up space'): get(remote, tmp_path)
     assert not (tmp_path/'a.bin.part').exists()
     calls = []
     def full(*a):  # the first call is that of the note beside the part
@@ -305,7 +305,7 @@ def test_brought_by_hand(net, tmp_path):
     "A file put in place by hand is taken where it is the published one, and never overwritten where it is not"
     remote = net.serve('a.bin', BODY)
     (tmp_path/'a.bin').write_bytes(b'something of mine')
-    with pytest.raises(FetchError, match='is not the published file: it has 17 bytes, published are 400,000. Remove it'): get(remote, tmp_path)
+    with pytest.raises(FetchError, match='is not the published file: it has 17 bytes, but 400,000 are published. Remove it'): get(remote, tmp_path)
     assert (tmp_path/'a.bin').read_bytes() == b'something of mine'
     (tmp_path/'a.bin').write_bytes(BODY)
     assert get(remote, tmp_path) == BODY and not net.log
@@ -333,7 +333,7 @@ def test_log_is_quiet(net, tmp_path, capsys):
 def test_log_once_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(time, 'monotonic', lambda now=[0]: now.__setitem__(0, now[0] + 1) or now[0])
     bar = download_module.DownloadProgress('a.bin', 200_000)
-    for n in range(0, 150_000, 1000): bar.to(n)
+    for n in range(0, 150_000, 1000): bar.update(n)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[1].startswith('a.bin: ') and 'min left' in lines[1]
 
@@ -540,7 +540,7 @@ def test_layout(net, data, name, capsys):
     asked = len(net.log)
     capsys.readouterr()
     assert bring(entry) == place and len(net.log) == asked
-    assert capsys.readouterr().err.startswith(f'{name} is there already: ')
+    assert capsys.readouterr().err.startswith(f'{name} is already there: ')
     from imgexp.folders import from_folders
     table = from_folders(place)
     assert table.counts().sum(0).tolist() == [sum(tree(place).get(s, {}).values()) for s in ('train', 'valid', 'test')]
@@ -582,7 +582,7 @@ def test_parquet(net, data):
 
 def test_no_pyarrow(net, monkeypatch):
     "Said before gigabytes are fetched"
-    monkeypatch.setattr(fetch_module, 'find_spec', lambda name: None)
+    monkeypatch.setattr(retrieval, 'find_spec', lambda name: None)
     with pytest.raises(InputError, match='pip install pyarrow'): fetch('mini-imagenet', base_url=net.url)
     assert not net.log
 
@@ -594,7 +594,7 @@ def synset(c, n=3): return pack({f'{c}_{i}.JPEG': f'{c}{i}'.encode() for i in ra
 @pytest.fixture
 def index(monkeypatch):
     names = dict(zip(IDS, ('tench', 'goldfish', 'golden_retriever', 'crane')))
-    monkeypatch.setattr(fetch_module, '_class_index', lambda *a, **kw: names)
+    monkeypatch.setattr(retrieval, '_class_index', lambda *a, **kw: names)
 
 def test_classes_by_id_and_name(net, data, index):
     for c in IDS: net.serve(f'{c}.tar', synset(c))
@@ -652,7 +652,7 @@ def test_damaged_class(net, data, index):
     "No checksum is published: a short archive is found by its end mark, removed, and fetched again next time"
     body = synset('n01440764')
     net.serve('n01440764.tar', body, claims(1024, 1024))
-    with pytest.raises(BadArchive, match='its end mark is missing.*the same command fetches it again'):
+    with pytest.raises(BadArchive, match='its end marker is missing.*the same command fetches it again'):
         fetch('imagenet', classes='tench', base_url=net.url, **FAST)
     assert tree(fetch('imagenet', classes='tench', base_url=net.url, **FAST)) == {'train': {'n01440764': 3}}
 
@@ -682,12 +682,12 @@ def test_official_imagenet_of_one_class(tmp_path, index):
     place = fetch(entry, archives=archives[:1], classes='goldfish')
     assert tree(place) == {'train': {'n01443537': 3}}
     assert tree(fetch(entry, archives=archives, classes='goldfish')) == {'train': {'n01443537': 3}, 'valid': {'n01443537': 2}}
-    with pytest.raises(InputError, match='class n02099601 is none of'): fetch(entry, archives=archives[:1], classes='n02099601')
+    with pytest.raises(InputError, match='does not contain class n02099601'): fetch(entry, archives=archives[:1], classes='n02099601')
 
 def test_imagenet_wrong_use(tmp_path, index):
     entry, archives = official_imagenet(tmp_path)
-    with pytest.raises(InputError, match='name classes'): fetch('imagenet')
-    with pytest.raises(InputError, match='ILSVRC2012_devkit_t12.tar.gz: give it too'): fetch(entry, archives=archives[1:2])
+    with pytest.raises(InputError, match='choose classes'): fetch('imagenet')
+    with pytest.raises(InputError, match='ILSVRC2012_devkit_t12.tar.gz: pass that archive too'): fetch(entry, archives=archives[1:2])
     with pytest.raises(FetchError, match='is not the published file'): fetch('imagenet', archives=archives[:1])
     with pytest.raises(InputError, match='no such file'): fetch('imagenet', archives=[tmp_path/'no.tar'])
     with pytest.raises(InputError, match="unknown archive of imagenet 'mine.tar'"):
@@ -698,15 +698,15 @@ def test_class_names_of_imagenet():
     path = META/'imagenet/imagenet_class_index.json'
     if not path.is_file(): pytest.skip('the class index of ImageNet is not beside this checkout (../shared/data/meta/imagenet)')
     index = dict(json.loads(path.read_text()).values())
-    assert len(index) == 1000 and download_module.mismatch(path, fetch_module._INDEX) == ''
-    assert fetch_module._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
+    assert len(index) == 1000 and download_module.mismatch(path, retrieval._INDEX) == ''
+    assert retrieval._imagenet_ids(['golden retriever', 'tench'], lambda: index) == ['n02099601', 'n01440764']
     for name in ('crane', 'maillot'):
-        with pytest.raises(InputError, match='is 2 classes of ImageNet'): fetch_module._imagenet_ids([name], lambda: index)
+        with pytest.raises(InputError, match='is 2 classes of ImageNet'): retrieval._imagenet_ids([name], lambda: index)
 
 def test_class_index_is_fetched(net, data, project):
     "It is verified, too."
     net.serve('imagenet_class_index.json', b'{"0": ["n01440764", "tench"]}')
-    with pytest.raises(FetchError, match='published are 35,363'): fetch('imagenet', classes='tench', base_url=net.url, **FAST)
+    with pytest.raises(FetchError, match='35,363 are published'): fetch('imagenet', classes='tench', base_url=net.url, **FAST)
 
 # ---- a fetch as a whole ----
 
@@ -762,13 +762,13 @@ def test_killed_while_images_move(net, data, monkeypatch):
     monkeypatch.setattr(os, 'replace', dies)
     with pytest.raises(KeyboardInterrupt): bring(entry)
     monkeypatch.setattr(os, 'replace', real)
-    monkeypatch.setattr(fetch_module, 'unpack', None)  # that is done
+    monkeypatch.setattr(retrieval, 'unpack', None)  # that is done
     assert where('cub-birds-200') is None
     assert tree(bring(entry)) == OFFICIAL['cub-birds-200'][1] and len(net.log) == 1
 
 def test_not_the_official_layout(net):
     files = {'food-101.tar.gz': pack({'pictures/1.jpg': b'x'}, 'tgz')}
-    with pytest.raises(BadArchive, match='holds no meta'): bring(small(net, 'food-101', files))
+    with pytest.raises(BadArchive, match='contains no meta'): bring(small(net, 'food-101', files))
 
 def test_listed_but_missing(net):
     files = {'food-101.tar.gz': pack({'food-101/images/a/1.jpg': b'x', 'food-101/meta/train.txt': b'a/1\na/2\n', 'food-101/meta/test.txt': b''}, 'tgz')}
@@ -778,12 +778,12 @@ def test_space_for_all_of_it(net, monkeypatch):
     entry = small(net, 'food-101')
     usage = shutil.disk_usage('/')._replace(free=entry.files()[0].size + 10)
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage)
-    with pytest.raises(FetchError, match='make room'): bring(entry)
+    with pytest.raises(FetchError, match='free up space'): bring(entry)
     assert not net.log
 
 def test_counts_are_compared(net, capsys):
     bring(small(net, 'food-101'))
-    assert 'food-101: train has 3 images where 75,750 are published' in capsys.readouterr().err
+    assert 'food-101: train has 3 images, but 75,750 are published' in capsys.readouterr().err
 
 def test_two_processes(net, data, capsys):
     "The second waits for the first and finds all of it there"

@@ -62,7 +62,7 @@ def twice(kind, *items): return {(kind, i) for i in items}
 def test_a_clean_tree(clean):
     report = check(clean)
     assert len(report) == 0 and not len(report.table()) and not len(report.kinds())
-    assert repr(report) == '48 images, 3 classes: nothing strange' and 'nothing strange' in report._repr_html_()
+    assert repr(report) == '48 images, 3 classes: no problems found' and 'no problems found' in report._repr_html_()
     report.sheet()
 
 def turned(image):
@@ -152,7 +152,7 @@ def test_leaks_between_any_two_splits(root, splits):
     for name in names: put(root, name, photo(19))
     report = check(root)
     assert found(report) == twice('leak', *names) and ' = '.join(sorted(names)) in repr(report)
-    assert sorted(leaks(report.looked).item) == sorted(names)
+    assert sorted(leaks(report.survey).item) == sorted(names)
 
 def test_a_picture_in_three_places_is_one_finding(root):
     names = [A + 'x.jpg', A + 'y.jpg', C + 'z.jpg']
@@ -222,9 +222,9 @@ def test_a_table_made_in_the_notebook_of_the_data():
     methods = {k: getattr(Images, k) for k in ('__len__', 'split', 'take', 'counts')}
     Other = dataclasses.make_dataclass('Images', [f.name for f in dataclasses.fields(table)], namespace=methods)
     report = check(Other(**vars(table)))
-    assert len(report.looked) == 400
-    assert channel_means(report.looked).n.tolist() == np.bincount(table.splits).tolist()
-    assert 'n = 400, 1 size' in show_sizes(report.looked).axes[0].get_title()
+    assert len(report.survey) == 400
+    assert channel_means(report.survey).n.tolist() == np.bincount(table.splits).tolist()
+    assert 'n = 400, 1 size' in show_sizes(report.survey).axes[0].get_title()
 
 def test_images_in_memory():
     drawn = shapes(160, size=40)
@@ -233,7 +233,7 @@ def test_images_in_memory():
     report = check(from_arrays(pixels, np.r_[drawn.labels, drawn.labels[0], 5], drawn.classes, splits))
     assert twice('leak', 'train/circle/0', 'test/circle/160') < found(report)
     assert twice('two labels', 'train/ellipse/1', 'test/hexagon/161') < found(report)
-    assert set(report.looked['format']) == {'array'}
+    assert set(report.survey['format']) == {'array'}
 
 # -- the survey
 
@@ -273,14 +273,14 @@ def test_the_survey_is_small(clean):
 @pytest.mark.parametrize('where', ['reading', 'bar'])
 def test_an_interruption_ends_it(clean, monkeypatch, where):
     seen = []
-    def look(table, row):
+    def survey_image(table, row):
         seen.append(row)
         if where == 'reading' and len(seen) == 5: raise KeyboardInterrupt
         time.sleep(.001)
         return {}
     def update(bar, n):
         if where == 'bar': raise KeyboardInterrupt
-    monkeypatch.setattr(c, '_look', look)
+    monkeypatch.setattr(c, '_survey_image', survey_image)
     monkeypatch.setattr('tqdm.tqdm.update', update)
     table = from_folders(clean)
     with pytest.raises(KeyboardInterrupt): survey(table.take(np.arange(4000) % len(table)), workers=2)
@@ -380,9 +380,9 @@ def test_photos_of_like_things_are_not_near(clothing):
     report = check(clothing)
     assert found(report) == twice('near two labels', 'train/shorts/6075b4a5-5b1a-4ce0-aea0-9dbfbca7c35c.jpg',
                                   'train/skirt/637a56e4-7fa6-4f75-8859-0f8902461554.jpg')
-    assert duplicates(report.looked).bits.tolist() == [0, 0]
+    assert duplicates(report.survey).bits.tolist() == [0, 0]
     assert report.summary == '3,781 images, 10 classes: 1 warning'
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(''.join(report.looked.phash)), np.uint8))
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(''.join(report.survey.phash)), np.uint8))
     bits = bits.reshape(-1, 256)*np.float32(2) - 1
     apart = (256 - bits @ bits.T)[np.triu_indices(len(bits), 1)]/2
     assert np.sort(apart)[:4].tolist() == [0, 40, 48, 50] and len(apart) == 7_146_090
@@ -399,7 +399,7 @@ def test_the_sheet_shows_each_kind(root):
     pictures = 0
     for _, k in report.findings[report.findings.row >= 0].groupby('kind', observed=True):
         assert f'{k.kind.iloc[0]}\n{k.finding.nunique()}' in texts
-        pictures += sum(report.looked.why[k.row[:6]] == '')
+        pictures += sum(report.survey.why[k.row[:6]] == '')
     assert 'is empty' in texts and any('rare' in t for t in texts)
     f = io.BytesIO()
     fig.savefig(f)
@@ -425,7 +425,7 @@ def test_the_command(launcher, project, spoiled):
 
 def test_strict(launcher, project, spoiled, clean):
     assert run(launcher, project, spoiled, '--strict')[0] == 1
-    assert run(launcher, project, clean, '--strict')[:2] == (0, '48 images, 3 classes: nothing strange\n')
+    assert run(launcher, project, clean, '--strict')[:2] == (0, '48 images, 3 classes: no problems found\n')
     (spoiled/C/'z.jpg').unlink(); (spoiled/A/'y.jpg').unlink(); (spoiled/A/'x.jpg').write_bytes(IMAGES['tiny'][1])
     code, out, _ = run(launcher, project, spoiled, '--strict')
     assert code == 1 and out.endswith('1 warning\n'), 'a warning is enough'
@@ -445,7 +445,7 @@ def test_files_for_programs(launcher, project, spoiled):
 
 def test_the_command_takes_names(launcher, project):
     code, out, _ = run(launcher, project, 'digits')
-    assert code == 0 and out == '1,797 images, 10 classes: nothing strange\n'
+    assert code == 0 and out == '1,797 images, 10 classes: no problems found\n'
 
 WRONG = {'no folder': (['nowhere'], "data='nowhere': no such folder"),
          'not fetched': (['imagenette-160'], 'is not fetched yet: `imgexp data fetch imagenette'),

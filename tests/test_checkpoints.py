@@ -81,7 +81,7 @@ def test_all_checkpoints_are_damaged(launcher, project, runs, name):
     before = sorted(p.relative_to(run.dir) for p in run.dir.rglob('*'))
     job = launcher.imgexp(*options(runs/'data'), root=project)
     assert job.wait() == 1
-    assert last_line(job.err) == f'imgexp: all 3 checkpoints of run {run.name} are damaged: restore them from a copy, or give resume=never to begin anew'
+    assert last_line(job.err) == f'imgexp: all 3 checkpoints of run {run.name} are damaged: restore them from a copy, or give resume=never to start over'
     assert before == sorted(p.relative_to(run.dir) for p in run.dir.rglob('*')) and len(run.history) == 3
     assert 'all 3 checkpoints' in the_run(project).status['error']
 
@@ -107,7 +107,7 @@ def test_a_malicious_pickle_is_not_executed(launcher, project, runs, name):
     assert (job.wait() == 0) == (name == 'index.json'), job.err
     assert not mark.exists()
     if name == 'state.pt': assert 'state.pt holds Python objects, which are never unpickled' in last_line(job.err)
-    if name in FILES[:2]: assert f'{name} is missing, damaged, or not of a run' in last_line(job.err)
+    if name in FILES[:2]: assert f'{name} is missing, damaged, or not from a run' in last_line(job.err)
     assert 'Traceback' not in job.err
 
 def test_weights_alone_and_averages_are_loaded(project, runs):

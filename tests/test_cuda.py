@@ -51,6 +51,6 @@ def test_memory_is_freed(project):
     assert peaks[1] <= 1.05*peaks[0], peaks
 
 def test_a_lack_of_memory_is_recognized():
-    from imgexp.learner import no_memory
+    from imgexp.learner import is_out_of_memory
     with pytest.raises(Exception) as error: torch.empty(10**15, dtype=torch.uint8, device='cuda')
-    assert no_memory(error.value)
+    assert is_out_of_memory(error.value)

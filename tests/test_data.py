@@ -196,7 +196,7 @@ def test_empty_class_and_missing_folders(project):
     with pytest.raises(InputError, match='only one class'): load_images(data)
 
 def test_too_few_images_to_validate_on(project):
-    with pytest.raises(InputError, match='two is too small for a validation split: give three images or more of a class'): load_images(tree(project/'two', 2))
+    with pytest.raises(InputError, match='two is too small for a validation split: at least one class needs three images'): load_images(tree(project/'two', 2))
     assert load_images(tree(project/'three', 3)).counts().tolist() == [[2, 1, 0]]*2
 
 def test_a_class_without_test_images(project):
@@ -344,7 +344,7 @@ def test_a_file_that_changes_while_it_is_read(project, monkeypatch):
     monkeypatch.setattr(d, 'file_state', state)
     assert d._digest(file)[1] == hashlib.sha256(b'six').digest()
     writes += [bytes([i]) for i in range(9)]
-    with pytest.raises(RunFailed, match='a.png changes while it is read: wait until it is written to its end'): d._digest(file)
+    with pytest.raises(RunFailed, match='a.png changes while it is being read: wait until it is completely written'): d._digest(file)
 
 @pytest.mark.parametrize('state', ['damaged', 'read-only', 'a folder', 'other table'])
 def test_a_cache_that_cannot_be_used(project, state):

@@ -137,13 +137,13 @@ def test_runs_of_unknown_notebooks(launcher, project):
     "One clear line; without a name the newest that can be loaded is taken; `runs show` knows them all."
     with pytest.raises(InputError, match='no runs in'): load_run()
     with start_run('99_mine', dict(track='off')) as other: other.finish({'mine': 1})
-    with pytest.raises(InputError, match='no finished run that can be loaded yet: the newest, .*, is done, of notebook 99_mine'): load_run()
+    with pytest.raises(InputError, match='no finished run can be loaded: the newest, .* of notebook 99_mine, is done'): load_run()
     run = train('train', subset=0.05, **SMALL)
     with start_run('99_mine', dict(track='off', n=2)) as newer: newer.finish({'mine': 1})
     assert load_run().run.name == run.name
     for command in (['eval', newer.name], ['predict', newer.name, '.']):
         job = launcher.imgexp(*command, root=project)
-        assert job.wait() == 2 and job.err.count('\n') == 1 and 'is one of 99_mine, whose networks cannot be loaded here: choose a run of 03_train, 10_keras_cnn, 20_transfer' in job.err
+        assert job.wait() == 2 and job.err.count('\n') == 1 and 'is of 99_mine, whose networks cannot be loaded here: choose a run of 03_train, 10_keras_cnn, 20_transfer' in job.err
     assert launcher.imgexp('runs', 'show', newer.name, root=project).wait() == 0
 
 def test_torch_after_tensorflow_is_refused(project):
@@ -229,7 +229,7 @@ def test_a_keras_run_keeps_its_normalization(keras):
     code, out, _ = keras['again']
     assert code == 0 and json.loads(out) == keras['metrics']['test']
     code, out, err = keras['changed']
-    assert (code, out) == (2, '') and "data='data' has changed since run" in err and 'name the data to evaluate on' in err
+    assert (code, out) == (2, '') and "data='data' has changed since run" in err and 'give the data to evaluate on' in err
 
 def test_a_keras_run_labels_images(keras):
     "The columns of every other run; gray networks are shown color images in gray."

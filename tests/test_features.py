@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from imgexp.cutting import cut
-from imgexp.features import MADE, View, _lock, _make_room, features, features_dir
+from imgexp.features import PREPROCESSING_VERSION, View, _lock, _make_room, features, features_dir
 from imgexp.learner import to_input
 from imgexp.loader import make_batch
 from imgexp.models import build_model
@@ -42,7 +42,7 @@ def test_too_large_for_the_cache(parts):
     with pytest.raises(InputError, match='cache_gb=0.0001: the features of 1,797 images take .*: give cache_gb=1'):
         features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=1e-4)
     with pytest.raises(InputError, match='the features of 1,797 images in 20 views take 23.0 MB: give cache_gb=1, a smaller size, fewer views, or a smaller retrain'):
-        features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=0.02, together=20)
+        features(load_images('digits'), parts, VIEW, 'fp32', cache_gb=0.02, n_views=20)
     assert not stored()
 
 def test_what_was_used_last_stays(parts):
@@ -147,7 +147,7 @@ def test_an_image_that_changes_meanwhile_is_not_kept(parts, tmp_path, monkeypatc
         else: cv2.imwrite(str(one), np.full((20, 20, 3), 77, np.uint8))
         return out
     monkeypatch.setattr(f, 'item_contents', then_changed)
-    with pytest.raises(RunFailed, match=f'features of {2 if how == "exchanged" else 1} images are gone again'): features(load_images(folder), parts, VIEW, 'fp32')
+    with pytest.raises(RunFailed, match=f'features of {2 if how == "exchanged" else 1} images are missing again'): features(load_images(folder), parts, VIEW, 'fp32')
     monkeypatch.setattr(f, 'item_contents', contents)
     table = load_images(folder)
     found = features(table, parts, VIEW, 'fp32')
@@ -205,7 +205,7 @@ def test_clear_touches_nothing_else(parts):
     assert stored() and (features_dir().parent/'data').exists()
     folder, told = stored()[0].parent, []
     with _lock(folder.name): assert clear(say=told.append) == 0
-    assert told == [f'{folder.name[:8]} stays: another process computes or clears these features'] and stored()
+    assert told == [f'{folder.name[:8]} is kept: another process is computing or clearing these features'] and stored()
     for name, age in (('.left.part', 3600), ('.young.part', 5)):
         (folder/name).write_bytes(b'half')
         os.utime(folder/name, (time.time() - age,)*2)
@@ -258,14 +258,14 @@ def test_a_mirrored_image_is_another_view(parts):
     assert two.computed == 20 and not torch.equal(one.take(np.arange(20)), two.take(np.arange(20)))
 
 def test_images_are_made_as_the_key_says(tmp_path):
-    "Whoever changes how images are decoded, cut or resized raises `imgexp.features.MADE`, or cached features would be those of other images; then new values belong here."
+    "Whoever changes how images are decoded, cut or resized raises `imgexp.features.PREPROCESSING_VERSION`, or cached features would be those of other images; then new values belong here."
     y, x = np.mgrid[0:300, 0:420]
     image = np.stack([(x//20 + y//20)%2*200, y*255//300, x*255//420], 2).astype(np.uint8)  # blue, green, red
     for split in ('train', 'valid', 'test'):
         (tmp_path/'images'/split/'a').mkdir(parents=True); (tmp_path/'images'/split/'b').mkdir()
         for c in 'ab': cv2.imwrite(str(tmp_path/'images'/split/c/'0.png'), image); cv2.imwrite(str(tmp_path/'images'/split/c/'1.jpg'), image)
     made = {size: make_batch(load_images(tmp_path/'images'), [0, 1], size)[0].astype(int) for size in (16, 64, 224)}
-    assert MADE == 2
+    assert PREPROCESSING_VERSION == 2
     known = {16: [[42, 71, 130], [98, 71, 88], [155, 71, 88]], 64: [[37, 65, 19], [97, 65, 124], [157, 65, 124]], 224: [[47, 72, 162], [100, 72, 0], [153, 72, 0]]}
     for size, values in known.items():
         png, jpeg = made[size]

@@ -122,7 +122,7 @@ def coded(value, codes):
 def striped(sampling, colors):
     "A JPEG of 8 x 4 MCUs of such a sampling; each block is even, and its brightness random: the tables are Pillow's."
     plain, rng, bits, before = encoded(Image.new('RGB', (8, 8)), subsampling=0), random.Random(0), '', [0]*3
-    tables = decoding._blocks(plain)[2]
+    tables = decoding._restart_intervals(plain)[2]
     end = {c: next(k for k, v in tables[c][1].items() if v == 0) for c in (0, 1)}
     for _ in range(32):
         for c, n in ((0, sampling[0]*sampling[1]), (1, 1), (2, 1)):
@@ -219,7 +219,7 @@ HEIC = b'\0\0\0\x18ftypheic' + bytes(500)
 def test_images_with_an_ending_that_is_not_read_are_told_once(launcher, project, capsys):
     from_folders(make(project, circle__a_txt=b'a note', circle__b_heic=HEIC, square__c_heic=HEIC, square__d_tmp=encoded(PHOTO), square__e=encoded(PHOTO, 'PNG')))
     from_folders(project/'data')
-    line = ('data: images left out, because files with their ending are not read: 4 (2 .heic, 1 .tmp, 1 without an ending; the first is circle/b.heic): '
+    line = ('data: skipped 4 images with an unsupported extension (2 .heic, 1 .tmp, 1 without an extension; the first is circle/b.heic): '
             'convert or rename them; `pip install pillow-heif` makes HEIC readable')
     assert capsys.readouterr().err.splitlines() == [line]
     job = launcher.imgexp('train', *SMALL, '--data', 'data', root=project)
@@ -234,8 +234,8 @@ def test_images_in_no_class_folder_are_told(project, capsys):
     (folder/'extra').mkdir(); (folder/'test').mkdir(); (folder/'notes').mkdir()
     for name in ('a.png', 'test/1.jpg', 'test/2.heic', 'extra/3.jpg', 'notes/4.txt'): (folder/name).write_bytes(encoded(PHOTO))
     assert len(from_folders(folder)) == 6
-    assert capsys.readouterr().err.splitlines() == ['data: images left out, because they are in no class folder: 3 (the first is a.png)',
-                                                    'data: folders with images left out, because they are no split: extra']
+    assert capsys.readouterr().err.splitlines() == ['data: skipped 3 images outside the class folders (the first is a.png)',
+                                                    'data: skipped folders with images that are not splits: extra']
 
 def test_heic_is_read_where_its_plugin_is_installed(project, monkeypatch, capsys):
     "A stand-in for pillow-heif: it registers an opener, which reads the JPEG behind the header."
@@ -275,4 +275,4 @@ def test_links_in_an_archive_are_counted(tmp_path, capsys):
             t.addfile(link)
     assert unpack(tmp_path/'a.tar', tmp_path/'out') == 1
     assert [p.name for p in (tmp_path/'out').rglob('*.png')] == ['1.png']
-    assert capsys.readouterr().err.splitlines() == ['a.tar: links left out: 2 (the first is a/2.png → 1.png)']
+    assert capsys.readouterr().err.splitlines() == ['a.tar: skipped 2 links (the first is a/2.png → 1.png)']

@@ -53,7 +53,7 @@ def test_batch(launcher, project):
     kernel = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project/'03_train.ipynb')
     job = launcher.imgexp('batch', '03_train.ipynb', '-p', 'seed', '4', '--json', root=project)
-    assert job.wait() == 0 and '1 finished by a sweep, to evaluate on test images' in job.err, job.err
+    assert job.wait() == 0 and '1 finished by a sweep, to be evaluated on the test images' in job.err, job.err
     row, = json.loads(job.out)
     assert row['run'] == trial.name and row['test_top1'] == pytest.approx(result(trial)['value'], abs=1e-4)
     job = launcher.imgexp('batch', '03_train.ipynb', '-p', 'seed', '4', '--dry-run', root=project)
@@ -61,10 +61,10 @@ def test_batch(launcher, project):
 
 def test_a_mean_says_of_how_many(project):
     "Where a value is missing all the same, the foot of the table tells of how many seeds the mean is."
-    from imgexp.seeds import over_seeds
+    from imgexp.seeds import summarize_seeds
     def top1(v, n): return {'top1': {'value': v, 'low': 0, 'high': 1, 'n': n}}
     metrics = [{'valid': top1(0.5, 10), 'test': None}, {'valid': top1(0.7, 10), 'test': top1(0.6, 20)}, {'valid': top1(0.6, 9), 'test': top1(0.8, 20)}]
     runs = [start_run('demo', dict(seed=s, track='off')).finish(m) for s, m in enumerate(metrics)]
-    table = over_seeds(runs)
+    table = summarize_seeds(runs)
     assert table.loc['mean', 'run'] == '3 seeds, 9 to 10 valid, 20 test (of 2 seeds only)'
     assert table.loc['mean', 'test_top1'] == pytest.approx(0.7)

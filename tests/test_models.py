@@ -218,11 +218,11 @@ def test_wrong_architecture(source, tmp_path):
 def test_truncated(tmp_path, name, keep):
     data = save(compact_resnet(10), tmp_path/name).read_bytes()
     (tmp_path/name).write_bytes(data[:keep if keep > 1 else int(len(data)*keep)])
-    assert name in refused('damaged or no weights file', 'compact_resnet', 10, tmp_path/name, size=28)
+    assert name in refused('damaged or not a weights file', 'compact_resnet', 10, tmp_path/name, size=28)
 
 def test_not_a_state_dict(tmp_path):
     (tmp_path/'w.pth').write_bytes(b'<html>404</html>')
-    refused('damaged or no weights file', 'resnet18', 10, tmp_path/'w.pth')
+    refused('damaged or not a weights file', 'resnet18', 10, tmp_path/'w.pth')
     for obj in ({}, [1, 2], {'a': 1}, torch.zeros(3)):
         torch.save(obj, tmp_path/'w.pth')
         refused('no state dict', 'resnet18', 10, tmp_path/'w.pth')
@@ -245,7 +245,7 @@ def test_pickle_is_not_executed(tmp_path):
     refused('never unpickled', 'resnet18', 10, tmp_path/'zip.pth')
 
 def test_no_such_file(tmp_path):
-    refused('is no file: allowed are', 'resnet18', 10, tmp_path/'none.pth')
+    refused('is not a file: allowed are', 'resnet18', 10, tmp_path/'none.pth')
     refused('is a folder', 'resnet18', 10, tmp_path)
     refused("did you mean 'imagenet'", 'resnet18', 10, 'Imagenet')
 
@@ -447,7 +447,7 @@ def test_drop_path_of_build_model():
     assert max(drop_probs(shapes('efficientnet_b0', 7, drop_path=0.2)).values()) == 0.2
     assert not any(depths(shapes('efficientnet_b0', 7, drop_path=0.)))
     assert not hooked(shapes('resnet18', 7)) and max(hooked(shapes('resnet18', 7, drop_path=0.3))) == 0.3
-    for rate in (-0.5, 1., float('nan')): refused(f'drop_path={rate}: a probab', 'compact_resnet', 7, drop_path=rate)
+    for rate in (-0.5, 1., float('nan')): refused(f'drop_path={rate}: it must be a probab', 'compact_resnet', 7, drop_path=rate)
     refused('squeezenet1_1 has no residual', 'squeezenet1_1', 7, drop_path=0.1)
 
 def passes(model, x, seed=0):
@@ -474,7 +474,7 @@ def test_a_dropped_block_is_its_shortcut(arch, size, monkeypatch):
     for m in model.modules():
         if isinstance(m, NORMS): nn.init.ones_(m.weight), nn.init.ones_(m.bias) # or branches may be zero anyway
     for name, ends in networks._residuals(model).items():
-        for m in ends: networks._drop(m, 1 - 1e-9)
+        for m in ends: networks._set_drop_prob(m, 1 - 1e-9)
         model.get_submodule(name).register_forward_hook(lambda m, x, y: seen.append((type(m), x[0].clone(), y)))
     with torch.no_grad(): model(torch.randn(2, 3, size, size))
     whole = [(kind, x.equal(y)) for kind, x, y in seen if x.shape == y.shape]
@@ -489,7 +489,7 @@ def test_drop_path_is_by_image_scaled_and_seeded():
     assert not lost(other[0][-1]).equal(lost(once[0][-1]))
     block, z = model.layer4[1], torch.randn(16, 512, 4, 4)
     dropped = passes(nn.Sequential(block), z)[0][0]
-    networks._drop(block.bn2, 0.)
+    networks._set_drop_prob(block.bn2, 0.)
     stays, whole = ~lost(dropped), passes(nn.Sequential(block), z)[0][0]
     assert 0 < stays.sum() < 16 and torch.allclose(dropped[stays], 2*whole[stays])
 

@@ -61,7 +61,7 @@ def test_classes_that_are_no_utf8_are_named_as_they_are_shown(images):
     for name in (r'caf\xe9', os.fsdecode(b'caf\xe9')):
         assert load_images(images, rf'$\a{{$,{name}').classes == keep_classes(table, name + r',$\a{$').classes == table.classes
     (images/r'caf\xe9').mkdir()
-    with pytest.raises(InputError, match=r'two classes of images are both written caf\\xe9: rename'): load_images(images)
+    with pytest.raises(InputError, match=r'two class folders of images have the same printable name caf\\xe9: rename'): load_images(images)
 
 def test_a_terminal_obeys_no_name(images, project, launcher):
     "Neither in tables nor in messages, whatever its encoding; what the encoding lacks is an escape."
@@ -137,7 +137,7 @@ def pictures(name, folder):
     for c in ('circle', 'square'): (root/c).rename(root/f'{name} {c}')
     (root/f'{name} circle'/f'{name}.png').write_bytes(b'none')
     yield check(root).sheet()
-    for draw in sweep_figures._PICTURES.values(): yield draw(sweep_of(name), static=True)
+    for draw in sweep_figures._PLOTS.values(): yield draw(sweep_of(name), static=True)
 
 @pytest.mark.filterwarnings('ignore:Glyph')
 @pytest.mark.parametrize('name', MATH)
@@ -234,7 +234,7 @@ def test_no_name_is_html_in_plotly():
         if isinstance(v, dict): return [s for k, w in v.items() for s in strings(w, k)]
         if isinstance(v, (list, tuple)): return [s for w in v for s in strings(w, key)]
         return [v] if isinstance(v, str) else []
-    for kind, draw in sweep_figures._PICTURES.items():
+    for kind, draw in sweep_figures._PLOTS.items():
         fig = draw(sweep_of(name))
         figure = {k: v for k, v in json.loads(fig.to_json()).items() if k == 'data' or k == 'layout'}
         figure['layout'].pop('template')

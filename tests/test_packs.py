@@ -9,7 +9,7 @@ from PIL import Image
 import imgexp.write_packs as write_packs
 import imgexp.packs as packs
 from imgexp.contents import file_state, fingerprint
-from imgexp.data import Files, keep_subset, read, stored
+from imgexp.data import Files, keep_subset, read, read_stored
 from imgexp.decoding import BadImage
 from imgexp.loader import Loader
 from imgexp.write_packs import build_pack
@@ -65,7 +65,7 @@ def test_a_raw_pack_gives_the_batches_of_the_files_at_its_size(photos, augment, 
 def test_a_pack_of_the_files_themselves_gives_the_batches_of_the_files(photos):
     made = load_images(build_pack(photos, 0, 'jpeg', say=quiet))
     assert same(batches(made), batches(load_images(photos))) and preparation(made) == ''
-    for i, item in enumerate(made.items): assert stored(made, i) == (photos/item).read_bytes()
+    for i, item in enumerate(made.items): assert read_stored(made, i) == (photos/item).read_bytes()
 
 def test_a_jpeg_pack_is_a_little_off(photos):
     made = load_images(build_pack(photos, 128, 'jpeg', say=quiet))
@@ -74,7 +74,7 @@ def test_a_jpeg_pack_is_a_little_off(photos):
     assert 0 < off.mean() < 4 and off.max() < 10
     assert preparation(made) == 'jpeg-128'
     i = list(made.items).index('dog/small.png')
-    assert stored(made, i) == (photos/'dog/small.png').read_bytes()  # small enough as it is
+    assert read_stored(made, i) == (photos/'dog/small.png').read_bytes()  # small enough as it is
 
 def test_evaluation_and_training_see_the_presized_image(photos):
     made = load_images(build_pack(photos, 96, 'raw', say=quiet))
@@ -158,7 +158,7 @@ def test_a_pack_knows_the_contents_and_nothing_is_read_again(photos, monkeypatch
     assert prepare_images(load_images(photos), 100).source.path == path
 
 def test_many_files_of_images_need_no_open_files(photos, monkeypatch):
-    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 1)
+    monkeypatch.setattr(write_packs, '_images_per_shard', lambda *args: 1)
     table = load_images(build_pack(photos, 96, 'raw', say=quiet))
     inside = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
     for i in range(len(table)): read(table, i)
@@ -172,7 +172,7 @@ def negatives(photos):
 
 def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
     "Packed again or deleted while a training reads it: the old images, to the end."
-    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)  # images in a file
+    monkeypatch.setattr(write_packs, '_images_per_shard', lambda *args: 2)  # images in a file
     path = build_pack(photos, 96, 'raw', say=quiet)
     wanted, opened = batches(load_images(path)), load_images(path)
     read(opened, 0)
@@ -188,7 +188,7 @@ def test_a_pack_that_was_opened_stays_as_it_was(photos, monkeypatch):
 def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
     "Index and images are of one build, whichever file the new build arrives before."
     import pyarrow as pa
-    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 2)
+    monkeypatch.setattr(write_packs, '_images_per_shard', lambda *args: 2)
     path, other = build_pack(photos, 96, 'raw', say=quiet), photos.parent/'other'
     negatives(photos)
     new, real = build_pack(photos, 96, 'raw', other, say=quiet), pa.memory_map
@@ -204,7 +204,7 @@ def test_packed_again_while_it_is_opened(photos, monkeypatch, name):
 
 def test_files_of_two_builds_are_no_pack(photos, monkeypatch):
     "Copied over each other, say: an error, never another image."
-    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 4)
+    monkeypatch.setattr(write_packs, '_images_per_shard', lambda *args: 4)
     path = build_pack(photos, 96, 'raw', say=quiet)
     negatives(photos)
     other = build_pack(photos, 96, 'raw', photos.parent/'other', say=quiet)
@@ -224,7 +224,7 @@ def test_a_pack_that_goes_away_on_a_network_disk(photos, monkeypatch):
     read(table, 0)
     negatives(photos)
     build_pack(photos, 96, 'raw', say=quiet)
-    with pytest.raises(RunFailed, match='was deleted or packed again while it was read, .* give the command again'): read(table, 1)
+    with pytest.raises(RunFailed, match='was deleted or packed again while it was being read, .* run the command again'): read(table, 1)
 
 def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
     "Its test images are those that it began with."
@@ -232,7 +232,7 @@ def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
         for c in ('cat', 'dog'):
             (project/'data'/split/c).mkdir(parents=True)
             for i in range(n): shutil.copy(photos/c/f'{i if split == "train" else i + 4}.jpg', project/'data'/split/c)
-    small = 'import imgexp.write_packs as p; p._rows_each = lambda *args: 1; '
+    small = 'import imgexp.write_packs as p; p._images_per_shard = lambda *args: 1; '
     def packing():
         job = launcher.imgexp('data', 'pack', 'data', '--size', 32, '--kind', 'raw', root=project, before=small)
         assert job.wait() == 0, job.err
@@ -241,12 +241,12 @@ def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
     args = f'train --data {path} --size 16 --epochs 1 --batch-size 4 --workers 0 --track off --resume never'.split()
     assert launcher.imgexp(*args, root=project).wait() == 0
     job = launcher.imgexp(*args, root=project, before="""import imgexp.train as t, time, pathlib
-real = t.conclude
-def conclude(*args):
+real = t.finish_run
+def finish_run(*args):
     pathlib.Path('trained').touch()
     while not pathlib.Path('packed').exists(): time.sleep(0.01)
     return real(*args)
-t.conclude = conclude""")
+t.finish_run = finish_run""")
     until((project/'trained').exists, 'the end of the training')
     negatives(project/'data')
     assert packing() == path
@@ -262,7 +262,7 @@ def test_a_pack_that_was_exchanged_since_a_run(photos):
     prepared = preparation(load_images(path))
     shutil.rmtree(path)
     os.rename(build_pack(photos, 64, 'raw', say=quiet), path)
-    with pytest.raises(InputError, match='holds presize-64, and the run saw jpeg-96: `imgexp data pack .*photos --kind jpeg --size 96`'): prepare_like(load_images(path), prepared, same_images=True)
+    with pytest.raises(InputError, match='holds presize-64, but the run used jpeg-96: `imgexp data pack .*photos --kind jpeg --size 96`'): prepare_like(load_images(path), prepared, same_images=True)
     assert prepare_like(load_images(path), 'presize-64', same_images=True) is not None
 
 # -- what can't be decoded
@@ -324,7 +324,7 @@ def slow(*args):
     time.sleep(0.05)
     return real(*args)
 imgexp.write_packs._packed_image = slow
-imgexp.write_packs._rows_each = lambda *args: 3
+imgexp.write_packs._images_per_shard = lambda *args: 3
 ''' + OLD
 
 def packing(launcher, project, photos, before=SLOW): return launcher.imgexp('data', 'pack', photos, '--size', 96, '--kind', 'raw', root=project, before=before)
@@ -338,12 +338,12 @@ def test_killed_and_continued(launcher, project, photos, monkeypatch):
     done = {p: p.stat().st_mtime_ns for p in parts(project)}
     changed = done.popitem()[0]
     with open(changed, 'r+b') as f: f.write(b'damaged')  # a disk that lies
-    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._images_per_shard = lambda *args: 3")
     assert job.wait() == 0, job.err
     path = Path(job.out.strip())
     assert {path/p.name: t for p, t in done.items()}.items() <= {p: p.stat().st_mtime_ns for p in path.glob('*.arrow')}.items()
     assert Pack(path).damage() is None and not list(path.parent.glob('.*'))
-    monkeypatch.setattr(write_packs, '_rows_each', lambda *args: 3)
+    monkeypatch.setattr(write_packs, '_images_per_shard', lambda *args: 3)
     assert same(batches(load_images(path)), batches(replace(load_images(photos), presize=96)))
 
 def test_terminated(launcher, project, photos):
@@ -371,7 +371,7 @@ def test_a_photo_that_changed_between_two_attempts(launcher, project, photos, ho
         told = json.loads(side.read_text())
         told['stamps'] = [[*rest, state and file_state(photos/rest[0])] for *rest, state in told['stamps']]
         side.write_text(json.dumps(told))
-    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._images_per_shard = lambda *args: 3")
     assert job.wait() == 0, job.err
     assert same(batches(load_images(Path(job.out.strip()))), batches(replace(load_images(photos), presize=96)))
 
@@ -380,7 +380,7 @@ def test_a_photo_that_was_moved_to_another_class_between_two_attempts(launcher, 
     until(lambda: len(parts(project)) >= 3, 'three files of images')
     job.send(signal.SIGKILL); job.wait()
     os.rename(photos/'cat/square.jpg', photos/'dog/-.jpg')  # the same place in the table
-    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._rows_each = lambda *args: 3")
+    job = packing(launcher, project, photos, before="import imgexp.write_packs; imgexp.write_packs._images_per_shard = lambda *args: 3")
     assert job.wait() == 0, job.err
     made = load_images(Path(job.out.strip()))
     assert fingerprint(made) == fingerprint(load_images(photos))
@@ -422,7 +422,7 @@ def test_a_damaged_pack(photos, name):
     assert build_pack(photos, 96, 'raw', say=quiet) == path and Pack(path).damage() is None  # which is what "pack it again" says
     assert prepare_images(load_images(photos), 80).source.path == path
 
-def test_packs_that_are_left_aside_are_told(photos):
+def test_packs_that_are_not_used_are_reported(photos):
     "Damaged ones, and those of another version; data of another name are not mentioned."
     path, told = build_pack(photos, 128, 'raw', say=quiet), []
     raw = (path/'index.arrow').read_bytes()
@@ -433,7 +433,7 @@ def test_packs_that_are_left_aside_are_told(photos):
     (path/'pack.json').write_text(json.dumps(about | {'format': 1}))
     assert isinstance(prepare_images(load_images(photos), 100, say=told.append).source, Files)
     assert [line.partition('-raw')[2].partition(' ')[2] for line in told] == [
-        'is damaged (index.arrow: Not an Arrow file): pack it again', 'is left aside: another version of imgexp made it, pack it again'], told
+        'is damaged (index.arrow: Not an Arrow file): pack it again', 'is not used: it is from another version of imgexp, pack it again'], told
     with pytest.raises(InputError, match='was packed by another version of imgexp: pack it again'): load_images(path)
     os.rename(photos, photos.parent/'others')
     prepare_images(load_images(photos.parent/'others'), 100, say=told.append)
@@ -450,7 +450,7 @@ WRONG = {
     'a file': ('photos/cat/0.jpg', (), 2, 'is a file: give the folder of class folders'),
     'size in words': ('photos', ('--size', 'big'), 2, '--size.*integer'),
     'dest is a file': ('photos', ('--dest', 'a file'), 1, 'a file'),
-    'dest among the images': ('photos', ('--dest', 'photos/packs'), 2, 'lies among the images'),
+    'dest among the images': ('photos', ('--dest', 'photos/packs'), 2, 'is inside the folder of images'),
     'not fetched': ('imagenette', (), 2, 'imgexp data fetch imagenette'),
 }
 
@@ -482,12 +482,12 @@ def test_a_run_finds_the_pack_and_says_so(launcher, project, photos):
 
 def test_a_pack_made_between_a_kill_and_its_continuation(launcher, project, photos):
     args = 'train --data photos --size 72 --epochs 2 --batch-size 4 --track off'.split()
-    job = launcher.imgexp(*args, root=project, before="import imgexp.train as t; t.conclude = lambda *args: os._exit(1)")
+    job = launcher.imgexp(*args, root=project, before="import imgexp.train as t; t.finish_run = lambda *args: os._exit(1)")
     assert job.wait() == 1
     first = next((project/'runs').glob('2*')).name
     assert launcher.imgexp('data', 'pack', 'photos', '--size', 96, '--kind', 'jpeg', root=project).wait() == 0
     job = launcher.imgexp(*args, root=project)
-    assert job.wait() == 0 and re.search(f'run {first} is unfinished, but saw other images .*as they are, here jpeg-96.*pack=off continues it', job.out)
+    assert job.wait() == 0 and re.search(f'run {first} is unfinished, but used other images .*as they are, here jpeg-96.*pack=off continues it', job.out)
     job = launcher.imgexp(*args, '--pack', 'off', root=project)
     assert job.wait() == 0 and len(list((project/'runs').glob('2*'))) == 2, job.err
 

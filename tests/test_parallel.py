@@ -184,18 +184,18 @@ def test_a_run_that_another_has_is_refused_by_all(launcher, project, data):
     owner.send(signal.SIGKILL)
 
 SLOW_END = '''
-real_conclude = t.conclude
-def conclude(run, *args, **kw):
+real_finish_run = t.finish_run
+def finish_run(run, *args, **kw):
     import time, os, pathlib
     if os.environ['RANK'] == '0':
         time.sleep(2)
         pathlib.Path('others').write_text(str(sum(os.path.exists(f'/proc/{p}') for p in pids())))
-    return real_conclude(run, *args, **kw)
+    return real_finish_run(run, *args, **kw)
 def pids(): return [int(p.name) for p in pathlib.Path('pids').glob('*')]
 import pathlib, os
 pathlib.Path('pids').mkdir(exist_ok=True)
 pathlib.Path('pids', str(os.getpid())).touch()
-t.conclude = conclude
+t.finish_run = finish_run
 '''
 
 def test_no_process_leaves_before_the_run_is_finished(launcher, project, data):

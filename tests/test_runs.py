@@ -105,7 +105,7 @@ def test_each_attempt_is_recorded_and_a_change_is_told(project, monkeypatch, cap
     env(threads=1, packages=packages | {'numpy': '1.0'})
     start_run('demo', P).stop()
     told = capsys.readouterr().err
-    assert 'not be bit for bit' in told and 'threads 2 before, 1 now' in told and f"numpy {packages['numpy']} before, 1.0 now" in told
+    assert 'not be bit-identical' in told and 'threads 2 before, 1 now' in told and f"numpy {packages['numpy']} before, 1.0 now" in told
     assert [a['threads'] for a in run.attempts] == [2, 2, 1]
     assert [a['packages']['numpy'] for a in run.attempts] == [packages['numpy'], packages['numpy'], '1.0']
     assert run.attempts[2]['packages']['pandas'] == packages['pandas'] and {'started', 'git', 'machine', 'cpu'} <= run.attempts[1].keys()

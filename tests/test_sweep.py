@@ -358,18 +358,18 @@ BAD = {
     'method': ({'method': 'bayse'}, "method='bayse' is not known: did you mean 'bayes'?"),
     'command': ({'command': ['python']}, 'command: trials are started by imgexp'),
     'unknown key': ({'metrics': {}}, "unknown key 'metrics': did you mean 'metric'?"),
-    'test metric': ({'metric': {'name': 'test_top1', 'goal': 'maximize'}}, 'test images choose nothing'),
+    'test metric': ({'metric': {'name': 'test_top1', 'goal': 'maximize'}}, 'test images must not be used to choose'),
     'accuracy minimized': ({'metric': {'name': 'val_accuracy'}}, 'give goal: maximize'),
     'goal': ({'metric': {'name': 'val_loss', 'goal': 'min'}}, "metric.goal='min' is not known: choose one of minimize, maximize"),
     'distribution': ({'parameters': {'lr': {'distribution': 'loguniform', 'min': 1, 'max': 2}}}, "unknown distribution 'loguniform': did you mean"),
-    'range': ({'parameters': {'lr': {'min': 2, 'max': 1}}}, 'parameter lr: min=2 has to be below max=1'),
+    'range': ({'parameters': {'lr': {'min': 2, 'max': 1}}}, 'parameter lr: min=2 must be below max=1'),
     'column': ({'parameters': {'x': {'value': 1}, 'kind': {'value': 'a'}}, 'metric': {'name': 'seconds', 'goal': 'minimize'}}, "'seconds' is a column of the table of trials"),
     'grid of a range': ({'method': 'grid'}, 'parameter x: a grid needs values'),
     'early_terminate': ({'early_terminate': {'type': 'envelope'}}, "early_terminate.type='envelope' is not known: choose one of hyperband, asha"),
     'unknown parameter': ({'program': '10_keras_cnn', 'parameters': {'filter': {'value': 3}}}, "unknown parameter 'filter': did you mean 'filters'?"),
     'wrong type': ({'program': '10_keras_cnn', 'parameters': {'filters': {'value': 'many'}}}, "filters='many' is not a whole number"),
     'value that is refused': ({'program': '10_keras_cnn', 'parameters': {'filters': {'values': [16, 0]}}}, 'filters=0'),
-    'word that YAML reads as false': ({'program': '10_keras_cnn', 'parameters': {'track': {'value': False}}}, 'track=False is not text: YAML reads on, off, yes and no so: write the word in quotes'),
+    'word that YAML reads as false': ({'program': '10_keras_cnn', 'parameters': {'track': {'value': False}}}, 'track=False is not text: YAML reads on, off, yes and no as true or false: put the word in quotes'),
     'parameter of sweeps only': ({'program': '10_keras_cnn', 'parameters': {'trials': {'value': 3}}}, "unknown parameter 'trials'"),
     'python file': ({'program': 'train.py'}, "program='train.py': give an experiment like 10_keras_cnn"),
     'unknown program': ({'program': '10_keras_cn'}, "unknown notebook '10_keras_cn': did you mean '10_keras_cnn'?"),
@@ -387,7 +387,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(launcher, place, changed, to
 def test_wrong_words(launcher, place):
     make(trials=1)
     (place/'torn.yaml').write_text('method: [')
-    for args, told, status in ((['init', 'no.yaml'], 'no.yaml cannot be read', 2), (['init', 'torn.yaml'], 'torn.yaml is no YAML, line', 2),
+    for args, told, status in ((['init', 'no.yaml'], 'no.yaml cannot be read', 2), (['init', 'torn.yaml'], 'torn.yaml is not valid YAML, line', 2),
                                (['run', 'sx'], "unknown sweep 'sx': did you mean 's'?", 2), (['run', 's', '--on', 'moon'], "on='moon' is not known: choose one of local, wandb", 2),
                                (['best', 's'], 'no trial has ended yet', 1), (['export', 's'], 'nothing to export', 2),
                                (['run', 's', '--jobs', '-1'], 'imgexp sweep run --help', 2)):
@@ -395,7 +395,7 @@ def test_wrong_words(launcher, place):
         assert job.wait() == status and told in last_line(job.err), job.err
 
 def test_no_password_in_a_file(place):
-    with pytest.raises(Exception, match='storage holds a password'): make(storage='postgresql://me:secret@host/db')
+    with pytest.raises(Exception, match='storage contains a password'): make(storage='postgresql://me:secret@host/db')
     with pytest.raises(Exception, match="storage='jurnal' is not known: did you mean 'journal'"): make(storage='jurnal')
     assert not (place/'runs'/'sweeps').exists() or not list((place/'runs'/'sweeps').iterdir())
 

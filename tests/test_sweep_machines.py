@@ -98,6 +98,7 @@ def test_a_machine_that_wakes_up(launcher, place, tmp_path, storage):
     for pid in processes(asleep): os.kill(pid, signal.SIGSTOP)
     if storage == 'journal':  # the file system gives its locks back, as a server does
         for lock in [sweeps[0].dir/'locks'/'0', *(place/'runs').glob('2*/lock')]: lock.unlink()
+        for lock in ('lock', 'journal.log.lock'): (sweeps[0].dir/lock).unlink(missing_ok=True)  # if it was stopped while it held one
     awake = on('awake', launcher, roots[1], 'run', 's', '--jobs', '1', stale=2.)
     assert awake.wait() == 0, awake.err
     before = sweeps[1].trial(0)

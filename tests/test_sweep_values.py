@@ -53,7 +53,7 @@ def test_grids(noted):
     "The same values in the same order; what W&B makes no grid of is refused here too."
     space = read_space({'x': noted['given']})
     if noted['grid'] is None:
-        with pytest.raises(InputError, match='a grid needs values|a grid takes each value once'): space.lists()
+        with pytest.raises(InputError, match='a grid needs values|a grid uses each value once'): space.lists()
     else:
         here = space.lists()['x']
         assert here == noted['grid']

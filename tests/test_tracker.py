@@ -158,7 +158,7 @@ def test_a_failure_is_said_once_and_harms_nothing(monkeypatch, capfd, where):
     run = logged(start_run('demo', dict(track='offline')))
     assert whole(run)
     line, = said(capfd)
-    assert 'RuntimeError: the server burns' in line and 'the run goes on' in line
+    assert 'RuntimeError: the server burns' in line and 'the run continues' in line
 
 def test_a_failure_without_a_message(monkeypatch, capfd):
     def init(**kw): raise KeyError

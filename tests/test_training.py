@@ -22,7 +22,7 @@ def test_a_limit_of_time(launcher, project, data, tmp_path):
 import imgexp.checkpoints as c, time
 real, start = c.Checkpoints.after_batch, time.monotonic()
 def after_batch(self):
-    if self.schedule.done == 6 and self.end < 1e300: self.end = 0
+    if self.schedule.done == 6 and self.deadline < 1e300: self.deadline = 0
     real(self)
 c.Checkpoints.after_batch = after_batch'''
     job = launcher.imgexp(*options(data, max_minutes=10), root=project, before=late)
@@ -69,7 +69,7 @@ def test_a_finished_run_is_extended(launcher, project, data):
     assert child.history.lr.iloc[-1] < child.history.lr.iloc[0] <= 0.001
     assert parent.history.train_loss.iloc[-1]*1.2 > child.history.train_loss.iloc[0], 'it begins where the parent ended'
     for given, says in ((['--arch', 'resnet18'], "has 'compact_resnet': leave arch out to extend it"), (['--optimizer', 'sgd'], "has 'adamw': leave optimizer out"),
-                        (['--recipe', 'quick'], 'leave recipe out')):
+                        (['--recipe', 'quick'], 'leave out either recipe or extend')):
         job = launcher.imgexp(*args, *given, root=project)
         assert job.wait() == 2 and says in last_line(job.err), job.err
     stopped = Run(project/'runs'/'20200101-000000-03_train-00000000')
@@ -82,7 +82,7 @@ def test_a_finished_run_is_extended(launcher, project, data):
     (other.dir/'params.json').write_text(json.dumps({'notebook': '20_transfer', 'params': {}}))
     (other.dir/'status.json').write_text(json.dumps({'state': 'done'}))
     job = launcher.imgexp('train', '--extend', other.name, root=project)
-    assert job.wait() == 2 and 'is one of 20_transfer: only a run of 03_train can be trained further' in last_line(job.err), job.err
+    assert job.wait() == 2 and 'is of 20_transfer: only runs of 03_train can be extended' in last_line(job.err), job.err
 
 def test_a_recipe_and_what_the_user_says(launcher, project, data):
     job = launcher.imgexp('train', '--recipe', 'scratch-small', '--data', str(data), '--size', '12', '--epochs', '1', '--batch-size', '32', '--workers', '0',

@@ -23,7 +23,7 @@ GIVEN = dict(size=32, epochs=3, batch_size=22, workers=0, augment='none', track=
 VARIES = ['seconds', 'img_per_s', 'peak_mem_mb', 'checkpoint_mb', 'checkpoint_s']
 
 # fp16 and its scaler on the processor, for this test only; slow there, so that where all is on bf16 does the arithmetic
-FP16 = "import imgexp.learner; imgexp.learner._OFFERED['cpu'].append('fp16')\n"
+FP16 = "import imgexp.learner; imgexp.learner._SUPPORTED['cpu'].append('fp16')\n"
 SCALED_BF16 = "real_cast = imgexp.learner.autocast; imgexp.learner.autocast = lambda kind, device: real_cast('bf16', device)\n"
 EVERYTHING = dict(precision='fp16', micro_batch=8, clip=1.0, schedule='cosine', warmup=0.5, ema=0.9, label_smoothing=0.1, drop_path=0.3, mixup=0.2,
                   cutmix=1.0, erase=0.3, sizes='32-64', patience=3, keep_every=1, keep_weights='1,2', augment='trivial', flip='alternating', lr=0,
@@ -93,8 +93,8 @@ def watched(real):
 s.make_learner, tr.make_head_learner, tr.make_learner = map(watched, (s.make_learner, tr.make_head_learner, tr.make_learner))
 find_lr = imgexp.fit.find_lr
 imgexp.fit.find_lr = lambda *args, **kw: find_lr(*args, steps=20, **kw)
-wanted = c.Checkpoints._wanted
-c.Checkpoints._wanted = lambda self, due=False: max(wanted(self), int(due and self.schedule.done % 3 == 0))
+action = c.Checkpoints._action
+c.Checkpoints._action = lambda self, mid_epoch=False: max(action(self), int(mid_epoch and self.schedule.done % 3 == 0))
 import imgexp.features
 imgexp.features.FILE_MB = 0.01  # a file of features for each batch
 '''
