@@ -42,7 +42,7 @@ def distributed():
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=timedelta(hours=2))
     yield
-    try: dist.barrier()  # wait for process 0, which evaluates and writes: torchrun ends it if another exits early
+    try: dist.barrier()  # wait for process 0, which evaluates and writes
     except RuntimeError: raise RunFailed('another process of this training ended: the same command continues') from None
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
