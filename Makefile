@@ -93,7 +93,7 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	say "running tests/ ($$((workers + 1)) files at a time: many tests wait for other processes)"
 	"$$bin/python" -m pytest tests -q -n $$((workers + 1)) --dist loadfile
 
-check: ## after each change: exports, the house in numbers, the fast tests (two minutes)
+check: ## after each change: exports, code statistics, the fast tests (two minutes)
 	@$(call environment,all)
 	"$$bin/python" tests/check.py
 	"$$bin/python" tests/counts.py

@@ -22,6 +22,7 @@ import typer
 
 from .cli_data import cache_app, data_app
 from .cli_sweep import sweep_app
+from .environment import package_version
 from .errors import InputError, RunBusy, RunFailed
 from .experiments import commands, find_experiment
 from .files import short_path
@@ -31,7 +32,8 @@ from .seeds import summarize_seeds, train_seeds
 from .start import diff_params, find_run
 
 # %% ../nbs/90c_cli.ipynb #b6bb3a32
-app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, manage runs.',
+app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, manage runs. '
+                                      '`imgexp --version` prints the version.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 runs_app = typer.Typer(help='The runs of this project.', no_args_is_help=True, rich_markup_mode=None)
 for _sub, _name in ((runs_app, 'runs'), (data_app, 'data')): app.add_typer(_sub, name=_name)
@@ -70,7 +72,7 @@ def show(
     rows += run.attempt_rows()
     rows += [('picture', short_path(p)) for p in pictures]
     for k, v in rows: print(f'{k:<11}{v}')
-    if not last: print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
+    print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
 
 # %% ../nbs/90c_cli.ipynb #6835fca4
 @runs_app.command()
@@ -181,6 +183,7 @@ def _predict(
           else to_csv(table), end='')
     failed = table.error.notna().sum()
     if failed: say(f'{failed} of {len(table)} images could not be read: see the error column')
+    if failed == len(table): raise typer.Exit(1)
 
 # %% ../nbs/90c_cli.ipynb #fd7851cb
 def _join_pairs(args):
@@ -250,6 +253,9 @@ def main(
     # otherwise each process prints a warning
     if int(os.environ.get('WORLD_SIZE') or 1) > 1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     command = typer.main.get_command(app)
+    if args == ['--version']:
+        print(f"imgexp {package_version('imgexp')}")
+        return 0
     try:
         if args[:1] == ['batch']: args = _join_pairs(args)
         for name in set(args[:1]) & commands().keys():

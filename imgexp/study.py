@@ -363,5 +363,7 @@ def find_sweep(
                                    if not f.name.endswith('lock'))  # viewing a sweep also takes the locks
     names = sorted((p.parent.name for p in sweeps_dir().glob('*/sweep.json')), key=modified)
     if not names: raise InputError('there is no sweep yet: `imgexp sweep init FILE` creates one')
+    if name.endswith(('.yaml', '.yml')):
+        raise InputError(f'{name} is a file: give the name of a sweep, as `imgexp sweep init` printed it')
     if name and name not in names: raise unknown_name(name, names, 'sweep')
     return Sweep(sweeps_dir()/(name or names[-1]))

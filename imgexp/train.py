@@ -36,6 +36,7 @@ def _run_experiment(
     with distributed():
         table = load_table(p, messages.append)
         learn = load_learner(p, table)
+        messages.append(repr(learn.table))
         with _start(p, table, learn, observer) as run:
             for line in messages: rank_zero_print(line)
             finish_run(run, learn, fit_run(p, run, learn), p.upload)

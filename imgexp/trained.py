@@ -98,7 +98,9 @@ def _predict(trained, split, data, classes, bad):
         raise InputError(f"bad={bad!r} is not known: choose stop or skip, or leave it out to use the run's setting")
     table = _table_for(trained, data, classes)
     n = len(table.split(split))
-    if not n: raise InputError(f'{table.name} has no {split} images: choose another split')
+    if not n:
+        raise InputError(f'{table.name} has no {split} images: choose another split (--split valid), or data with a '
+                         f'{split} folder')
     probs, rows, skipped = trained.probabilities(table, split, bad)
     if not len(rows):
         raise InputError(f'none of the {n:,} {split} images of {table.name} can be decoded: fix them, or choose other '

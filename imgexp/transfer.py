@@ -414,6 +414,7 @@ def _run_experiment(
     # before the run is created: invalid values leave no run
     _cut(p, model)
     policy(p.augment, p.size)
+    if not p.weights: print(f'{p.arch} has random weights: give weights=imagenet, or a file, for a pretrained network')
     resolved = {'precision': choose_precision(p.precision, best_device())}
     set_retrain(model, p.retrain)
     optional = {'prepared': preparation(table),
