@@ -91,7 +91,7 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + workers - 1) / workers ))}; export OMP_NUM_THREADS
 	"$$bin/nbdev_test" --n_workers $$workers --timing
 	say "running tests/ ($$((workers + 1)) files at a time: many tests wait for other processes)"
-	"$$bin/python" -m pytest tests -q -n $$((workers + 1)) --dist loadfile
+	"$$bin/python" -m pytest tests -q -n $$((workers + 1)) --dist loadfile --no-loadscope-reorder
 
 check: ## after each change: exports, code statistics, the fast tests (two minutes)
 	@$(call environment,all)

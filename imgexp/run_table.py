@@ -32,9 +32,9 @@ _COLUMNS = ['run', 'state', 'minutes', 'epochs', 'valid_top1', 'test_top1', 'dis
 
 # %% ../nbs/00i_run_table.ipynb #466a9dc4
 def _param_columns(params, columns):
-    "Names of the parameters that differ between runs, and of those in `columns`"
+    "Names of the parameters that differ between the runs that have them, and of those in `columns`"
     names = dict.fromkeys(k for p in params for k in p)
-    return [k for k in names if k not in _COLUMNS and (k in columns or len({repr(p.get(k)) for p in params if p}) > 1)]
+    return [k for k in names if k not in _COLUMNS and (k in columns or len({repr(p[k]) for p in params if k in p}) > 1)]
 
 # %% ../nbs/00i_run_table.ipynb #de682d7e
 def list_runs(

@@ -18,6 +18,12 @@ def pytest_unconfigure(config):
         shutil.rmtree(_made, ignore_errors=True)
         os.environ.pop('IMGEXP_ROOT', None)
 
+SLOW = ['test_transfer', 'test_torture', 'test_batch', 'test_sweep', 'test_identity', 'test_kill', 'test_keras_cnn', 'test_sweep_machines', 'test_features']
+
+def pytest_collection_modifyitems(items):
+    "The slowest files first, so that no worker is left alone with one of them at the end."
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
 @pytest.fixture(scope='session')
 def root():
     "The checkout that holds these tests."
