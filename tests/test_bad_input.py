@@ -133,6 +133,8 @@ def test_the_installed_command(project, shelf):
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith("imgexp: data='nowhere': no such folder") and done.stderr.count('\n') == 1
     assert runs_in(project) == []
+    done = subprocess.run([command, '--version'], capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(r'imgexp \d+\.\d+\.\d+\n', done.stdout)
 
 def test_resume_of_a_run_with_other_parameters(launcher, project, shelf):
     args = ['train', *SMALL, '--data', 'two']

@@ -107,9 +107,11 @@ def test_damaged_photos_stop_a_training_or_are_skipped_and_told(launcher, projec
     job = launcher.imgexp('train', *SMALL, '--data', folder, root=project)
     assert job.wait() == 1 and re.search(r'/[ab].jpg is damaged: .*bad=skip', job.err.splitlines()[-1]), job.err
     job = launcher.imgexp('train', *SMALL, '--data', folder, '--bad', 'skip', root=project)
-    assert job.wait() == 0, job.err
+    assert job.wait() == 0 and re.search(r'^data: 18 images \(\d+ train, \d+ valid\)', job.out, re.M), (job.out, job.err)
     job = launcher.imgexp('predict', find_run('', project/'runs').name, folder, root=project)
     assert job.wait() == 0 and '2 of 18 images could not be read' in job.err, job.err
+    job = launcher.imgexp('predict', find_run('', project/'runs').name, folder/'circle/a.jpg', root=project)
+    assert job.wait() == 1 and '1 of 1 images could not be read' in job.err, job.err
 
 # -- samplings that libjpeg-turbo has no name for
 

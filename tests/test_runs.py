@@ -181,6 +181,13 @@ def test_prune_leaves_what_can_be_continued(project):
     remove_run(stopped.name)  # named, it goes
     assert not stopped.dir.exists()
 
+def test_the_table_of_two_experiments(project):
+    "A parameter that only one of them has is no difference between its runs."
+    for lr in (0.1, 0.3): start_run('demo', P | {'lr': lr, 'clip': 0.}).stop()
+    start_run('other', {'lr': 0.1, 'head': 'mlp'}).stop()
+    table = list_runs()
+    assert 'lr' in table and not {'clip', 'head'} & {*table.columns}
+
 def test_the_table_beside_a_training(project):
     "Checkpoints come and go while the table is made."
     run, done = start_run('demo', P), threading.Event()

@@ -1,6 +1,7 @@
 "Sweeps as real processes: killed, stopped, failing, on other storages; every trial once, nothing lost."
 import json, os, random, signal, sys, threading, time, types
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -388,11 +389,19 @@ def test_wrong_words(launcher, place):
     make(trials=1)
     (place/'torn.yaml').write_text('method: [')
     for args, told, status in ((['init', 'no.yaml'], 'no.yaml cannot be read', 2), (['init', 'torn.yaml'], 'torn.yaml is not valid YAML, line', 2),
-                               (['run', 'sx'], "unknown sweep 'sx': did you mean 's'?", 2), (['run', 's', '--on', 'moon'], "on='moon' is not known: choose one of local, wandb", 2),
+                               (['run', 'sx'], "unknown sweep 'sx': did you mean 's'?", 2), (['run', 's.yaml'], 's.yaml is a file: give the name of a sweep', 2), (['run', 's', '--on', 'moon'], "on='moon' is not known: choose one of local, wandb", 2),
                                (['best', 's'], 'no trial has ended yet', 1), (['export', 's'], 'nothing to export', 2),
                                (['run', 's', '--jobs', '-1'], 'imgexp sweep run --help', 2)):
         job = launcher.imgexp('sweep', *args, root=place)
         assert job.wait() == status and told in last_line(job.err), job.err
+
+def test_the_sweep_file_of_the_readme(place):
+    text = (Path(__file__).resolve().parent.parent/'README.md').read_text().split('```yaml')[1].split('```')[0]
+    (place/'sweep.yaml').write_text(text)
+    from imgexp.sweep import make_sweep
+    from imgexp.sweep_config import read_yaml
+    sweep = make_sweep(read_yaml(place/'sweep.yaml'), name='s')
+    assert (sweep.program, sweep.cap, sweep.varying) == ('10_keras_cnn', 20, ['lr', 'filters'])
 
 def test_no_password_in_a_file(place):
     with pytest.raises(Exception, match='storage contains a password'): make(storage='postgresql://me:secret@host/db')

@@ -67,10 +67,11 @@ def test_bf16_hardly_changes_predictions(project):
     assert len(test) == 372 and (told[0] != told[1]).sum() <= 3
     assert run.metrics['test']['top1']['value'] > 0.7
 
-def test_history_and_metrics_tell_the_same(project):
+def test_history_and_metrics_tell_the_same(project, capsys):
     "A head is trained and judged in fp32, whatever its features were computed in: bf16 logits are often equal, and any of them could come first."
     for head in ('linear', 'logistic'):
         run = train(head=head, **SMALL | dict(precision='bf16'))
+        assert 'has random weights: give weights=imagenet' in capsys.readouterr().out
         told = run.history.set_index('epoch').loc[run.metrics['epoch']]
         assert told.valid_top1 == pytest.approx(run.metrics['valid']['top1']['value'], abs=1e-6) and told.valid_loss == pytest.approx(run.metrics['valid']['loss'], rel=1e-5)
 
