@@ -285,6 +285,7 @@ def test_extended_and_stopped(place):
 
 def test_the_same_point_twice_at_once(place):
     "They have the same run: one trains it, the other waits for it."
+    (place/'program.py').write_text(PROGRAM.replace("resume='reuse'))", "resume='reuse'), wait=0.1)"))  # refused at once
     sweep = make(with_values(wait=0.1) | {'parameters': {'x': {'values': [0.5]}, 'wait': {'value': 0.2}}}, trials=4)
     quietly(jobs=2)
     assert [r['state'] for r in sweep.rows()] == ['done']*4 and len({r['value'] for r in sweep.rows()}) == 1
