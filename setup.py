@@ -9,7 +9,7 @@ config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
-extras['all'] = [r for name in ('keras', 'lab', 'dev') for r in extras[name]]
+extras['all'] = [r for name in ('keras', 'hub', 'lab', 'dev') for r in extras[name]]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -20,7 +20,7 @@ setup(
                  *(f'Programming Language :: Python :: 3.{v}' for v in range(10, 14))],
     # the notebooks travel in the wheel as imgexp/nbs/*.ipynb
     packages=[*find_packages(include=['imgexp', 'imgexp.*']), 'imgexp.nbs'],
-    package_dir={'imgexp.nbs': 'nbs'}, package_data={'imgexp.nbs': ['*.ipynb']}, include_package_data=False,
+    package_dir={'imgexp.nbs': 'nbs'}, package_data={'imgexp': ['experiments.json'], 'imgexp.nbs': ['*.ipynb']}, include_package_data=False,
     install_requires=cfg['requirements'].split(), extras_require=extras,
     python_requires='>=' + cfg['min_python'], zip_safe=False,
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -9,6 +9,8 @@ On two cores, `record` takes half an hour and `replay` two minutes. `record` wri
 import argparse, csv, json, random, statistics
 from pathlib import Path
 
+import numpy as np
+
 from tables import summarize, machine, save, show
 
 RESULTS = Path(__file__).resolve().parent/'results'
@@ -53,7 +55,10 @@ def replay(n):
     searches = {'random, all epochs': lambda rng: random_search(curves, rng, {}),
                 'random, hyperband': lambda rng: random_search(curves, rng, hyperband),
                 'TPE, all epochs': lambda rng: tpe(curves, rng, {}),
-                'TPE, hyperband': lambda rng: tpe(curves, rng, hyperband)}
+                'TPE, hyperband': lambda rng: tpe(curves, rng, hyperband),
+                "Optuna's TPE and HyperbandPruner": lambda rng: optuna_search(curves, rng, 'HyperbandPruner'),
+                "Optuna's TPE and MedianPruner": lambda rng: optuna_search(curves, rng, 'MedianPruner'),
+                'random, successive halving as in Ray Tune': lambda rng: ray_halving(curves, rng)}
     epochs = {name: [] for name in searches}
     for seed in range(n):
         rng = random.Random(seed)
@@ -95,28 +100,71 @@ def random_search(curves, rng, early):
     for _, curve in rng.sample(curves, len(curves)):
         for value in train(curve, others, early): yield (n_epochs := n_epochs + 1), value
 
+def search_space(curves):
+    "Optuna's distributions of the recorded parameters"
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    choices = {k: sorted({json.dumps(v[k]) for v, _ in curves}) for k in curves[0][0] if k != 'lr'}
+    low, high = (f(v['lr'] for v, _ in curves) for f in (min, max))
+    return {k: CategoricalDistribution(v) for k, v in choices.items()} | {'lr': FloatDistribution(low, high, log=True)}
+
+def optuna_values(values): return {k: v if k == 'lr' else json.dumps(v) for k, v in values.items()}
+
+def take_nearest(unused, proposal, space):
+    "Remove and return the unused (values, curve) nearest to a proposal"
+    low, high = space['lr'].low, space['lr'].high
+    return unused.pop(min(range(len(unused)), key=lambda k: distance(unused[k][0], proposal, low, high)))
+
+def optuna_search(curves, rng, pruner):
+    "The same with Optuna's own loop: TPE at its defaults, and one of its pruners"
+    import optuna
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    settings = dict(min_resource=1, max_resource=EPOCHS, reduction_factor=3) if pruner == 'HyperbandPruner' else {}
+    study = optuna.create_study(direction='maximize', pruner=getattr(optuna.pruners, pruner)(**settings),
+                                sampler=optuna.samplers.TPESampler(seed=rng.randrange(2**32)))
+    n_epochs, unused, space = 0, list(curves), search_space(curves)
+    rng.shuffle(unused)
+    while unused:
+        proposal = study.ask(space)
+        values, curve = take_nearest(unused, proposal.params, space)
+        study.tell(proposal, state=optuna.trial.TrialState.FAIL)  # ignored by the sampler: the nearest is run instead
+        study.enqueue_trial(optuna_values(values))
+        trial = study.ask(space)
+        for epoch, value in enumerate(curve, 1):
+            trial.report(value, epoch)
+            yield (n_epochs := n_epochs + 1), value
+            if epoch < len(curve) and trial.should_prune(): break
+        state = optuna.trial.TrialState
+        if epoch < len(curve): study.tell(trial, state=state.PRUNED)
+        else: study.tell(trial, max(curve))
+
+def ray_halving(curves, rng, grace=1, factor=4):
+    "Random search with the rule of Ray Tune's ASHAScheduler at its defaults, one trial after another"
+    rungs = {grace*factor**k: [] for k in range(20) if grace*factor**k < EPOCHS}
+    n_epochs = 0
+    for _, curve in rng.sample(curves, len(curves)):
+        for epoch, value in enumerate(curve, 1):
+            yield (n_epochs := n_epochs + 1), value
+            recorded = rungs.get(epoch)
+            if recorded is None: continue
+            cutoff = np.percentile(recorded, 100*(1 - 1/factor)) if recorded else None
+            recorded.append(value)
+            if cutoff is not None and value < cutoff: break
+
 def tpe(curves, rng, early):
     "The same with TPE: of the unused trials, take the one nearest to Optuna's proposal, configured as in `imgexp.sweep`"
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    choices = {k: sorted({json.dumps(v[k]) for v, _ in curves}) for k in curves[0][0] if k != 'lr'}
     sampler = optuna.samplers.TPESampler(multivariate=True, seed=rng.randrange(2**32))
     study = optuna.create_study(direction='maximize', sampler=sampler)
-    low, high = (f(v['lr'] for v, _ in curves) for f in (min, max))
-    n_epochs, others, unused = 0, [], list(curves)
+    n_epochs, others, unused, space = 0, [], list(curves), search_space(curves)
     rng.shuffle(unused)
-    space = {k: optuna.distributions.CategoricalDistribution(v) for k, v in choices.items()}
-    space['lr'] = optuna.distributions.FloatDistribution(low, high, log=True)
     while unused:
-        proposal = study.ask(space).params
-        nearest = min(range(len(unused)), key=lambda k: distance(unused[k][0], proposal, low, high))
-        values, curve = unused.pop(nearest)
+        values, curve = take_nearest(unused, study.ask(space).params, space)
         measured = []
         for value in train(curve, others, early):
             measured.append(value)
             yield (n_epochs := n_epochs + 1), value
-        params = {k: v if k == 'lr' else json.dumps(v) for k, v in values.items()}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=max(measured)))
+        study.add_trial(optuna.trial.create_trial(params=optuna_values(values), distributions=space, value=max(measured)))
 
 def distance(values, proposal, low, high):
     "Number of different choices, plus the difference of the learning rates on a log scale, 0 to 1"

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .augment import cutmix as _cutmix, erase as _erase, mixup as _mixup
-from .data import Files, Pixels
+from .data import Encoded, Pixels
 from .errors import RunFailed
 from .learner import CancelFitException, StatefulCallback, autocast
 from .metrics import ranks, true_probs
@@ -378,5 +378,5 @@ class Bottleneck(StatefulCallback):
     def _advice(self):
         source = self.dls.train.table.source
         if self.shares['waiting'] < 0.2 or isinstance(source, Pixels): return ''
-        if not isinstance(source, Files): return '; more workers would help'
+        if not isinstance(source, Encoded): return '; more workers would help'
         return '; `imgexp data pack` or more workers would help'

@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .catalog import SPLITS
-from .data import Files, Images, Pixels, read, read_stored, with_valid
+from .data import Encoded, Images, Pixels, read, read_stored, with_valid
 from .decoding import BadImage, decode, open_image, resize, without_warnings
 from .errors import InputError, RunFailed
 from .packs import Pack
@@ -102,7 +102,7 @@ def _header(raw):
 
 def _content(table, row):
     "The bytes of an image's file, or its pixels if there is no file; raises BadImage"
-    return read_stored(table, row) if isinstance(table.source, Files) else read(table, row)
+    return read_stored(table, row) if isinstance(table.source, Encoded) else read(table, row)
 
 # %% ../nbs/01j_check.ipynb #5fa392ec
 PLAIN = 2/255  # an image whose channels all deviate by less is of one color
@@ -334,9 +334,10 @@ def _findings(survey):
 def check(
     data: str | Path | Images, # a folder, the name of an embedded or fetched data set, or a table
     workers: int = -1,         # threads; -1: one per core
+    **options,                 # of the data, as for `load_images`
 ) -> CheckReport:
     "Check every image of `data`, changing nothing; raises `InputError` if there is nothing to train on."
-    images = load_images(data) if isinstance(data, (str, Path)) else data
+    images = load_images(data, **options) if isinstance(data, (str, Path)) else data
     if isinstance(images.source, Pack) and (why := images.source.damage()):
         raise RunFailed(f'{images.name}: {why}: pack it again')
     df = survey(images, workers=workers)

@@ -20,13 +20,15 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .cli_data import cache_app, data_app
+from .cli_data import SOURCE_TABLE, cache_app, data_app
 from .cli_sweep import sweep_app
 from .environment import package_version
 from .errors import InputError, RunBusy, RunFailed
-from .experiments import commands, find_experiment
+from .experiments import commands, declared_experiment, find_experiment
 from .files import short_path
-from .output import Json, VisibleOutput, print_table, say, stop_on_sigterm, to_csv
+from .output import (Json, VisibleOutput, parameter_option, print_table, say, stop_on_sigterm, to_csv,
+                           with_options)
+from .run_list import show_runs
 from .run_table import list_runs, prune_runs, remove_run
 from .seeds import summarize_seeds, train_seeds
 from .start import diff_params, find_run
@@ -43,15 +45,21 @@ Name = Annotated[str, typer.Argument(help="A run's name, an unambiguous part of 
 # %% ../nbs/90c_cli.ipynb #706abd50
 @runs_app.command()
 def ls(
-    sort: Annotated[str, typer.Option(help='Column to sort by.')] = 'run',
+    sort: Annotated[str, typer.Option(help='Column or parameter to sort by.')] = 'run',
+    columns: Annotated[str, typer.Option(help='Parameters to show instead of those that differ, '
+                                              'comma-separated.')] = '',
+    csv: Annotated[bool, typer.Option('--csv', help='Print all columns as CSV.')] = False,
     as_json: Json = False,
 ):
-    "List all runs: state, duration, epochs, accuracy, disk space, and the parameters that differ."
-    table = list_runs()
-    if sort != 'run' and sort not in table:
-        raise InputError(f"sort={sort!r} is no column: choose one of run, {', '.join(table)}")
-    if not len(table): say('no runs yet: `make train` or `imgexp train` creates one')
-    if len(table) or as_json: print_table(table.dropna(axis=1, how='all').sort_values(sort), as_json)
+    "List the runs of each experiment: state, data, accuracy, time, epochs, and the parameters that differ."
+    names = tuple(c.strip() for c in columns.split(',') if c.strip())
+    runs = show_runs(sort=sort, columns=names)
+    if not runs.groups: say('no runs yet: `make train` or `imgexp train` creates one')
+    if as_json or csv:
+        table = list_runs(columns=(*names, sort)).dropna(axis=1, how='all')
+        if sort in table: table = table.sort_values(sort)
+        print(to_csv(table.reset_index()), end='') if csv else print_table(table, True)
+    elif runs.groups: print(runs)
 
 # %% ../nbs/90c_cli.ipynb #1474f97c
 @runs_app.command()
@@ -107,29 +115,21 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; otherwis
     if not names: say('nothing to prune')
     else: say(f'{n} deleted' if yes else f'{n}: `imgexp runs prune --yes` deletes them')
 
-# %% ../nbs/90c_cli.ipynb #97d0fc25
-_METAVAR = {int: 'INTEGER', float: 'NUMBER', str: 'TEXT', bool: 'true/false'}
-
-def _option(f):
-    "Return a parameter as an option; its value stays text, which the experiment's table converts and checks"
-    default = f' [default: {f.default}]' if f.default != '' else ''
-    about = typer.Option('--' + f.name.replace('_', '-'), help=f.metadata['help'] + default, metavar=_METAVAR[f.type],
-                         show_default=False)
-    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Optional[str], about],
-                             default=None)
-
 # %% ../nbs/90c_cli.ipynb #ddc53f0b
 def _experiment_command(name, notebook):
     "Return a command with the parameters of an experiment as options, and --seeds"
-    experiment = find_experiment(notebook)
+    declared = declared_experiment(notebook).params
     seeds = typer.Option('--seeds', min=1,
                          help='Number of runs with consecutive seeds; reports mean and standard deviation.')
-    options = [_option(f) for f in experiment.params.table().values()]
+    options = [parameter_option(f) for f in declared.table().values()]
     options.append(inspect.Parameter('seeds', inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[int, seeds],
                                      default=1))
     def command(seeds, **kw):
         stop_on_sigterm()
-        p = experiment.params.check({k: v for k, v in kw.items() if v is not None})
+        values = {k: v for k, v in kw.items() if v is not None}
+        declared.check(values)  # before a framework is imported
+        experiment = find_experiment(notebook)
+        p = experiment.params.check(values)
         _report_runs(train_seeds(experiment, p, seeds) if seeds > 1 else [experiment.train(p)])
     command.__name__, command.__doc__, command.__signature__ = name, commands()[name][1], inspect.Signature(options)
     return command
@@ -146,18 +146,20 @@ for _name, (_notebook, _about) in commands().items():
 
 # %% ../nbs/90c_cli.ipynb #e36c355b
 @app.command('eval')
+@with_options(*SOURCE_TABLE)
 def _evaluate(
     name: Name,
     split: Annotated[str, typer.Option(help='train, valid or test.')] = 'test',
-    data: Annotated[str, typer.Option(help="Data other than the run's own: a name or a folder.")] = '',
+    data: Annotated[str, typer.Option(help="Data other than the run's own: a name, a folder or a table.")] = '',
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = 'best',
     bad: Annotated[str, typer.Option(help='What to do with an image that cannot be decoded: stop, or skip. By '
                                           'default as in the run.')] = '',
     as_json: Json = False,
+    options: dict = {},
 ):
     "Evaluate a run of any experiment on a split."
     from imgexp.evaluate import load_run
-    results = load_run(name, checkpoint).evaluate(split, data, bad=bad)
+    results = load_run(name, checkpoint).evaluate(split, data, bad=bad, **options)
     if as_json: return print(json.dumps(results, indent=1))
     for k in ('top1', 'top5'):
         print('{split} {k:<6}{value:.1%} ({low:.1%} to {high:.1%}, n = {n})'.format(split=split, k=k, **results[k]))
@@ -211,7 +213,7 @@ def _batch(
     jobs: Annotated[int, typer.Option(min=1, help='Concurrent runs; they share the cores and the GPUs.')] = 1,
     retry: Annotated[bool, typer.Option('--retry', help='Also run points that failed before.')] = False,
     dry_run: Annotated[bool,
-                       typer.Option('--dry-run', help='Only show what would run and how long it would take.')] = False,
+                       typer.Option('--dry-run', help='Only show what would run.')] = False,
     as_json: Json = False,
 ):
     "Run a notebook for each combination of values; the same command skips finished runs."

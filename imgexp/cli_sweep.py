@@ -53,7 +53,7 @@ def sweep_run(
     jobs: Annotated[int,
                     typer.Option(min=0, help='Concurrent trials; 0: one per GPU, or cores / threads per trial.')] = 0,
     dry_run: Annotated[bool,
-                       typer.Option('--dry-run', help='Only show what would run and how long it would take.')] = False,
+                       typer.Option('--dry-run', help='Only show what would run.')] = False,
     on: Annotated[str,
                   typer.Option(help='local, or wandb: W&B chooses the values, and its agent runs here.')] = 'local',
 ):

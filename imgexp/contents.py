@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Files, Images, Pixels
+from .data import Encoded, Images, Pixels
+from .decoding import BadImage
 from .errors import RunFailed
 from .files import short_path, writing
 from .text import printable
@@ -70,14 +71,14 @@ def settled(
     return state is not None and all(abs(since - int(t)) > CLOCK*1e9 for t in state.split()[1:3])
 
 # %% ../nbs/01f_contents.ipynb #a3521a00
-def _digest(path):
-    "State and sha-256 of a file, which match; None, None if it can't be read; state '' if it isn't settled"
+def _digest(source, i):
+    "State and sha-256 of an image, which match; None, None if it can't be read; state '' if its file isn't settled"
+    path = source.path(i)
     for _ in range(3):
-        since = time.time_ns()
-        try:
-            with open(path, 'rb') as f: before, raw, after = file_state(f.fileno()), f.read(), file_state(f.fileno())
-        except OSError: return None, None
-        if before == after: return before if settled(before, since) else '', hashlib.sha256(raw).digest()
+        since, before = time.time_ns(), file_state(path)
+        try: raw = source.read(i)
+        except BadImage: return None, None
+        if before == file_state(path): return before if settled(before, since) else '', hashlib.sha256(raw).digest()
     raise RunFailed(f'{short_path(path)} changes while it is being read: wait until it is completely written')
 
 # %% ../nbs/01f_contents.ipynb #1553b148
@@ -90,17 +91,25 @@ def store_hashes(
         db.executemany('insert or replace into files values (?, ?, ?)', [r for r in rows if r[1] and r[2]])
 
 # %% ../nbs/01f_contents.ipynb #4d3cb8d2
-def _content_hashes(paths, root):
-    "sha-256 of each file, read only if its state isn't cached; b'' for one that can't be read"
-    db, cached = open_hash_cache(printable(root))
-    keys, states = [printable(f) for f in paths], [file_state(f) for f in paths]
+def _states(source, indices):
+    "State of the file that holds each image"
+    path = state = None
+    for i in indices:
+        if (new := source.path(i)) != path: path, state = new, file_state(new)
+        yield state
+
+def _content_hashes(source, indices):
+    "sha-256 of each image, read only if the state of its file isn't cached; b'' for one that can't be read"
+    db, cached = open_hash_cache(printable(source.root))
+    keys, states = [printable(source.key(i)) for i in indices], list(_states(source, indices))
     out = [b'' if s is None else entry[1] if (entry := cached.get(k)) and entry[0] == s else None
            for k, s in zip(keys, states)]
     missing = [i for i, h in enumerate(out) if h is None]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(missing), 4096):
             chunk = missing[start:start + 4096]
-            rows = [(keys[i], *digest) for i, digest in zip(chunk, pool.map(_digest, (paths[i] for i in chunk)))]
+            digests = pool.map(lambda k: _digest(source, indices[k]), chunk)
+            rows = [(keys[i], *digest) for i, digest in zip(chunk, digests)]
             for i, (_, _, sha) in zip(chunk, rows): out[i] = sha or b''
             store_hashes(db, rows)
     db.close()
@@ -108,11 +117,11 @@ def _content_hashes(paths, root):
 
 # %% ../nbs/01f_contents.ipynb #e699bb15
 def contents(
-    table: Images,  # of files, or of a pack of files
-) -> list:          # bytes [n]; b'' for a file that can't be read
-    "sha-256 of each image's file; a file is read again only if it has changed or is less than two seconds old."
-    if not isinstance(table.source, Files): return table.source.contents(table.indices)
-    return _content_hashes([table.source.path(i) for i in table.indices], table.source.root)
+    table: Images,  # of encoded images, or of a pack of them
+) -> list:          # bytes [n]; b'' for an image that can't be read
+    "sha-256 of each encoded image; it is read again only if its file has changed or is less than two seconds old."
+    if not isinstance(table.source, Encoded): return table.source.contents(table.indices)
+    return _content_hashes(table.source, table.indices)
 
 # %% ../nbs/01f_contents.ipynb #f9ee6d58
 def fingerprint(

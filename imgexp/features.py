@@ -30,7 +30,7 @@ from .augment import augment_id
 from .catalog import SPLITS
 from .contents import cache_dir, contents, file_state, settled, size_and_time
 from .cutting import Cut
-from .data import Files, Pixels
+from .data import Encoded, Pixels
 from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, seconds_since_write, short_path, to_plain, write_json, writing
 from .learner import autocast, best_device, choose_precision, is_out_of_memory, to_input
@@ -227,17 +227,17 @@ def _make_room(cache_gb, keep):
         with suppress(OSError): path.unlink()  # deleted already, or another user's
 
 # %% ../nbs/15_features.ipynb #92c33766
-def _check_room(folder, n, image_bytes, cache_gb, n_views):
-    "Raise InputError if n images in `n_views` views exceed `cache_gb`, RunFailed if the disk is too full for one view"
-    needed, existing = n*image_bytes*n_views, next(p for p in (folder, *folder.parents) if p.exists())
+def _check_room(folder, n, image, cache_gb, n_views):
+    "InputError if n images with features like `image`, in `n_views` views, exceed `cache_gb`; RunFailed for a full disk"
+    needed, existing = n*image.nbytes*n_views, next(p for p in (folder, *folder.parents) if p.exists())
     if needed > cache_gb*1e9:
         raise InputError(f'cache_gb={cache_gb:g}: the features of {n:,} images{f" in {n_views} views"*(n_views > 1)} '
-                         f'take {file_size(needed)}: give cache_gb={math.ceil(needed/1e9)}, a smaller '
-                         f'size{", fewer views"*(n_views > 1)}, or a smaller retrain')
+                         f'take {file_size(needed)}: give cache_gb={math.ceil(needed/1e9)}'
+                         + ', a smaller size or a smaller retrain'*(image.ndim > 1) + ', or fewer views'*(n_views > 1))
     free = shutil.disk_usage(existing).free
-    if n*image_bytes > free:
+    if n*image.nbytes > free:
         raise RunFailed(f'{short_path(existing)} has {file_size(free)} free, but the features take '
-                        f'{file_size(n*image_bytes)}: free some space, or set XDG_CACHE_HOME to a larger disk')
+                        f'{file_size(n*image.nbytes)}: free some space, or set XDG_CACHE_HOME to a larger disk')
 
 # %% ../nbs/15_features.ipynb #15fe0017
 class Features:
@@ -317,8 +317,8 @@ def _loader(table, keys, view, batch_size, device, workers, bad):
                   image_ids=numbers)
 
 def _states(table):
-    "State of each image's file, '' if it was just written; None if images have no files of their own"
-    if not isinstance(table.source, Files): return None
+    "State of each image's file, '' if it was just written; None for a pack or images in memory"
+    if not isinstance(table.source, Encoded): return None
     since, states = time.time_ns(), [file_state(table.source.path(i)) for i in table.indices]
     return [s if settled(s, since) else '' for s in states]
 
@@ -340,7 +340,7 @@ def _extract(cache, prefix, loader, keys, states, view, precision, device, cache
     bar, pending, size, started = Bar(len(keys), say), [], 0, time.monotonic()
     try:
         for rows, values in _batches(prefix, loader, view, precision, device):
-            if not bar.done: _check_room(cache.dir, len(keys), values[0].nbytes, cache_gb, n_views)
+            if not bar.done: _check_room(cache.dir, len(keys), values[0], cache_gb, n_views)
             pending.append((rows, values))
             size += values.nbytes
             bar.tick(len(rows))

@@ -26,7 +26,7 @@ from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, cle
 from .loader import BadImageParams, SizeParams
 from .metrics import confusion, skipped_message, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import prepare_images, preparation
-from .sources import DataParams, load_images
+from .sources import DataParams, data_revision, load_images, source_options
 from .params import Parameters, RunParams, SeedParams, param, seeds, takes
 from .runs import Run
 from .start import start_run
@@ -71,18 +71,23 @@ class KerasNotebookParams(KerasParams, heading='sweep'):
     jobs: int = param(0, 'trials at once; 0 is one per GPU, or as many as there are cores', (0, 1024))
 
 # %% ../nbs/10_keras_cnn.ipynb #1afc6774
-@lru_cache(maxsize=1)
-def _arrays(data, classes, subset, seed, size, bad, data_id):
-    "Arrays of the images; `data_id` is part of the cache key only"
-    table = keep_subset(prepare_images(load_images(data, classes), size, 'off'), subset, seed)
-    return Arrays(table, size, bad)
+def _table(p): return load_images(p.data, p.classes, **source_options(p))
+
+_loaded = []  # key and arrays of the images that were loaded last
+
+def _arrays(table, *key):
+    "Arrays of the images"
+    subset, seed, size, bad = key
+    key = (table_id(table), *key)
+    if not _loaded or _loaded[0] != key:
+        _loaded[:] = key, Arrays(keep_subset(prepare_images(table, size, 'off'), subset, seed), size, bad)
+    return _loaded[1]
 
 def load_arrays(
     p: KerasParams, # data, classes, subset, seed, size, bad
 ) -> Arrays:
     "Load the images of a run; the last ones stay in memory for the next trial of a sweep."
-    table = load_images(p.data, p.classes)
-    return _arrays(p.data, p.classes, p.subset, seeds(p)['subset'], p.size, p.bad, table_id(table))
+    return _arrays(_table(p), p.subset, seeds(p)['subset'], p.size, p.bad)
 
 # %% ../nbs/10_keras_cnn.ipynb #898ecbad
 def make_model(
@@ -237,10 +242,10 @@ def start_keras(
     n_blocks(p.blocks, p.size)
     if not len(arrays.images['valid']):
         raise InputError(f'data={p.data!r} has no validation images to choose the best epoch by')
-    depends = {'data': table_id(load_images(p.data, p.classes)),
+    depends = {'data': table_id(_table(p)),
                'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')}
     if prepared := preparation(arrays.table): depends['prepared'] = prepared
-    return start_run('10_keras_cnn', p, depends, resolved={'precision': keras_precision(p.precision)},
+    return start_run('10_keras_cnn', p, depends, resolved={'precision': keras_precision(p.precision), **data_revision(p.data)},
                      observer=observer)
 
 # %% ../nbs/10_keras_cnn.ipynb #3466dcd5

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .augment import SCALE, crop_boxes, flips, policy
-from .data import Files, Images, read_stored
+from .data import Encoded, Images, read_stored
 from .decoding import BadImage, decode, jpeg_size, shrink
 from .params import Parameters, param
 from .randomness import order, uniforms
@@ -86,7 +86,7 @@ def _open(table, row):
         image = shrink(image, table.presize)
         return image, image.shape[:2]
     size = jpeg_size(image)
-    presized = not table.presize or not isinstance(table.source, Files)
+    presized = not table.presize or not isinstance(table.source, Encoded)
     return image, size if size and presized else None
 
 # %% ../nbs/01i_loader.ipynb #0a3e4697

@@ -17,8 +17,7 @@ from .text import plot_text
 # %% ../nbs/01k_look.ipynb #5b16acbd
 class LookParams(DataParams, SizeParams, SeedParams):
     "Parameters of this notebook."
-    data: str = param('shapes', 'digits, shapes, shapes-sketch, a catalog name, or a folder of class folders, idx '
-                                'files or a pack')
+    data: str = param('shapes', DataParams.table()['data'].metadata['help'])
     size: int = param(64, 'side of the images in px', (8, 1024))
 
 # %% ../nbs/01k_look.ipynb #8c9fff83

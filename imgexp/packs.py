@@ -8,7 +8,7 @@ __all__ = ['PACK_KINDS', 'FORMAT', 'REMOTE', 'RECHECK', 'pack_about', 'Pack', 's
            'preparation', 'prepare_like']
 
 # %% ../nbs/01h_packs.ipynb #53f33783
-import os, shlex, time
+import os, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from .catalog import data_dir
 from .contents import contents
-from .data import Files, Images, keep_classes, read
+from .data import Encoded, Images, keep_classes, read
 from .decoding import BadImage
 from .errors import InputError, RunFailed
 from .files import file_sha256, read_json, short_path
@@ -220,7 +220,7 @@ class Resident:
     "Shrunk images in memory, each decoded on first use; `read(i)` returns uint8 [h, w, 3]."
     def __init__(
         self,
-        table, # `Images` of files
+        table, # `Images` of encoded images
     ): self.table, self.images = table, [None]*len(table)
     def read(self, i):
         if self.images[i] is None: self.images[i] = read(self.table, i)
@@ -250,7 +250,7 @@ def prepare_images(
                                                       and (8 <= int(side) <= 8192 or pack == 'jpeg-0')):
         raise InputError(f'pack={pack!r}: give auto, off, memory, or a pack by kind and size, such as raw-256 or '
                          'memory-128 (8 to 8192 px)')
-    if pack == 'off' or not isinstance(table.source, Files): return table
+    if pack == 'off' or not isinstance(table.source, Encoded): return table
     if kind == 'memory': return in_memory(table, int(side or presize_for(size)), say)
     with_pack = find_pack(table, _suitable_formats(size) if pack == 'auto' else [(kind, int(side))], say=say)
     for path, about in list_packs(outdated=True):
@@ -261,8 +261,7 @@ def prepare_images(
         return with_pack
     if pack != 'auto':
         raise InputError(f'pack={pack!r}: there is no such pack of {table.name}: '
-                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind {kind} --size {side}` makes '
-                         'it')
+                         f'`imgexp data pack {table.source.arguments} --kind {kind} --size {side}` makes it')
     if size > 64: return table
     for _, about in list_packs():
         if about['name'] == table.name:
@@ -280,7 +279,7 @@ def _suitable_formats(size):
 
 # %% ../nbs/01h_packs.ipynb #b1921801
 def in_memory(
-    table: Images,  # of files
+    table: Images,  # of encoded images
     presize: int,   # shorter side in px
     say=print,      # called with a line
 ) -> Images:
@@ -312,12 +311,11 @@ def prepare_like(
         options = f"--kind {'raw' if kind == 'presize' else 'jpeg'} --size {side or 0}"
         raise InputError(f"{short_path(table.source.path)} holds {preparation(table) or 'original files'}, but the run "
                          f"used {prepared or 'original files'}: "
-                         f"`imgexp data pack {shlex.quote(table.source.about['source'])} {options}` makes such a pack")
-    if not prepared or not isinstance(table.source, Files): return table
+                         f"`imgexp data pack {table.source.about['source']} {options}` makes such a pack")
+    if not prepared or not isinstance(table.source, Encoded): return table
     with_pack = find_pack(table, [('raw' if kind == 'presize' else kind, int(side))])
     if with_pack is not None: return with_pack
     if same_images and kind == 'jpeg':
         raise InputError(f'the pack {prepared} of {table.name} is gone: '
-                         f'`imgexp data pack {shlex.quote(str(table.source.root))} --kind jpeg --size {side}` makes it '
-                         'again')
+                         f'`imgexp data pack {table.source.arguments} --kind jpeg --size {side}` makes it again')
     return replace(table, presize=int(side))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['VALUE_KINDS', 'HEADINGS', 'MANAGEMENT', 'MAX_SEED', 'convert', 'check_range', 'check_value', 'param', 'Parameters',
-           'make_table', 'params', 'takes', 'set_seed', 'seeds', 'SeedParams', 'SplitSeedParams', 'RunParams']
+           'make_table', 'from_declarations', 'params', 'takes', 'set_seed', 'seeds', 'SeedParams', 'SplitSeedParams',
+           'RunParams']
 
-# %% ../nbs/00f_params.ipynb #7fa17e18
+# %% ../nbs/00f_params.ipynb #2
 import ast, inspect, random, sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -19,7 +20,7 @@ from .errors import InputError, invalid_choice, unknown_name
 from .text import printable
 from .tracker import TRACK
 
-# %% ../nbs/00f_params.ipynb #862cfee8
+# %% ../nbs/00f_params.ipynb #5
 VALUE_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 _BOOLEANS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
@@ -37,12 +38,12 @@ def _parse_bool(text):
     if text not in _BOOLEANS: raise ValueError(text)
     return _BOOLEANS[text]
 
-# %% ../nbs/00f_params.ipynb #ec53cb31
+# %% ../nbs/00f_params.ipynb #6
 def _exact_int(number):
     if not number.is_integer(): raise ValueError(number)
     return int(number)
 
-# %% ../nbs/00f_params.ipynb #6129de66
+# %% ../nbs/00f_params.ipynb #9
 def _limits(allowed):
     "Low end, high end, and whether the range includes each"
     text = allowed if isinstance(allowed, str) else f'[{allowed[0]}, {allowed[1]}]'
@@ -56,7 +57,7 @@ def _range_text(allowed):
     above, below = 'at least' if low_included else 'more than', 'at most' if high_included else 'less than'
     return f'it must be {above} {low} and {below} {high}'
 
-# %% ../nbs/00f_params.ipynb #fa1b9501
+# %% ../nbs/00f_params.ipynb #10
 def check_range(
     name: str, # parameter
     value,     # already converted
@@ -71,7 +72,7 @@ def check_range(
     if (value >= low if low_included else value > low) and (value <= high if high_included else value < high): return
     raise InputError(f'{name}={value} is out of range: {_range_text(allowed)}')
 
-# %% ../nbs/00f_params.ipynb #e1593068
+# %% ../nbs/00f_params.ipynb #12
 def check_value(
     name: str,    # parameter
     value,        # as the user gave it
@@ -91,17 +92,17 @@ def check_value(
     check_range(name, converted, allowed)
     return converted
 
-# %% ../nbs/00f_params.ipynb #100c491b
+# %% ../nbs/00f_params.ipynb #15
 def param(
     default,      # int, float, bool or str; also sets the type
     help: str,    # one line
     allowed=None, # range, as for `check_range`
-    in_id: bool = True, # whether the result of a run depends on the parameter
+    in_id: bool | str = True, # whether it is part of a run's id; 'if set': only a value other than the default
 ) -> Field:
     "Declare a parameter: a field of a subclass of `Parameters`."
     return field(default=default, metadata={'help': help, 'allowed': allowed, 'in_id': in_id})
 
-# %% ../nbs/00f_params.ipynb #dc879b61
+# %% ../nbs/00f_params.ipynb #16
 class Parameters(Mapping):
     "Base class of parameter tables; an instance holds the values, as attributes and as a mapping."
     heading, given = '', frozenset()  # given: names of the parameters that the user set
@@ -127,7 +128,7 @@ class Parameters(Mapping):
         "The declarations by name, group by group, in order of declaration."
         return {f.name: f for group in cls.groups().values() for f in group}
 
-# %% ../nbs/00f_params.ipynb #76bcf5a8
+# %% ../nbs/00f_params.ipynb #18
 def _add_groups(cls, groups, seen):
     "Add the names of a class's fields to `groups` by heading, those of its bases first"
     for base in cls.__bases__:
@@ -148,7 +149,7 @@ def groups(cls: Parameters) -> dict: # {heading: list of Field}
     return {heading: [declared[n] for n in groups[heading]] for heading in sorted(groups, key=_position)
             if groups[heading]}
 
-# %% ../nbs/00f_params.ipynb #7f1b6db2
+# %% ../nbs/00f_params.ipynb #22
 @patch(cls_method=True)
 def check(
     cls: Parameters,
@@ -166,7 +167,7 @@ def _with_given(p, names):
     p.given = frozenset(names)
     return p
 
-# %% ../nbs/00f_params.ipynb #fc8c77a3
+# %% ../nbs/00f_params.ipynb #23
 @patch
 def replace(
     self: Parameters,
@@ -184,13 +185,19 @@ def of(
     "Create an instance from the values that this table shares with `p`."
     return cls(**{n: p[n] for n in cls.table() if n in p} | changes)
 
-# %% ../nbs/00f_params.ipynb #4ae7dc53
+# %% ../nbs/00f_params.ipynb #24
 @patch
 def not_in_id(self: Parameters) -> list: # names
     "Names of the parameters that are not part of a run's id."
     return [n for n, f in type(self).table().items() if not f.metadata['in_id']]
 
-# %% ../nbs/00f_params.ipynb #10bd9e7f
+@patch
+def id_values(self: Parameters) -> dict: # {name: value}
+    "The values that are part of a run's id."
+    def counts(f): return self[f.name] != f.default if f.metadata['in_id'] == 'if set' else f.metadata['in_id']
+    return {n: self[n] for n, f in type(self).table().items() if counts(f)}
+
+# %% ../nbs/00f_params.ipynb #27
 @patch
 def changed(self: Parameters) -> dict: # name: value
     "The parameters that differ from their defaults."
@@ -204,7 +211,7 @@ def _html_rows(values, table):
     return ''.join(f"<tr>{cell}{escape(n)}</td>{cell}<code>{escape(repr(v))}</code></td>"
                    f"{cell}{escape(table[n].metadata['help'])}</td></tr>" for n, v in values.items())
 
-# %% ../nbs/00f_params.ipynb #697892ac
+# %% ../nbs/00f_params.ipynb #28
 @patch
 def _repr_html_(self: Parameters):
     table, names = type(self).table(), self.given | self.changed().keys()
@@ -213,7 +220,7 @@ def _repr_html_(self: Parameters):
     head = f'<table>{_html_rows(shown, table)}</table>' if shown else ''
     return f"{head}<details><summary>defaults ({len(rest)})</summary><table>{_html_rows(rest, table)}</table></details>"
 
-# %% ../nbs/00f_params.ipynb #b7cf95d7
+# %% ../nbs/00f_params.ipynb #31
 @patch(cls_method=True)
 def cell(cls: Parameters) -> str:
     "The source of the notebook's parameters cell."
@@ -223,7 +230,7 @@ def cell(cls: Parameters) -> str:
     blocks = [[f'# {heading}']*bool(heading) + [line(f) for f in group] for heading, group in cls.groups().items()]
     return '\n\n'.join('\n'.join(block) for block in blocks)
 
-# %% ../nbs/00f_params.ipynb #08c05c28
+# %% ../nbs/00f_params.ipynb #34
 def _injected(cells):
     "Names of the variables that papermill's injected cells assign"
     trees = (ast.parse(c) for c in cells if c.lstrip().startswith('# Parameters'))
@@ -243,14 +250,35 @@ def make_table(
     return type('NotebookParams', (Parameters,),
                 {'__annotations__': {n: type(v) for n, v in defaults.items()}} | declared)
 
-# %% ../nbs/00f_params.ipynb #2743750f
+# %% ../nbs/00f_params.ipynb #36
+@patch(cls_method=True)
+def declarations(cls: Parameters) -> list: # of dictionaries
+    "The declarations as plain values, from which `from_declarations` makes an equal table."
+    def allowed(value): return f'[{value[0]}, {value[1]}]' if isinstance(value, tuple) else value
+    return [{'name': f.name, 'type': f.type.__name__, 'default': f.default, 'heading': heading, **f.metadata,
+             'allowed': allowed(f.metadata['allowed'])} for heading, group in cls.groups().items() for f in group]
+
+def from_declarations(
+    declarations: list, # of dictionaries
+) -> type:              # a subclass of `Parameters`
+    "Make a table from declarations."
+    groups = {}
+    for d in declarations: groups.setdefault(d['heading'], []).append(d)
+    kinds = {kind.__name__: kind for kind in VALUE_KINDS}
+    def group(heading, ds):
+        fields = {d['name']: param(d['default'], d['help'], d['allowed'], d['in_id']) for d in ds}
+        return type('StoredGroup', (Parameters,), {'__annotations__': {d['name']: kinds[d['type']] for d in ds}} | fields,
+                    heading=heading)
+    return type('StoredParams', tuple(group(h, ds) for h, ds in groups.items()), {})
+
+# %% ../nbs/00f_params.ipynb #38
 def _table_of_cell(scope, allowed):
     "Table from a notebook's annotated variables; their values, perhaps changed by papermill, are checked later"
     kinds = {n: kind for n, kind in scope.get('__annotations__', {}).items() if kind in VALUE_KINDS}
     values = {n: scope[n] if type(scope[n]) is kind else kind() for n, kind in kinds.items()}
     return make_table(values, allowed)
 
-# %% ../nbs/00f_params.ipynb #96953b78
+# %% ../nbs/00f_params.ipynb #39
 def params(
     table=None, # a subclass of `Parameters`, or an `Experiment`; by default made from the cell
     **allowed,  # without a table: range of each parameter, as for `check_range`
@@ -265,7 +293,7 @@ def params(
     scope.update(p)
     return p
 
-# %% ../nbs/00f_params.ipynb #9f93ee33
+# %% ../nbs/00f_params.ipynb #44
 def takes(
     table: type, # a subclass of `Parameters`
 ):               # a decorator for a function of keyword arguments
@@ -278,7 +306,7 @@ def takes(
         return f
     return decorate
 
-# %% ../nbs/00f_params.ipynb #4aebf173
+# %% ../nbs/00f_params.ipynb #47
 def set_seed(
     seed: int,  # 0 to 2**32 - 1
 ):
@@ -295,7 +323,7 @@ def seeds(
     overrides = {k: p.get(f'seed_{k}', -1) for k in ('subset', 'order', 'init')}
     return {k: p['seed'] if v < 0 else v for k, v in overrides.items()}
 
-# %% ../nbs/00f_params.ipynb #bd3d6728
+# %% ../nbs/00f_params.ipynb #50
 MAX_SEED = 2**32 - 1
 
 class SeedParams(Parameters, heading='seeds'):

@@ -19,7 +19,7 @@ from .learner import LearnerParams, make_learner
 from .loader import IMAGENET, normalization
 from .models import NetworkParams, build_model, check_size
 from .packs import prepare_images, preparation
-from .sources import DataParams, PackParams, load_images
+from .sources import DataParams, PackParams, load_images, source_options
 from .params import Parameters, RunParams, param, seeds
 from .recipes import RECIPES, recipe
 from .runs import Run
@@ -71,7 +71,7 @@ def _parent_values(p, given, parent):
     # the image size of its last epoch
     if values['sizes']: values['sizes'] = str(image_sizes(values['sizes'], values['size'], values['epochs'])[-1])
     folder = Path(parent.folder)/values['data']
-    if not Path(values['data']).exists() and folder.is_dir(): values['data'] = str(folder)
+    if not Path(values['data']).exists() and folder.exists(): values['data'] = str(folder)
     base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs')}
     return base | {'extend': p.extend if Path(p.extend).is_dir() else parent.name}
 
@@ -110,7 +110,8 @@ def load_table(
     say=print, # called with messages on the use of packs
 ):              # `Images`
     "Load the images that the parameters name, from a pack if there is one."
-    return prepare_images(load_images(p.data, p.classes), max([p.size, *(_sizes(p) or [])]), p.pack, say)
+    table = load_images(p.data, p.classes, **source_options(p))
+    return prepare_images(table, max([p.size, *(_sizes(p) or [])]), p.pack, say)
 
 # %% ../nbs/02n_setup.ipynb #b2901fa3
 def load_learner(

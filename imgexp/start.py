@@ -26,7 +26,9 @@ def run_id(
 ) -> str:  # 8 hex digits
     "Hash of everything that affects the result; an entry of `depends` replaces the parameter of that name."
     old_names = {new: old for old, new in RENAMED.get(notebook, {}).items()}  # renaming a parameter keeps the id
-    hashed = {old_names.get(k, k): v for k, v in (dict(params) | depends).items() if k not in not_in_id(params)}
+    values = params.id_values() if hasattr(params, 'id_values') else {k: v for k, v in params.items()
+                                                                      if k not in MANAGEMENT}
+    hashed = {old_names.get(k, k): v for k, v in (values | depends).items()}
     text = json.dumps(to_plain({'notebook': notebook, 'params': hashed}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -12,6 +12,7 @@ from .params import takes
 from .results import finish_run
 from .runs import Run
 from .setup import TrainParams, dependencies, fit_run, load_learner, load_table, resolve_train
+from .sources import data_revision
 from .start import start_run
 from .trained import load_network
 
@@ -21,7 +22,8 @@ def _start(p, table, learn, observer=None):
     started = []
     def start():
         started.append(start_run('03_train', p, dependencies(p, table, learn.model),
-                                 resolved={'precision': learn.precision}, observer=observer))
+                                 resolved={'precision': learn.precision, **data_revision(p.data)},
+                                 observer=observer))
         return str(started[0].dir)
     folder = from_rank_zero(start)
     return started[0] if started else Run(folder)

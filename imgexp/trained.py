@@ -20,7 +20,7 @@ from .folders import image_files
 from .loader import Loader, Pictures
 from .metrics import skipped_message, score
 from .packs import prepare_like
-from .sources import load_images
+from .sources import applicable_options, load_images, source_options
 
 # %% ../nbs/02o_trained.ipynb #fe7860ea
 class Trained:
@@ -60,9 +60,9 @@ def run_data(
     run, # a `Run`
 ):       # `Images`
     "Load the images that the run was trained on; raises `InputError` if they are missing or have changed."
-    data = run.params['data']
-    if not Path(data).is_dir() and (Path(run.folder)/data).is_dir(): data = Path(run.folder)/data
-    table = load_images(data, run.params.get('classes', ''))
+    data = run.resolved.get('data', run.params['data'])
+    if not Path(data).exists() and (Path(run.folder)/data).exists(): data = Path(run.folder)/data
+    table = load_images(data, run.params.get('classes', ''), **source_options(run.params))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: give the data to evaluate on '
                          '(data=…)')
@@ -82,21 +82,23 @@ def with_classes(
     return Images(**{**vars(table), 'labels': positions[table.labels], 'classes': list(classes)})
 
 # %% ../nbs/02o_trained.ipynb #3b26f0c6
-def _table_for(trained, data, classes):
-    "The images to evaluate on, prepared as in training"
+def _table_for(trained, data, classes, options):
+    "The images to evaluate on, prepared as in training; options of the run apply to other data of the same kind"
     if isinstance(data, str) and not data:
-        if classes: raise InputError(f'classes={classes!r} selects from other data: give them too (data=…)')
+        given = {k: v for k, v in {'classes': classes, **options}.items() if v not in ('', -1)}
+        if given: raise InputError(f'{[*given][0]}={[*given.values()][0]!r} is for other data: give them too (data=…)')
         return with_classes(run_data(trained.run), trained.classes)
-    return prepare_like(with_classes(load_images(data, classes), trained.classes),
-                       trained.run.depends.get('prepared', ''))
+    options = applicable_options(data, source_options(trained.run.params)) | source_options(options)
+    return prepare_like(with_classes(load_images(data, classes, **options), trained.classes),
+                        trained.run.depends.get('prepared', ''))
 
 # %% ../nbs/02o_trained.ipynb #8cd3da61
-def _predict(trained, split, data, classes, bad):
+def _predict(trained, split, data, classes, bad, options):
     "Probabilities, the table, its rows, and {name: reason} of skipped images"
     bad = bad or trained.run.params.get('bad', 'stop')
     if bad not in ('stop', 'skip'):
         raise InputError(f"bad={bad!r} is not known: choose stop or skip, or leave it out to use the run's setting")
-    table = _table_for(trained, data, classes)
+    table = _table_for(trained, data, classes, options)
     n = len(table.split(split))
     if not n:
         raise InputError(f'{table.name} has no {split} images: choose another split (--split valid), or data with a '
@@ -116,9 +118,10 @@ def predict_split(
     data='',              # data other than the run's own: a name, a folder or a table
     classes: str = '',    # comma-separated classes of these data to keep
     bad: str = '',        # if an image cannot be decoded: 'stop' or 'skip'; '': the run's setting
+    **options,            # of these data, as for `load_images`; by default the run's, if they apply
 ) -> tuple:               # probabilities [n, classes], labels [n], images
     "Class probabilities of a split, without augmentation; `images[i]` is image i as the network sees it."
-    probs, table, rows, _ = _predict(self, split, data, classes, bad)
+    probs, table, rows, _ = _predict(self, split, data, classes, bad, options)
     return probs, table.labels[rows], Pictures(table, rows, self.size)
 
 # %% ../nbs/02o_trained.ipynb #ce415442
@@ -129,9 +132,10 @@ def evaluate(
     data='',              # data other than the run's own: a name, a folder or a table
     classes: str = '',    # comma-separated classes of these data to keep
     bad: str = '',        # if an image cannot be decoded: 'stop' or 'skip'; '': the run's setting
+    **options,            # of these data, as for `load_images`; by default the run's, if they apply
 ) -> dict:                # top1, top5 (with 95% interval and n), loss, ece, skipped (number of images left out)
     "Accuracy and loss on a split; images that are left out are named on stderr."
-    probs, table, rows, skipped = _predict(self, split, data, classes, bad)
+    probs, table, rows, skipped = _predict(self, split, data, classes, bad, options)
     return score(probs, table.labels[rows], len(skipped))
 
 # %% ../nbs/02o_trained.ipynb #df27a80b

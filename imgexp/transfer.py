@@ -8,7 +8,7 @@ __all__ = ['NORMALIZE', 'HEAD', 'READ_MB', 'RESIDENT_MB', 'DECAYS', 'FIRST_LR', 
            'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_head_learner', 'predict_head',
            'predictor', 'load_transfer_network', 'resolve_transfer', 'fit_head', 'finetune', 'train', 'compare']
 
-# %% ../nbs/20_transfer.ipynb #20aa0003
+# %% ../nbs/20_transfer.ipynb #3
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -36,7 +36,7 @@ from .metrics import skipped_message
 from .models import build_model, default_size
 from .networks import HEADS, freeze_bn_statistics, set_retrain
 from .packs import prepare_images, preparation
-from .sources import DataParams, load_images
+from .sources import DataParams, data_revision, load_images, source_options
 from .parallel import launched_world_size, rank_zero_print
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
 from .results import finish_run, predict, predict_split
@@ -44,7 +44,7 @@ from .runs import Run
 from .start import start_run
 from .trained import Network, read_network
 
-# %% ../nbs/20_transfer.ipynb #8181e53e
+# %% ../nbs/20_transfer.ipynb #6
 NORMALIZE = ['weights', 'half', 'data']
 HEAD = [*HEADS, 'logistic']
 
@@ -61,7 +61,7 @@ class TransferNetworkParams(Parameters, heading='network'):
                                       'data',
                            NORMALIZE)
 
-# %% ../nbs/20_transfer.ipynb #6adce494
+# %% ../nbs/20_transfer.ipynb #7
 class HeadParams(Parameters, heading='training'):
     epochs: int = param(10, 'passes over the features; logistic has its own', (1, 10_000))
     batch_size: int = param(64, 'images per step', (1, 65_536))
@@ -71,7 +71,7 @@ class HeadParams(Parameters, heading='training'):
                                     'the learning rate', (0, 10_000))
     finetune_lr: float = param(0.0003, 'largest learning rate of fine-tuning, that of the head', '(0, 100]')
 
-# %% ../nbs/20_transfer.ipynb #88f7019b
+# %% ../nbs/20_transfer.ipynb #8
 class ViewParams(Parameters, heading='augmentation'):
     views: int = param(0, 'augmented views of each training image; 0 takes the images as they are', (0, 1000))
     augment: str = param('crop-flip', 'augmentation of views and fine-tuning: crop-flip, color, randaugment, trivial, '
@@ -85,7 +85,7 @@ class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, 
                      LoadParams, RunParams):
     "Parameters of `imgexp transfer`."
 
-# %% ../nbs/20_transfer.ipynb #20aa0005
+# %% ../nbs/20_transfer.ipynb #10
 # MB of features read at once, and MB that stay in memory at most if every epoch uses them in the same order
 READ_MB, RESIDENT_MB = 16, 256
 
@@ -96,7 +96,7 @@ class _Batch:
 
 def _bytes_per_image(feats): return feats.values[0][0].nbytes if feats.values else 0
 
-# %% ../nbs/20_transfer.ipynb #b70b835f
+# %% ../nbs/20_transfer.ipynb #11
 class FeatureLoader(Loader):
     "Batches (features, labels) of one split, in the order in which `Loader` gives its images."
     def __init__(
@@ -126,7 +126,7 @@ class FeatureLoader(Loader):
     def _batches_per_read(self, feats):
         return max(1, int(READ_MB*1e6)//max(1, self.batches.batch_size*_bytes_per_image(feats)))
 
-# %% ../nbs/20_transfer.ipynb #75b3dad6
+# %% ../nbs/20_transfer.ipynb #12
 @patch
 def _pending_batches(self: FeatureLoader):
     feats, batches, size = self.sets[self.batches.epoch % len(self.sets)], iter(self.batches), self.batches.batch_size
@@ -139,7 +139,7 @@ def _pending_batches(self: FeatureLoader):
         chunks = feats.take(np.concatenate(group)).split([len(rows) for rows in group])
         yield from map(_Batch, chunks, group)
 
-# %% ../nbs/20_transfer.ipynb #56d2d642
+# %% ../nbs/20_transfer.ipynb #13
 class FullBatchLoader(FeatureLoader):
     "All images of a split, in all views, as a single batch per epoch."
     def __init__(
@@ -160,7 +160,7 @@ class FullBatchLoader(FeatureLoader):
         if x.nbytes < RESIDENT_MB*1e6: self.resident = x
         yield _Batch(x, rows)
 
-# %% ../nbs/20_transfer.ipynb #20aa0007
+# %% ../nbs/20_transfer.ipynb #15
 DECAYS = 10.**np.arange(0, -5.5, -0.5)  # weight decays that logistic tries, relative to features of unit variance
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def _mean_std(x):
     # x.std would need as much memory as x
     return mean, (sum((chunk - mean).square().sum(0) for chunk in x.split(4096))/(len(x) - 1)).sqrt().clamp_min(1e-6)
 
-# %% ../nbs/20_transfer.ipynb #e08d0891
+# %% ../nbs/20_transfer.ipynb #16
 @torch.no_grad()
 def _cross_entropy(weight, bias, x, y):
     "Mean cross-entropy of a linear layer and its gradients, computed in chunks that fit into the CPU cache"
@@ -184,7 +184,7 @@ def _cross_entropy(weight, bias, x, y):
         bias_grad += logits_grad.sum(1)
     return loss/len(x), weight_grad.T/len(x), bias_grad/len(x)
 
-# %% ../nbs/20_transfer.ipynb #fbbf0175
+# %% ../nbs/20_transfer.ipynb #17
 def solve(
     layer,      # nn.Linear; its weights are the starting point and hold the result
     x,          # float32 [n, features]
@@ -209,7 +209,7 @@ def solve(
         layer.weight.copy_(w/std)
         layer.bias.copy_(b - (w/std) @ mean)
 
-# %% ../nbs/20_transfer.ipynb #20aa000a
+# %% ../nbs/20_transfer.ipynb #21
 class LogisticLearner(ImageLearner):
     "Learner that sets the head in epoch e to the optimum for the weight decay `DECAYS[e]`."
     def _train_batch(self):
@@ -226,7 +226,7 @@ class Decays(StatefulCallback):
     order = 25
     def after_epoch(self): self.history.row |= {'lr': None, 'weight_decay': DECAYS[self.learn.epoch]}
 
-# %% ../nbs/20_transfer.ipynb #82d4f429
+# %% ../nbs/20_transfer.ipynb #22
 def _linear_name(suffix):
     "Name of the linear layer that a suffix consists of; raises InputError for any other suffix"
     layers = [(n, m) for n, m in suffix.named_modules() if next(m.parameters(recurse=False), None) is not None]
@@ -235,7 +235,7 @@ def _linear_name(suffix):
         if isinstance(layer, torch.nn.Linear) and layer.bias is not None: return name
     raise InputError('head=logistic needs a network that ends in a linear layer, and retrain=0: give head=linear')
 
-# %% ../nbs/20_transfer.ipynb #20aa000c
+# %% ../nbs/20_transfer.ipynb #24
 def norm_of(
     p: TransferParams, # parameters
     table,     # `Images`
@@ -244,7 +244,7 @@ def norm_of(
     if p.normalize == 'half': return (0.5,)*3, (0.5,)*3
     return IMAGENET if p.normalize == 'weights' and p.weights else normalization(table, p.size)
 
-# %% ../nbs/20_transfer.ipynb #f2a0bfa0
+# %% ../nbs/20_transfer.ipynb #25
 def load_features(
     p: TransferParams,   # parameters
     table,       # `Images`, the subset that is used
@@ -262,7 +262,7 @@ def load_features(
     train = [features(table, parts, v, splits=('train',), n_views=p.views, **kw) for v in views]
     return train, features(table, parts, view, splits=('valid', 'test'), **kw)
 
-# %% ../nbs/20_transfer.ipynb #20aa000d
+# %% ../nbs/20_transfer.ipynb #26
 def _in_precision(learn, x):
     if x.device.type == 'mps': x = x.contiguous()  # as in `to_input`
     return x.float() if learn.precision == 'fp32' else x
@@ -271,7 +271,7 @@ class ToFloat(StatefulCallback):
     "Convert features computed in bf16 or fp16 for a head that is trained in fp32."
     def before_batch(self): self.learn.xb = (_in_precision(self.learn, self.xb[0]),)
 
-# %% ../nbs/20_transfer.ipynb #df69d9ef
+# %% ../nbs/20_transfer.ipynb #27
 def make_head_learner(
     p: TransferParams, # parameters
     table,     # `Images`, the subset that is used
@@ -298,7 +298,7 @@ def make_head_learner(
     learn.net = learn.compiled = parts.suffix
     return learn
 
-# %% ../nbs/20_transfer.ipynb #b84d26fa
+# %% ../nbs/20_transfer.ipynb #28
 @torch.inference_mode()
 def predict_head(
     learn,      # from `make_head_learner`
@@ -315,7 +315,7 @@ def predict_head(
     return np.concatenate(probs) if probs else np.zeros((0, len(learn.table.classes)),
                                                         np.float32), learn.table.labels[rows], rows
 
-# %% ../nbs/20_transfer.ipynb #db2b00d8
+# %% ../nbs/20_transfer.ipynb #30
 class _SplitNetwork(torch.nn.Module):
     "`suffix(prefix(x))`, each in the precision that it had in the run"
     def __init__(self, parts, precision, head_precision):
@@ -332,7 +332,7 @@ class _SplitNetwork(torch.nn.Module):
 def _split_network(p, model, precision):
     return _SplitNetwork(cut(model, p.retrain), precision, precision if p.retrain else 'fp32')
 
-# %% ../nbs/20_transfer.ipynb #6e9ea45d
+# %% ../nbs/20_transfer.ipynb #31
 def predictor(
     p: TransferParams,  # parameters
     best: dict, # the best checkpoint
@@ -346,7 +346,7 @@ def predictor(
         return predict(_split_network(p, learn.model, learn.precision), loader, learn.norm, learn.precision)
     return predict_with_head
 
-# %% ../nbs/20_transfer.ipynb #6f9dbfe7
+# %% ../nbs/20_transfer.ipynb #32
 def load_transfer_network(
     run,             # a `Run`
     checkpoint: str = 'best', # or 'last', or a name
@@ -359,7 +359,7 @@ def load_transfer_network(
         out.net, out.batch_size = _split_network(p, out.model, out.precision), 64
     return out
 
-# %% ../nbs/20_transfer.ipynb #20aa000e
+# %% ../nbs/20_transfer.ipynb #34
 def resolve_transfer(
     p: TransferParams, # as given by the user
 ) -> TransferParams:
@@ -367,7 +367,7 @@ def resolve_transfer(
     return p.replace(size=p.size or default_size(p.arch, p.weights),
                      epochs=len(DECAYS) if p.head == 'logistic' else p.epochs)
 
-# %% ../nbs/20_transfer.ipynb #0a61a609
+# %% ../nbs/20_transfer.ipynb #35
 def fit_head(
     run,       # a `Run`
     p: TransferParams, # parameters
@@ -382,7 +382,7 @@ def fit_head(
 
 FIRST_LR = 0.01  # learning rate of the first block relative to the head's, in fine-tuning
 
-# %% ../nbs/20_transfer.ipynb #cc29e26c
+# %% ../nbs/20_transfer.ipynb #36
 def finetune(
     run,       # a `Run` whose head is trained
     p: TransferParams, # parameters
@@ -397,7 +397,7 @@ def finetune(
     return learn, fit(run, learn, first_lr=FIRST_LR, after=p.epochs, epochs=p.finetune_epochs, optimizer='adam',
                       lr=p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed)
 
-# %% ../nbs/20_transfer.ipynb #b9260c85
+# %% ../nbs/20_transfer.ipynb #37
 def _run_experiment(
     p: TransferParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -406,7 +406,7 @@ def _run_experiment(
     p = resolve_transfer(p)
     if launched_world_size() > 1:
         raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
-    table = load_images(p.data, p.classes)
+    table = load_images(p.data, p.classes, **source_options(p))
     if p.finetune_epochs: table = prepare_images(table, p.size)
     subset = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'],
@@ -415,7 +415,7 @@ def _run_experiment(
     _cut(p, model)
     policy(p.augment, p.size)
     if not p.weights: print(f'{p.arch} has random weights: give weights=imagenet, or a file, for a pretrained network')
-    resolved = {'precision': choose_precision(p.precision, best_device())}
+    resolved = {'precision': choose_precision(p.precision, best_device()), **data_revision(p.data)}
     set_retrain(model, p.retrain)
     optional = {'prepared': preparation(table),
                 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}
@@ -435,14 +435,14 @@ def _run_experiment(
         else: finish_run(run, learn, best, predict=predict_head)
     return run
 
-# %% ../nbs/20_transfer.ipynb #e6e2cc22
+# %% ../nbs/20_transfer.ipynb #38
 def _cut(p, model):
     "Cut a network; raises `InputError` if `logistic` cannot be its head"
     parts = cut(model, p.retrain)
     if p.head == 'logistic': _linear_name(parts.suffix)
     return parts
 
-# %% ../nbs/20_transfer.ipynb #20aa000f
+# %% ../nbs/20_transfer.ipynb #39
 EXPERIMENT = Experiment('20_transfer', TransferParams, _run_experiment, load_transfer_network, METRICS,
                         resolve_transfer)
 
@@ -453,7 +453,7 @@ def train(
     "Train a head on a frozen network, as this notebook does."
     return _run_experiment(TransferParams.check(values))
 
-# %% ../nbs/20_transfer.ipynb #20aa0024
+# %% ../nbs/20_transfer.ipynb #55
 def compare(
     archs: dict, # {architecture: weights}, as in `train`
     heads=HEAD,  # names of heads

@@ -15,7 +15,9 @@ from .environment import environment_variables
 from .errors import InputError, RunBusy, stop_requests, unknown_name
 from .files import os_errno
 from .journal import StorageFailed
-from .notebooks import check_points, execute, find_notebook, library_experiment, parameter_table
+from .experiments import declared_experiment
+from .notebooks import (check_points, execute, find_notebook, is_library_experiment, library_experiment,
+                              parameter_table)
 from .runs import Run
 from .study import Sweep
 from .sweep_config import KERAS_COLUMNS, all_values
@@ -69,10 +71,12 @@ def check_experiment(
     grid: bool, # whether to check all values, as a grid tries them all
 ):
     "Raise `InputError` for a metric that the experiment does not measure, or for values that it rejects."
-    if not (experiment := sweep_experiment(program)): return
+    notebook = None if ':' in program else find_notebook(program)
+    if not notebook or not is_library_experiment(notebook): return
+    experiment = declared_experiment(notebook.stem)
     if metric.column not in experiment.metrics:
         raise InputError(f"metric: {unknown_name(metric.name, [*experiment.metrics, *KERAS_COLUMNS], 'column')}")
-    notebook, table = find_notebook(program), experiment.params.table()
+    table = experiment.params.table()
     for p in space:
         if p.name not in table: raise unknown_name(p.name, list(table))
         extremes = [*all_values(p)] if grid or p.distribution == 'constant' else [p.value(0.001), p.value(0.999)]

@@ -70,9 +70,16 @@ def find_weights_file(
     path = Path(weights).expanduser()
     if path.is_file(): return path
     reason = 'is a folder' if path.is_dir() else 'is not a file'
-    hint = " (did you mean 'imagenet'?)" if difflib.get_close_matches(str(weights).lower(), ['imagenet']) else ''
-    raise InputError(f"weights={str(weights)!r} {reason}{hint}: allowed are '' (scratch), 'imagenet', "
+    raise InputError(f"weights={str(weights)!r} {reason}{_suggestion(path)}: allowed are '' (scratch), 'imagenet', "
                      'or the path of a .pth or .safetensors file.')
+
+def _suggestion(path):
+    "Names that may be meant: files of weights in the folder, those with similar names first"
+    if difflib.get_close_matches(str(path).lower(), ['imagenet']): return " (did you mean 'imagenet'?)"
+    folder = path if path.is_dir() else path.parent
+    files = sorted(f for f in folder.glob('*') if f.suffix in ('.pth', '.pt', '.safetensors')) if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, [f.name for f in files], 3, 0.4) or [f.name for f in files[:3]]
+    return f" ({folder} has {', '.join(near)})" if near else ''
 
 # %% ../nbs/02a_weights.ipynb #366ef981
 def is_published(

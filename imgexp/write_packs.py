@@ -16,11 +16,12 @@ import numpy as np
 import simplejpeg
 
 from .contents import file_state, fingerprint, open_hash_cache, settled, size_and_time, store_hashes
-from .data import Pixels, read_stored
+from .data import Files, Pixels, read_stored
 from .decoding import BadImage, decode, jpeg_size, shrink
 from .errors import InputError, RunFailed, unknown_name
 from .files import file_sha256, read_json, short_path, write_json, writing
 from .packs import FORMAT, PACK_KINDS, Pack, find_pack, from_pack, open_arrow, pack_about, packs_dir, shard_name
+from .shards import from_tars, tar_files
 from .sources import open_images
 from .text import duration, file_size, printable
 
@@ -115,8 +116,8 @@ def _write_shard(work_dir, table, kind, build, k, rows, pool, tick):
     states = [s if s is None or settled(s, since) else '' for *_, s in stamps]
     write_json(work_dir/f'images-{k:05d}.json',
                {'sha256': sha, 'build': build, 'stamps': [[*rest, s] for (*rest, _), s in zip(stamps, states)]})
-    db, _ = open_hash_cache(printable(table.source.root), read=False)  # so that no file is hashed again later
-    store_hashes(db, [(printable(_path(table, r)), s, image[3] if any(image[3]) else None)
+    db, _ = open_hash_cache(printable(table.source.root), read=False)  # so that no image is hashed again later
+    store_hashes(db, [(printable(table.source.key(table.indices[r])), s, image[3] if any(image[3]) else None)
                       for r, s, image in zip(rows, states, encoded)])
     db.close()
     return sha
@@ -124,7 +125,8 @@ def _write_shard(work_dir, table, kind, build, k, rows, pool, tick):
 # %% ../nbs/01h_write_packs.ipynb #82402447
 def _image_bytes(table, kind):
     "Mean bytes of a packed image, from a sample of 32, or from all files if they are stored as they are"
-    if not table.presize: return np.mean([(size_and_time(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
+    if not table.presize and isinstance(table.source, Files):
+        return np.mean([(size_and_time(_path(table, r)) or (0, 0))[0] for r in range(len(table))])
     rows = np.linspace(0, len(table) - 1, 32).astype(int)
     return np.mean([len(_packed_image(table, r, kind)[0]) for r in rows])
 
@@ -185,7 +187,7 @@ def _finish(work_dir, pack_dir, table, kind, size, build, files, rows, say):
              'quality': QUALITY if kind == 'jpeg' else None,
              'images': len(table), 'classes': table.classes, 'rows': rows,
              'bytes': sum((work_dir/f).stat().st_size for f in files), 'files': files,
-             'source': str(table.source.root)}
+             'source': table.source.arguments}
     write_json(work_dir/'pack.json', about)
     about['fingerprint'] = fingerprint(from_pack(work_dir))
     write_json(work_dir/'pack.json', about)
@@ -211,12 +213,13 @@ def _publish(work_dir, pack_dir, say):
 
 # %% ../nbs/01h_write_packs.ipynb #27a380c6
 def build_pack(
-    data: str | Path,      # folder of class folders, or a name from the catalog
+    data: str | Path,      # as for `open_images`, or the tars of a webdataset
     size: int = 256,       # shorter side in px; 0 keeps files as they are
     kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
     workers: int = -1,     # threads; -1 uses one per core
     say=print,             # called with each line of progress
+    **options,             # of the data, as for `open_images`
 ) -> Path:                 # the pack's folder
     "Build a pack, or continue an interrupted build; raises `InputError` for data that can't be packed."
     if kind not in PACK_KINDS: raise unknown_name(kind, PACK_KINDS, 'kind')
@@ -224,7 +227,8 @@ def build_pack(
         raise InputError(f'size={size}: give 8 to 8192 px'
                          + (', or 0 with kind jpeg, which keeps files as they are' if size else
                          '; 0 keeps files as they are and goes with kind jpeg'))
-    table = open_images(data)
+    tars = tar_files(data)
+    table = from_tars(tars) if tars else open_images(data, **options)
     if isinstance(table.source, Pixels):
         raise InputError(f'{table.name} is in memory already: a pack would not be faster')
     if isinstance(table.source, Pack):
@@ -239,7 +243,7 @@ def build_pack(
 def _build(table, kind, size, folder, workers, say):
     "Find the pack in `folder`, or build it; returns the pack's folder"
     from filelock import FileLock, Timeout
-    plan = hashlib.sha256('\0'.join([str(table.source.root), kind, str(size), str(QUALITY),
+    plan = hashlib.sha256('\0'.join([table.source.origin or str(table.source.root), kind, str(size), str(QUALITY),
                                      *table.classes]).encode('utf-8', 'replace')).hexdigest()[:8]
     pack_dir = folder/f'{table.name}-{kind}-{size}-{plan}'
     work_dir, started = folder/f'.{pack_dir.name}.part', time.perf_counter()

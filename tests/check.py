@@ -31,7 +31,7 @@ def differences(root=ROOT):
         elif name in here and name.endswith('.ipynb'): lines.append(f'{name} is not clean (mend: make export)')
         else: lines.append(f'{name} is not what its notebook exports (mend: make export)')
     if not any(line.startswith('imgexp/') for line in lines):  # else the tables of parameters are not those of the notebooks
-        lines += [f'the parameters cell of {p.relative_to(root)} is not what its table says (mend: make export)' for p in stale(root)]
+        lines += [f'{p.relative_to(root)} does not have the parameters of their tables (mend: make export)' for p in stale(root)]
     for name, content in readme(root).items():
         path = root/name
         if not path.exists() or path.read_bytes() != content:

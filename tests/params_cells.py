@@ -1,23 +1,25 @@
-"Write the parameters cells of the experiments' notebooks from their tables of parameters: `python tests/params_cells.py`, part of `make export`."
+"Write what is derived from the tables of parameters: the parameters cells of the notebooks, and imgexp/experiments.json; part of `make export`."
 import json, subprocess, sys
 from readme import ROOT
 
 _CELLS = '''import json
-from imgexp.experiments import EXPERIMENTS, find_experiment
+from imgexp.experiments import EXPERIMENTS, experiment_declarations, find_experiment
 from imgexp.look import LookParams
 tables = {'01k_look': LookParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
-print(json.dumps({n: table.cell() for n, table in tables.items()}))'''
+print(json.dumps([{n: table.cell() for n, table in tables.items()}, experiment_declarations()]))'''
 
-def cells():
-    "{notebook: its parameters cell}, told by a process of its own: torch is not imported beside TensorFlow."
+def derived():
+    "{notebook: its parameters cell}, and the content of experiments.json; told by a process of its own: torch is not imported beside TensorFlow."
     done = subprocess.run([sys.executable, '-c', _CELLS], capture_output=True, text=True)
     if done.returncode: raise RuntimeError('the tables of parameters cannot be read:\n' + done.stderr.strip())
     return json.loads(done.stdout.splitlines()[-1])
 
 def stale(root=ROOT):
-    "{path of a notebook: its text with the parameters cell that its table gives}, where the cell is another one."
-    out = {}
-    for notebook, source in cells().items():
+    "{path: the text that the tables give} of notebooks and experiments.json, where it is another one."
+    cells, declarations = derived()
+    path, text = root/'imgexp/experiments.json', json.dumps(declarations, indent=0, ensure_ascii=False) + '\n'
+    out = {path: text} if not path.exists() or path.read_text(encoding='utf-8') != text else {}
+    for notebook, source in cells.items():
         path = root/'nbs'/f'{notebook}.ipynb'
         content = json.loads(path.read_text(encoding='utf-8'))
         cell = next(c for c in content['cells'] if 'parameters' in c['metadata'].get('tags', []))
@@ -29,4 +31,4 @@ def stale(root=ROOT):
 if __name__ == '__main__':
     for path, text in stale().items():
         path.write_text(text, encoding='utf-8')
-        print(f'wrote the parameters cell of {path.relative_to(ROOT)}', file=sys.stderr)
+        print(f'wrote the parameters in {path.relative_to(ROOT)}', file=sys.stderr)

@@ -136,10 +136,10 @@ print(json.dumps([execute('demo.ipynb', {'seed': s, 'steps': 4}) for s in map(in
 
 def test_dry_run(launcher, demo):
     job = batch(launcher, demo, '-p', 'seed', '0,1', '--dry-run')
-    assert job.wait() == 0 and '2 jobs: 2 to run; time unknown until' in job.err and not found(demo)
+    assert job.wait() == 0 and '2 jobs: 2 to run\n' in job.err and not found(demo)
     assert batch(launcher, demo).wait() == 0
     job = batch(launcher, demo, '-p', 'seed', '0,1,2', '-p', 'steps', '2,20', '--dry-run', '--json')
-    assert job.wait() == 0 and '6 jobs: 5 to run, 1 finished; 5 ×' in job.err
+    assert job.wait() == 0 and '6 jobs: 5 to run, 1 finished\n' in job.err
     assert [r['action'] for r in json.loads(job.out)] == ['reuse', *['run']*5] and len(found(demo)) == 1
 
 @pytest.mark.parametrize('args, told', {

@@ -153,12 +153,14 @@ def test_a_stale_parameters_cell_is_told_and_mended(tmp_path, monkeypatch):
     from params_cells import stale
     assert not stale()
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*', 'images', '_quarto.yml'))
+    (tmp_path/'imgexp').mkdir()
+    shutil.copy(ROOT/'imgexp/experiments.json', tmp_path/'imgexp')
     path = tmp_path/'nbs/03_train.ipynb'
     whole = path.read_text(encoding='utf-8')
     path.write_text(whole.replace('epochs: int = 20', 'epochs: int = 21'), encoding='utf-8')
     monkeypatch.setattr(check, 'remade', lambda root: {str(p.relative_to(root)): p.read_bytes() for p in check.files(root)})
     monkeypatch.setattr(check, 'readme', lambda root: {})
-    assert differences(tmp_path) == ['the parameters cell of nbs/03_train.ipynb is not what its table says (mend: make export)']
+    assert differences(tmp_path) == ['nbs/03_train.ipynb does not have the parameters of their tables (mend: make export)']
     assert stale(tmp_path) == {path: whole}
 
 def test_how_the_readme_is_made():

@@ -203,7 +203,7 @@ def test_asked_to_stop(launcher, place):
     assert job.wait() == 75 and last_line(job.err) == 'terminated; the same command continues', job.err
     assert all(f'trial {k} (' in job.err for k in (0, 1)), 'told by their numbers'
     status = in_process(launcher, place, 'status', 's', '--json')
-    assert status.wait() == 0 and '1 trial to begin, 2 to continue' in status.err
+    assert status.wait() == 0 and '1 trial to run, 2 to continue' in status.err
     assert in_process(launcher, place, 'run', 's', '--jobs', '2').wait() == 0
     assert outcome(sweep) == outcome(quietly(make(with_values(wait=0., epochs=30), 'calm', trials=3).name)) or \
         [(v, s) for _, v, s in outcome(sweep)] == [(v, s) for _, v, s in outcome(quietly('calm'))]

@@ -50,7 +50,7 @@ def test_a_restarted_container(launcher, place):
     job = on('box', launcher, place, 'run', 's', '--jobs', '1', host='container-2')
     assert job.wait(30) == 0, job.err
     assert [r['state'] for r in sweep.rows()] == ['done']*2 and (sweep.dir/'best.json').exists()
-    assert '1 trial to begin, 1 to continue' in job.err and len(list((place/'runs').glob('2*'))) == 2
+    assert '1 trial to run, 1 to continue' in job.err and len(list((place/'runs').glob('2*'))) == 2
 
 def test_another_machine_goes_on(launcher, place):
     "What a machine that is gone left is waited for until it cannot live any more, and then gone on with: best.json, and the best trial evaluated on the test images."
