@@ -13,14 +13,15 @@ from typing import Annotated, List, Optional
 
 import typer
 
-from .experiments import declared_experiment
+from .experiments import EXPERIMENTS, declared_experiment
 from .files import short_path, writing
 from .output import Json, check_writable, print_table, say, stop_on_sigterm, to_csv, with_options
 
 # %% ../nbs/90a_cli_data.ipynb #ed506942
 data_app = typer.Typer(help='Data sets: list, fetch, check, pack.', no_args_is_help=True, rich_markup_mode=None)
 
-SOURCE_TABLE = declared_experiment('03_train').params, ('label_from', 'classes_at', 'columns', 'valid_fold')
+SOURCE_TABLE = declared_experiment(next(iter(EXPERIMENTS))).params, ('label_from', 'classes_at', 'columns',
+                                                                     'valid_fold')
 
 DataSource = Annotated[str, typer.Argument(help='A folder, a table of files and labels (labels.csv), a pack, '
                                                 'hf:owner/name, or a name from `imgexp data list`.')]
@@ -42,8 +43,8 @@ def data_info(name: DataSource, as_json: Json = False, options: dict = {}):
     try: entry = None if options or Path(name).exists() else find_entry(name)[0]
     except InputError: entry = None
     if entry: return print(json.dumps(entry.facts(), indent=1) if as_json else entry)
-    from imgexp.describe import describe
-    description = describe(name, **options)
+    from imgexp.describe import describe_images
+    description = describe_images(name, **options)
     print(json.dumps(description.facts(), indent=1) if as_json else description)
 
 # %% ../nbs/90a_cli_data.ipynb #24db05ae

@@ -40,9 +40,11 @@ def invalid_choice(
     choices,    # allowed values
     more: str = '', # text after the list of choices: ', or nothing'
 ) -> InputError:
-    "Error for an invalid value that suggests the nearest allowed one and lists them all."
-    matches = difflib.get_close_matches(str(value).lower(), [str(c) for c in choices], 1)
-    allowed = f"one of {', '.join(str(c) for c in choices if c != '')}{more}"
+    "Error for an invalid value that suggests the nearest allowed one and lists all of up to twenty."
+    names = [str(c) for c in choices if c != '']
+    matches = difflib.get_close_matches(str(value).lower(), names, 4)
+    if len(names) > 20: names = [*(matches or names[:4]), f'… ({len(names)} in all)']
+    allowed = f"one of {', '.join(names)}{more}"
     hint = f'did you mean {matches[0]!r}? Choose {allowed}' if matches else f'choose {allowed}'
     return InputError(f'{name}={value!r} is not known: {hint}')
 

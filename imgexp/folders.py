@@ -40,8 +40,9 @@ def image_suffixes() -> frozenset:
 def warn_once(
     line: str, # message
 ):
-    "Print a line to stderr, once per process."
-    print(printable(line), file=sys.stderr)
+    "Print a line to stderr, once per process; characters that the terminal lacks are printed as escapes."
+    encoding = getattr(sys.stderr, 'encoding', None) or 'utf-8'
+    print(printable(line).encode(encoding, 'backslashreplace').decode(encoding), file=sys.stderr)
 
 # %% ../nbs/01d_folders.ipynb #7
 class _SkippedImages:
@@ -217,15 +218,17 @@ def _explain_empty(root, splits):
                 'train/, valid/, test/), or idx files')
     tables = sorted(f.name for f in root.iterdir() if f.suffix in ('.csv', '.tsv', '.parquet'))
     table = short_path(root/tables[0]) if tables else 'labels.csv'
-    return (f"no images in class folders of {short_path(root)}, but {len(flat):,} outside of them, like {flat[0]}: "
-            f"data={table} reads their classes from a table, label_from='^(.+)_' from their names")
+    return (f"no images in class folders of {short_path(root)}, but {len(flat):,} outside of them, like {flat[0]}: make "
+            f"one folder of images per class, or read the classes from a table (data={table}) or from the file names "
+            "(label_from='^(.+)_')")
 
 def _mention_levels(root, table, splits):
     "Report folders with images below the class folders"
     depth = 1 if splits[0][0] == root else 2
     folders = {tuple(item.split(os.sep)[depth - 1:-1]) for item in table.items[table.split('train')]}
     if all(len(f) == 1 for f in folders): return
-    warn_once(f'{short_path(root)}: {len(table.classes):,} classes, the folders of the first level; their images are in '
+    warn_once(f'{short_path(root)}: {len(table.classes):,} classes, the folders of the first level; their images are '
+              'in '
               f'{len(folders):,} folders: classes_at=leaf makes each of them a class')
 
 # %% ../nbs/01d_folders.ipynb #19

@@ -9,7 +9,6 @@ __all__ = ['EXPERIMENT', 'SPACE', 'KerasNetworkParams', 'KerasFitParams', 'Keras
 
 # %% ../nbs/10_keras_cnn.ipynb #6b1a0765
 import os, resource, sys, time
-from functools import lru_cache
 
 import numpy as np
 
@@ -245,8 +244,8 @@ def start_keras(
     depends = {'data': table_id(_table(p)),
                'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')}
     if prepared := preparation(arrays.table): depends['prepared'] = prepared
-    return start_run('10_keras_cnn', p, depends, resolved={'precision': keras_precision(p.precision), **data_revision(p.data)},
-                     observer=observer)
+    return start_run('10_keras_cnn', p, depends,
+                     resolved={'precision': keras_precision(p.precision), **data_revision(p.data)}, observer=observer)
 
 # %% ../nbs/10_keras_cnn.ipynb #3466dcd5
 def _run_experiment(

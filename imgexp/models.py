@@ -15,7 +15,7 @@ import torch, torchvision
 from torch import nn
 
 from .errors import InputError
-from imgexp.networks import (HEADS, MLP, blocks, check_arch, compact_resnet, find_head, rows_html, set_drop_path,
+from imgexp.networks import (HEADS, MLP, archs, blocks, check_arch, compact_resnet, find_head, rows_html, set_drop_path,
     set_retrain)
 from .params import Parameters, param
 from imgexp.weights import (download_weights, find_weights_file, is_published, published_weights, read_state,
@@ -229,7 +229,7 @@ def build_model(
 
 # %% ../nbs/02b_models.ipynb #0d88d965
 class NetworkParams(Parameters, heading='network'):
-    arch: str = param('compact_resnet', 'compact_resnet, or any classification architecture of torchvision')
+    arch: str = param('compact_resnet', 'compact_resnet, or any classification architecture of torchvision', archs())
     weights: str = param('', 'empty (from scratch), imagenet, or a .pth or .safetensors file')
     retrain: int = param(-1, 'what to train. -1 all, 0 the head, k the head and the last k blocks', (-1, 1000))
     drop_path: float = param(-1.0, "stochastic depth, share of dropped branches in the last block; -1 the "

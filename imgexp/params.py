@@ -267,8 +267,8 @@ def from_declarations(
     kinds = {kind.__name__: kind for kind in VALUE_KINDS}
     def group(heading, ds):
         fields = {d['name']: param(d['default'], d['help'], d['allowed'], d['in_id']) for d in ds}
-        return type('StoredGroup', (Parameters,), {'__annotations__': {d['name']: kinds[d['type']] for d in ds}} | fields,
-                    heading=heading)
+        return type('StoredGroup', (Parameters,),
+                    {'__annotations__': {d['name']: kinds[d['type']] for d in ds}} | fields, heading=heading)
     return type('StoredParams', tuple(group(h, ds) for h, ds in groups.items()), {})
 
 # %% ../nbs/00f_params.ipynb #38

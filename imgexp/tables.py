@@ -53,7 +53,8 @@ def find_columns(
         if role in found or not matching: continue
         found[role] = matching[0]
         if len(matching) > 1:
-            warn_once(f'{where}: {role} is read from column {matching[0]!r}; columns={role}:{matching[1]} takes another')
+            warn_once(f'{where}: {role} is read from column {matching[0]!r}; columns={role}:{matching[1]} takes '
+                      'another')
     return found
 
 def missing_column(
@@ -62,7 +63,8 @@ def missing_column(
     where: str,  # the table
 ):               # an `InputError`
     "Make the error for a table that lacks a column."
-    hint = ('' if role == 'image' else '; label_from=… takes the class from file names, and `imgexp predict RUN FOLDER` '
+    hint = ('' if role == 'image'
+            else '; label_from=… takes the class from file names, and `imgexp predict RUN FOLDER` '
             'labels images without labels')
     return InputError(f"{where} has no column of {role}s: name it with columns={role}:NAME (its columns are "
                       f"{', '.join(names[:12])}{hint})")
@@ -104,7 +106,8 @@ def table_columns(
     import pyarrow as pa
     from pyarrow import parquet
     try: return parquet.read_schema(path).names
-    except (OSError, pa.ArrowInvalid) as e: raise InputError(f'{short_path(path)} is not a Parquet file ({e})') from None
+    except (OSError, pa.ArrowInvalid) as e:
+        raise InputError(f'{short_path(path)} is not a Parquet file ({e})') from None
 
 # %% ../nbs/01d_tables.ipynb #11
 def _read(path, found):
@@ -162,7 +165,8 @@ def _unique_rows(files, labels, splits, classes, where):
             raise InputError(f'{where}: {name} is {classes[labels[before]]!r} in row {before + 1:,} and '
                              f'{classes[labels[row]]!r} in row {row + 1:,}: remove one of them')
         elif splits[row] != splits[before]:
-            raise InputError(f'{where}: {name} is in two splits (rows {before + 1:,} and {row + 1:,}): remove one of them')
+            raise InputError(f'{where}: {name} is in two splits (rows {before + 1:,} and {row + 1:,}): remove one of '
+                             'them')
     warn_once(f'{where}: skipped {len(files) - len(keep):,} repeated rows')
     return np.array(keep)
 

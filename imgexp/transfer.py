@@ -34,7 +34,7 @@ from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, StatefulC
 from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
 from .metrics import skipped_message
 from .models import build_model, default_size
-from .networks import HEADS, freeze_bn_statistics, set_retrain
+from .networks import HEADS, archs, freeze_bn_statistics, set_retrain
 from .packs import prepare_images, preparation
 from .sources import DataParams, data_revision, load_images, source_options
 from .parallel import launched_world_size, rank_zero_print
@@ -49,7 +49,7 @@ NORMALIZE = ['weights', 'half', 'data']
 HEAD = [*HEADS, 'logistic']
 
 class TransferNetworkParams(Parameters, heading='network'):
-    arch: str = param('resnet18', 'any classification architecture of torchvision, or compact_resnet')
+    arch: str = param('resnet18', 'any classification architecture of torchvision, or compact_resnet', archs())
     weights: str = param('', "empty (random), imagenet (torchvision's default) or IMAGENET1K_V1, or a .pth or "
                              ".safetensors file")
     retrain: int = param(0, 'what to train: 0 the head, k the head and the last k blocks', (0, 1000))

@@ -77,7 +77,8 @@ def _suggestion(path):
     "Names that may be meant: files of weights in the folder, those with similar names first"
     if difflib.get_close_matches(str(path).lower(), ['imagenet']): return " (did you mean 'imagenet'?)"
     folder = path if path.is_dir() else path.parent
-    files = sorted(f for f in folder.glob('*') if f.suffix in ('.pth', '.pt', '.safetensors')) if folder.is_dir() else []
+    files = sorted(f for f in folder.glob('*')
+                   if f.suffix in ('.pth', '.pt', '.safetensors')) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, [f.name for f in files], 3, 0.4) or [f.name for f in files[:3]]
     return f" ({folder} has {', '.join(near)})" if near else ''
 

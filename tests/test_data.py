@@ -7,7 +7,7 @@ from PIL import Image
 
 import imgexp.contents as d
 from imgexp.contents import fingerprint
-from imgexp.data import keep_subset, read
+from imgexp.data import Files, keep_subset, read
 from imgexp.decoding import BadImage, decode
 from imgexp.loader import Loader, normalization
 from imgexp.sources import load_images
@@ -267,9 +267,9 @@ def test_a_file_that_goes_away(project):
 def opened(monkeypatch):
     "Paths whose content was read; all files count as older than two seconds."
     found, real = [], d._digest
-    def digest(path):
-        found.append(str(path))
-        return real(path)
+    def digest(source, i):
+        found.append(source.path(i))
+        return real(source, i)
     monkeypatch.setattr(d, '_digest', digest)
     monkeypatch.setattr(d, 'CLOCK', -1)
     return found
@@ -342,9 +342,10 @@ def test_a_file_that_changes_while_it_is_read(project, monkeypatch):
         if writes: file.write_bytes(writes.pop(0))
         return out
     monkeypatch.setattr(d, 'file_state', state)
-    assert d._digest(file)[1] == hashlib.sha256(b'six').digest()
+    source = Files(project, np.array(['a.png'], object))
+    assert d._digest(source, 0)[1] == hashlib.sha256(b'six').digest()
     writes += [bytes([i]) for i in range(9)]
-    with pytest.raises(RunFailed, match='a.png changes while it is being read: wait until it is completely written'): d._digest(file)
+    with pytest.raises(RunFailed, match='a.png changes while it is being read: wait until it is completely written'): d._digest(source, 0)
 
 @pytest.mark.parametrize('state', ['damaged', 'read-only', 'a folder', 'other table'])
 def test_a_cache_that_cannot_be_used(project, state):

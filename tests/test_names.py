@@ -193,7 +193,7 @@ def _report():
 
 def _plan():
     from imgexp.batch import Plan
-    return Plan(Path(HTML), [{'data': HTML, HTML: 1}], ['run'], [None], [None], 1)
+    return Plan(Path(HTML), [{'data': HTML, HTML: 1}], ['run'], [None])
 
 def _parameters():
     from imgexp.params import Parameters, param

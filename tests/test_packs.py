@@ -447,7 +447,7 @@ WRONG = {
     'kind': ('photos', ('--kind', 'webp'), 2, "kind 'webp'.*jpeg, raw"),
     'size': ('photos', ('--size', '4'), 2, 'size=4: give 8 to 8192 px'),
     'raw without a size': ('photos', ('--size', '0', '--kind', 'raw'), 2, 'size=0: .*goes with kind jpeg'),
-    'a file': ('photos/cat/0.jpg', (), 2, 'is a file: give the folder of class folders'),
+    'a file': ('photos/cat/0.jpg', (), 2, 'is a file: give a folder of class folders'),
     'size in words': ('photos', ('--size', 'big'), 2, '--size.*integer'),
     'dest is a file': ('photos', ('--dest', 'a file'), 1, 'a file'),
     'dest among the images': ('photos', ('--dest', 'photos/packs'), 2, 'is inside the folder of images'),

@@ -9,7 +9,7 @@ import cv2, numpy as np, pandas as pd, pytest
 import imgexp.contents as contents_module
 from imgexp.contents import contents, fingerprint
 from imgexp.data import read, read_stored
-from imgexp.describe import describe
+from imgexp.describe import describe_images
 from imgexp.errors import InputError
 from imgexp.evaluate import load_run
 from imgexp.folders import warn_once
@@ -81,7 +81,7 @@ REFUSED = {
     'no group': (dict(label_from='_'), "label_from='_' has no group: put the class in parentheses"),
     'no expression': (dict(label_from='(_'), "label_from='(_' is not a regular expression"),
     'level': (dict(classes_at='0'), "classes_at='0': give the level of the class folders"),
-    'nothing said': ({}, "no images in class folders of pets, but 10 outside of them, like Abyssinian_1.png: data=labels.csv"),
+    'nothing said': ({}, "no images in class folders of pets, but 10 outside of them, like Abyssinian_1.png: make one folder of images per class, or read the classes from a table (data=labels.csv)"),
     'not for folders': (dict(columns='label:breed'), "columns='label:breed' does not apply to class folders")}
 
 @pytest.mark.parametrize('options, message', REFUSED.values(), ids=REFUSED)
@@ -197,7 +197,7 @@ def test_a_run_remembers_how_its_labels_were_found(project, launcher):
     assert run.params['label_from'] == '^(.+)_'
     job = launcher.imgexp('eval', run.name, '--split', 'valid', root=project)
     assert job.wait() == 0 and 'n = 2' in job.out, job.err
-    files(project/'new', [n.replace('_', '_7') for n in PETS])
+    files(project/'new', [n.replace('.', '7.') for n in PETS])
     job = launcher.imgexp('eval', run.name, '--split', 'train', '--data', 'new', root=project)
     assert job.wait() == 0, job.err
     job = launcher.imgexp('predict', run.name, 'new', root=project)
@@ -344,9 +344,9 @@ def test_a_description_names_what_is_unusual(project):
     files(project/'photos', [f'a/{i}.png' for i in range(30)] + ['b/0.png'])
     (project/'photos/a/0.png').write_bytes(b'no image')
     (project/'labels.csv').write_text('file,label\nphotos/a/1.png,a\nphotos/b/0.png,b\nphotos/b/1.png,b\n')
-    text = repr(describe(project/'photos'))
+    text = repr(describe_images(project/'photos'))
     for part in ('1 classes have fewer than 10 training images: b 1', '30 times', '1 of 31 sampled images cannot be read: a/0.png cannot be decoded', '12 × 10 px (30 PNG)'): assert part in text, text
-    assert '1 files are missing, like photos/b/1.png' in repr(describe(project/'labels.csv'))
+    assert '1 files are missing, like photos/b/1.png' in repr(describe_images(project/'labels.csv'))
 
 def test_stored_declarations_are_those_of_the_experiment():
     from imgexp.experiments import declared_experiment
