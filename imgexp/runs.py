@@ -27,8 +27,9 @@ HISTORY = ('epoch', 'step', 'images', 'seconds', 'lr', 'train_loss', 'train_top1
 _NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack', 'recipe', 'max_minutes', 'keep_best', 'keep_every',
               'keep_weights', 'upload', 'cache_gb')  # for older runs, whose params.json does not list them
 RENAMED = {'03_train': {'crop': 'min_scale'}}  # {notebook: {name in older runs: current name}}
-ADDED = dict.fromkeys(('03_train', '10_keras_cnn', '20_transfer'),  # {notebook: {name: what older runs did}}
-                      {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1})
+_SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1}
+# {notebook: {parameter that older runs lack: its value in them}}
+ADDED = {'03_train': _SOURCE | {'threads': 0}, '10_keras_cnn': _SOURCE, '20_transfer': _SOURCE}
 
 # %% ../nbs/00g_runs.ipynb #09a84332
 class Run:

@@ -155,6 +155,7 @@ def start_run(
     wait: float = 15.,  # seconds to wait for another process to release the run
     resolved: dict | None = None, # values of `auto` here: {'precision': 'bf16'}; a continued run keeps its own
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
+    before=lambda run: None, # called with the run before it begins
 ) -> Run:  # open, or finished (`resume` 'reuse' or a name)
     "Start or continue a run; raises `RunBusy` if a live process owns it."
     folder, depends = runs_dir(root), depends or {}
@@ -170,7 +171,9 @@ def start_run(
             if run.finished: return _announce(run, 'reused', observer)
             elsewhere = run.alive() and not is_locked(run.dir/'lock')  # on another machine
             lock = None if elsewhere else take_lock(run.dir/'lock')
-            if lock: return _announce(run.begin(lock, track, observer), 'begun', observer)
+            if lock:
+                before(run)
+                return _announce(run.begin(lock, track, observer), 'begun', observer)
         finally: guard.release()
         if elsewhere or time.monotonic() > deadline: raise run_busy(run)
         time.sleep(0.25)

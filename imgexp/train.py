@@ -7,26 +7,13 @@ __all__ = ['EXPERIMENT', 'train']
 
 # %% ../nbs/03_train.ipynb #5165774c
 from .experiments import METRICS, Experiment
-from .parallel import distributed, from_rank_zero, rank_zero_print
+from .parallel import distributed, rank_zero_print
 from .params import takes
 from .results import finish_run
 from .runs import Run
-from .setup import TrainParams, dependencies, fit_run, load_learner, load_table, resolve_train
-from .sources import data_revision
-from .start import start_run
+from .setup import (TrainParams, fit_run, load_learner, load_table, resolve_train, start_training,
+                          threads_note)
 from .trained import load_network
-
-# %% ../nbs/03_train.ipynb #d5693287
-def _start(p, table, learn, observer=None):
-    "Start the run, or find an existing one, in process 0; return it in all processes"
-    started = []
-    def start():
-        started.append(start_run('03_train', p, dependencies(p, table, learn.model),
-                                 resolved={'precision': learn.precision, **data_revision(p.data)},
-                                 observer=observer))
-        return str(started[0].dir)
-    folder = from_rank_zero(start)
-    return started[0] if started else Run(folder)
 
 # %% ../nbs/03_train.ipynb #41e830c6
 def _run_experiment(
@@ -38,8 +25,8 @@ def _run_experiment(
     with distributed():
         table = load_table(p, messages.append)
         learn = load_learner(p, table)
-        messages.append(repr(learn.table))
-        with _start(p, table, learn, observer) as run:
+        messages += [repr(learn.table), *threads_note()]
+        with start_training(p, table, learn, observer) as run:
             for line in messages: rank_zero_print(line)
             finish_run(run, learn, fit_run(p, run, learn), p.upload)
     return run
