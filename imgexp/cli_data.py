@@ -32,7 +32,10 @@ DataName = Annotated[str, typer.Argument(help='A name from `imgexp data list`, w
 def data_list(as_json: Json = False):
     "List the catalog: classes, images, download size, license, and which data sets are downloaded."
     from imgexp.catalog import catalog
-    print_table(catalog(), as_json)
+    table = catalog()
+    if as_json: return print_table(table, True)
+    shown = table.astype(object).where(table.notna(), '?')
+    print_table(shown.assign(license=shown.license.str.slice(0, 32), here=table.here.map({True: 'yes', False: ''})), False)
 
 @data_app.command('info')
 @with_options(*SOURCE_TABLE)

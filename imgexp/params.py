@@ -335,5 +335,6 @@ class SplitSeedParams(SeedParams, heading='seeds'):
     seed_init: int = param(-1, 'seed for the initial weights; -1 uses seed', (-1, MAX_SEED))
 
 class RunParams(Parameters, heading='machine'):
-    resume: str = param('auto', 'auto, reuse, never, or the name of a run', in_id=False)
+    resume: str = param('auto', 'auto continues an unfinished run, reuse also returns a finished one; never; or a run',
+                        in_id=False)
     track: str = param('auto', 'Weights & Biases: auto, online, offline or off', TRACK, in_id=False)

@@ -135,7 +135,7 @@ def choose_threads(
 ) -> int:            # 1 and up
     "Return the number of CPU threads that compute; OMP_NUM_THREADS takes precedence over the rule."
     if threads: return threads
-    if os.environ.get('OMP_NUM_THREADS') or best_device() != 'cpu': return _all_threads
+    if os.environ.get('OMP_NUM_THREADS') or best_device() != 'cpu': return torch.get_num_threads()
     return 1 if summary(model, size).multiply_adds*batch_size <= SMALL else _all_threads
 
 def keep_threads(

@@ -35,7 +35,7 @@ def installed(wheel, tmp_path_factory):
 def test_the_wheel_holds_the_library_the_notebooks_and_nothing_else(wheel):
     names = [n for n in zipfile.ZipFile(wheel).namelist() if not re.match(r'imgexp-[^/]*\.dist-info/', n)]
     here = [*(ROOT/'imgexp').glob('*.py')], [*(ROOT/'nbs').glob('*.ipynb')]
-    assert sorted(names) == sorted([f'imgexp/{p.name}' for p in here[0]] + [f'imgexp/nbs/{p.name}' for p in here[1]])
+    assert sorted(names) == sorted(['imgexp/experiments.json'] + [f'imgexp/{p.name}' for p in here[0]] + [f'imgexp/nbs/{p.name}' for p in here[1]])
     assert wheel.stat().st_size < 10e6
 
 def test_the_wheel_names_its_license_command_and_extras(wheel):

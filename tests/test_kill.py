@@ -194,7 +194,7 @@ def test_what_auto_meant_is_kept_and_a_change_of_threads_is_told(launcher, proje
     job = launcher.imgexp(*args, root=project, before=go_on + "import imgexp.setup as s; real = s.fit\ndef fit(run, learn, **kw): print('computes in', learn.precision); return real(run, learn, **kw)\ns.fit = fit\n")
     assert job.wait() == 0, job.err
     run = the_run(project)
-    assert 'computes in fp32' in job.out and json.loads((run/'params.json').read_text())['resolved'] == {'precision': 'fp32'}
+    assert 'computes in fp32' in job.out and json.loads((run/'params.json').read_text())['resolved'] == {'precision': 'fp32', 'threads': 2}
     assert 'threads 2 before, 1 now' in job.err and 'precision' not in job.err
     assert [a['threads'] for a in json.loads((run/'env.json').read_text())['attempts']] == [2, 1]
 
@@ -311,7 +311,7 @@ def test_interrupting_the_kernel(project, data, holding, undisturbed):
 
 def test_two_ask_at_once(launcher, project, data, undisturbed):
     "One gets the run; the other is told who has it."
-    before = 'from functools import partial; imgexp.train.start_run = partial(imgexp.train.start_run, wait=0.5)\n'
+    before = 'from functools import partial; imgexp.setup.start_run = partial(imgexp.setup.start_run, wait=0.5)\n'
     hold = 'import time; real_fit = imgexp.setup.fit\ndef fit(*a, **k):\n  while not os.path.exists("go"): time.sleep(.05)\n  return real_fit(*a, **k)\nimgexp.setup.fit = fit'
     jobs = [launcher.imgexp(*options(data), root=project, before=before + hold) for _ in range(2)]
     until(lambda: any(j.ended() for j in jobs), 'one to be told')

@@ -177,7 +177,7 @@ def test_a_run_that_another_has_is_refused_by_all(launcher, project, data):
     hold = "imgexp.train.fit_run = lambda *a: __import__('time').sleep(1000)\n"
     owner, = start(launcher, 1, project, data, more=hold)
     until(lambda: list((project/'runs').glob('2*/status.json')), 'the run to begin')
-    jobs = start(launcher, 2, project, data, more='from functools import partial; t.start_run = partial(t.start_run, wait=0.5)\n')
+    jobs = start(launcher, 2, project, data, more='from functools import partial; imgexp.setup.start_run = partial(imgexp.setup.start_run, wait=0.5)\n')
     for job in jobs:
         assert job.wait() == 1
         assert re.search('belongs to process', last_line(job.err))

@@ -8,10 +8,10 @@ import cv2, numpy as np, pandas as pd, pytest
 
 import imgexp.contents as contents_module
 from imgexp.contents import contents, fingerprint
-from imgexp.data import read, read_stored
+from imgexp.data import read_stored
 from imgexp.describe import describe_images
 from imgexp.errors import InputError
-from imgexp.evaluate import load_run
+from imgexp.experiments import EXPERIMENTS, declared_experiment
 from imgexp.folders import warn_once
 from imgexp.loader import make_batch
 from imgexp.packs import prepare_images
@@ -183,10 +183,11 @@ def test_data_yaml_beside_the_images(project):
     with pytest.raises(InputError, match="data.yaml: valid_fold='x' is not a whole number"): load_images(pets)
 
 def test_options_are_part_of_the_id():
-    base = EXPERIMENT.params()
-    ids = {run_id('03_train', base.replace(**change), {'data': 'x'}) for change in
-           ({}, {'label_from': '^(.)'}, {'classes_at': 'leaf'}, {'columns': 'label:a'}, {'valid_fold': 0})}
-    assert len(ids) == 5
+    for notebook in EXPERIMENTS:
+        base = declared_experiment(notebook).params()
+        ids = {run_id(notebook, base.replace(**change), {'data': 'x'}) for change in
+               ({}, {'label_from': '^(.)'}, {'classes_at': 'leaf'}, {'columns': 'label:a'}, {'valid_fold': 0})}
+        assert len(ids) == 5
 
 def test_a_run_remembers_how_its_labels_were_found(project, launcher):
     files(project/'pets', PETS)
@@ -349,6 +350,5 @@ def test_a_description_names_what_is_unusual(project):
     assert '1 files are missing, like photos/b/1.png' in repr(describe_images(project/'labels.csv'))
 
 def test_stored_declarations_are_those_of_the_experiment():
-    from imgexp.experiments import declared_experiment
     assert declared_experiment('03_train').params.declarations() == json.loads(json.dumps(EXPERIMENT.params.declarations()))
     assert from_declarations(EXPERIMENT.params.declarations())() == EXPERIMENT.params()

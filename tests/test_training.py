@@ -197,3 +197,40 @@ def test_averaged_statistics_fit_averaged_weights(project):
         for x, _ in learn.dls.train.at(0): learn.model(to_input(x, norm))
     anew = loss(learn.model.state_dict())
     assert abs(averaged - anew) < abs(foreign - anew), (averaged, anew, foreign)
+
+# -- threads
+
+def test_a_small_network_gets_one_thread(monkeypatch):
+    "By a rule of network, size and batch; the variable and the user overrule it."
+    import torch
+    import imgexp.setup as s
+    from imgexp.models import build_model
+    small, large = build_model('compact_resnet', 10, size=32), build_model('resnet18', 10, size=64)
+    monkeypatch.setattr(s, '_all_threads', 8)
+    monkeypatch.setattr(s, 'best_device', lambda: 'cpu')
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    assert [s.choose_threads(0, m, size, 64) for m, size in ((small, 32), (large, 64))] == [1, 8]
+    assert s.choose_threads(0, small, 32, 256) == 8 and s.choose_threads(3, small, 32, 64) == 3
+    monkeypatch.setattr(s, 'best_device', lambda: 'cuda')
+    assert s.choose_threads(0, small, 32, 64) == torch.get_num_threads()
+    monkeypatch.setattr(s, 'best_device', lambda: 'cpu')
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    assert s.choose_threads(0, small, 32, 64) == torch.get_num_threads()
+
+def test_a_continued_run_keeps_its_threads(project, monkeypatch):
+    import torch
+    import imgexp.setup as s
+    from imgexp.train import train
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    before = torch.get_num_threads()
+    try:
+        given = dict(subset=0.05, size=8, epochs=2, batch_size=16, workers=0, track='off')
+        p = s.TrainParams.check(given)
+        table = s.load_table(p, lambda line: None)
+        with s.start_training(p, table, s.load_learner(p, table)) as run: run.stop()
+        assert run.resolved['threads'] == 1
+        info = json.loads((run.dir/'params.json').read_text())
+        (run.dir/'params.json').write_text(json.dumps(info | {'resolved': info['resolved'] | {'threads': 2}}))
+        again = train(**given)
+        assert again.name == run.name and again.finished and again.attempts[-1]['threads'] == 2
+    finally: torch.set_num_threads(before)
