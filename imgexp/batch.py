@@ -24,8 +24,11 @@ def grid(
     values: dict, # {name: values}; values are a list, a comma-separated string, or a JSON list as a string
 ) -> list:        # of points {name: value}; the last name varies fastest
     "Return all distinct combinations of the values."
-    lists = {k: _unique(_parse_values(k, v)) for k, v in values.items()}
+    lists = {k: _unique([v] if k in _WHOLE and not str(v).startswith('[') else _parse_values(k, v))
+             for k, v in values.items()}
     return [dict(zip(lists, point)) for point in itertools.product(*lists.values())]
+
+_WHOLE = ('columns', 'label_from')  # values of these contain commas; several are given as a JSON list
 
 def _unique(values): return list({json.dumps(v, sort_keys=True): v for v in values}.values())
 

@@ -56,7 +56,8 @@ def ls(
     runs = show_runs(sort=sort, columns=names)
     if not runs.groups: say('no runs yet: `make train` or `imgexp train` creates one')
     if as_json or csv:
-        table = list_runs(columns=(*names, sort)).dropna(axis=1, how='all')
+        everything = {k: None for g in runs.groups for p in g.params for k in p}
+        table = list_runs(columns=tuple(everything)).dropna(axis=1, how='all')
         if sort in table: table = table.sort_values(sort)
         print(to_csv(table.reset_index()), end='') if csv else print_table(table, True)
     elif runs.groups: print(runs)

@@ -17,7 +17,7 @@ from .catalog import SPLITS
 from .data import Files, Images, read_stored
 from .decoding import BadImage, jpeg_size, open_image
 from .randomness import order
-from .sources import KINDS, find_source, open_images
+from .sources import KINDS, open_images, resolve_source
 from .text import printable
 
 # %% ../nbs/01j_describe.ipynb #5
@@ -67,6 +67,11 @@ def _classes_text(table):
     if len(counts) <= 10: return ', '.join(text(i) for i in range(len(counts)))
     return f"{', '.join(map(text, ranking[:4]))}, …, {', '.join(map(text, ranking[-4:]))}"
 
+def _by_lower_case(classes):
+    found = {}
+    for c in classes: found.setdefault(c.strip().lower(), []).append(c)
+    return found
+
 def _unusual_classes(table):
     "Yield what is unusual about classes and splits"
     train, valid, test = table.counts().T
@@ -76,6 +81,10 @@ def _unusual_classes(table):
         yield f'{len(few):,} classes have fewer than 10 training images: {names}'
     if train.min() > 0 and train.max() > 10*train.min():
         yield f'the largest class has {train.max()/train.min():.0f} times the training images of the smallest'
+    if len(train) > 0.5*(train + valid + test).sum():
+        yield f'{len(train):,} classes for {(train + valid + test).sum():,} images: is this the column of labels?'
+    similar = [names for names in _by_lower_case(table.classes).values() if len(names) > 1]
+    if similar: yield f"classes that differ only in case or spaces: {', '.join(similar[0])}"
     if not valid.any(): yield 'no validation split: a fifth of the training images is used for validation'
     if not test.any(): yield 'no test split: accuracy is reported on validation images, by which the epoch was chosen'
 
@@ -119,10 +128,11 @@ def describe_images(
     **options, # as for `open_images`
 ) -> Description:
     "Describe a data set without reading all images; raises `InputError` if it can't be opened."
+    kind, _, in_effect = resolve_source(data, options)
     table = open_images(data, **options)
-    kind = KINDS[find_source(data, options.get('label_from', ''))[0]].about
+    about = KINDS[kind].about + ''.join(f', {k}={v!r}' for k, v in in_effect.items())
     sizes, unusual = _sample_rows(table)
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    return Description(table, f'{kind}, {printable(data)}', sizes,
+    return Description(table, f'{about}, {printable(data)}', sizes,
                        [*_unusual_classes(table), *_missing_files(table), *unusual],
                        shlex.join(['imgexp', 'train', '--data', str(data), *words]))

@@ -29,7 +29,8 @@ def unknown_name(
     what: str = 'parameter', # what the name stands for: 'column', 'recipe'
 ) -> InputError:
     "Error for an unknown name that suggests the nearest known one, or lists them all."
-    matches = difflib.get_close_matches(name, names, 1)
+    matches, names = difflib.get_close_matches(name, names, 1), [*names]
+    if len(names) > 60: names = [*names[:60], f'… ({len(names)} in all)']
     hint = f'did you mean {matches[0]!r}?' if matches else f"choose from {', '.join(names)}"
     return InputError(f'unknown {what} {name!r}: {hint}')
 

@@ -204,11 +204,18 @@ def from_folders(
     skipped.report(root)
     table = _assemble(root, files, [s for _, s in splits], selected)
     if not len(table): raise InputError(_explain_empty(root, splits))
+    if level > max(map(len, paths)):
+        raise InputError(f'classes_at={classes_at!r}: the folders of {short_path(root)} have {max(map(len, paths))} levels')
+    if len(paths) < 2 and (tables := _tables_in(root)):
+        raise InputError(f'only one class folder ({paths[0][0]}) in {short_path(root)}: data={tables[0]} reads the classes '
+                         'from that table')
     _warn_outside_classes(root, splits)
     if not classes_at: _mention_levels(root, table, splits)
     return check_trainable(table)
 
 # %% ../nbs/01d_folders.ipynb #18
+def _tables_in(root): return [short_path(f) for f in sorted(root.iterdir()) if f.suffix in ('.csv', '.tsv', '.parquet')]
+
 def _explain_empty(root, splits):
     "The error for a folder without images in class folders"
     flat = sorted(e.name for f, _ in splits for e in os.scandir(f) if e.name[0] != '.' and _is_file(e)
@@ -216,8 +223,7 @@ def _explain_empty(root, splits):
     if not flat:
         return (f'no images in {short_path(root)}: it must contain one folder of images per class (optionally below '
                 'train/, valid/, test/), or idx files')
-    tables = sorted(f.name for f in root.iterdir() if f.suffix in ('.csv', '.tsv', '.parquet'))
-    table = short_path(root/tables[0]) if tables else 'labels.csv'
+    table = next(iter(_tables_in(root)), 'labels.csv')
     return (f"no images in class folders of {short_path(root)}, but {len(flat):,} outside of them, like {flat[0]}: make "
             f"one folder of images per class, or read the classes from a table (data={table}) or from the file names "
             "(label_from='^(.+)_')")
@@ -227,7 +233,8 @@ def _mention_levels(root, table, splits):
     depth = 1 if splits[0][0] == root else 2
     folders = {tuple(item.split(os.sep)[depth - 1:-1]) for item in table.items[table.split('train')]}
     if all(len(f) == 1 for f in folders): return
-    warn_once(f'{short_path(root)}: {len(table.classes):,} classes, the folders of the first level; their images are '
+    n = len(table.classes)
+    warn_once(f'{short_path(root)}: {n:,} class{"es"*(n != 1)}, the folders of the first level; their images are '
               'in '
               f'{len(folders):,} folders: classes_at=leaf makes each of them a class')
 

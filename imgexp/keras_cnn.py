@@ -25,7 +25,7 @@ from imgexp.keras_network import (ACTIVATIONS, KERAS_PRECISIONS, STRATEGIES, cle
 from .loader import BadImageParams, SizeParams
 from .metrics import confusion, skipped_message, plot_confusion, plot_curves, plot_mistakes, plot_predictions, score
 from .packs import prepare_images, preparation
-from .sources import DataParams, data_revision, load_images, source_options
+from .sources import DataParams, source_record, load_images, source_options
 from .params import Parameters, RunParams, SeedParams, param, seeds, takes
 from .runs import Run
 from .start import start_run
@@ -245,7 +245,7 @@ def start_keras(
                'backend': os.environ.get('KERAS_BACKEND', 'tensorflow')}
     if prepared := preparation(arrays.table): depends['prepared'] = prepared
     return start_run('10_keras_cnn', p, depends,
-                     resolved={'precision': keras_precision(p.precision), **data_revision(p.data)}, observer=observer)
+                     resolved={'precision': keras_precision(p.precision), **source_record(p)}, observer=observer)
 
 # %% ../nbs/10_keras_cnn.ipynb #3466dcd5
 def _run_experiment(

@@ -75,7 +75,7 @@ def _short_names(names):
     times = [n[:15] for n in names]
     return [t if times.count(t) == 1 and n[15:16] == '-' else n for t, n in zip(times, names)]
 
-_FIRST = ('run', 'state', 'test top-1', 'data', 'time', 'epochs', 'valid top-1')
+_FIRST = ('run', 'state', 'test top-1', 'valid top-1', 'data', 'epochs', 'time')
 
 @dataclass(repr=False)
 class RunList:
@@ -88,7 +88,7 @@ class RunList:
         "Columns of a group that fit into the width, and the differing parameters left out"
         filled = [c for c in (*_FIRST, 'error') if any(r[c] for r in group.rows)]
         shown, left_out, room = [], [], self.width
-        for c in (*filled, *(self.columns or group.differing())):
+        for c in dict.fromkeys((*filled, *(self.columns or group.differing()))):
             if self._width(group, c) > room and c not in (*_FIRST[:3], *self.columns): left_out.append(c)
             else: shown, room = [*shown, c], room - self._width(group, c)
         return shown, left_out

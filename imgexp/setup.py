@@ -25,7 +25,7 @@ from .loader import IMAGENET, normalization
 from .models import NetworkParams, build_model, check_size
 from .packs import prepare_images, preparation
 from .parallel import from_rank_zero
-from .sources import DataParams, PackParams, data_revision, load_images, source_options
+from .sources import DataParams, PackParams, source_record, load_images, source_options
 from .params import Parameters, RunParams, param, seeds
 from .recipes import RECIPES, recipe
 from .runs import Run
@@ -212,7 +212,7 @@ def start_training(
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
 ) -> Run:          # open, or finished
     "Start the run, or find an existing one, in process 0; return it in all processes."
-    started, resolved = [], {'precision': learn.precision, 'threads': torch.get_num_threads(), **data_revision(p.data)}
+    started, resolved = [], {'precision': learn.precision, 'threads': torch.get_num_threads(), **source_record(p)}
     def start():
         started.append(start_run('03_train', p, dependencies(p, table, learn.model), resolved=resolved,
                                  observer=observer, before=lambda run: keep_threads(p, run)))

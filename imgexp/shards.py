@@ -109,7 +109,7 @@ def open_datasets(
         else: opened = datasets.load_dataset(str(path), config or None)
     except Exception as e:  # of many types, none of them common to all failures
         raise InputError(f'{short_path(path)} cannot be opened as a Hugging Face data set: '
-                         f"{' '.join(str(e).split())[:300]}") from None
+                         f"{' '.join(f'{e} {e.__cause__ or str()}'.split())[:300]}") from None
     finally:
         if bars: datasets.enable_progress_bars()
     return dict(opened) if isinstance(opened, dict) else {'train': opened}
@@ -127,6 +127,9 @@ def _roles(features, columns, where):
     found = find_columns([*features], columns, where)
     images = [c for c, f in features.items() if _holds_images(f)]
     classes = [c for c, f in features.items() if isinstance(f, _datasets().ClassLabel)]
+    if 'image:' in columns and found['image'] not in images:
+        raise InputError(f"columns={columns!r}: column {found['image']!r} of {where} holds no images"
+                         + f" ({', '.join(images)} would)"*bool(images))
     if found.get('image') not in images: found['image'] = images[0] if images else None
     if not found['image']: raise missing_column('image', [*features], where)
     if 'label:' not in columns and classes and found.get('label') not in classes:

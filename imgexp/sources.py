@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['SOURCE_OPTIONS', 'EMBEDDED', 'KINDS', 'DataParams', 'PackParams', 'source_options', 'Kind', 'find_source',
-           'download_hub', 'data_revision', 'open_images', 'applicable_options', 'load_images']
+           'download_hub', 'resolve_source', 'source_record', 'open_images', 'applicable_options', 'load_images']
 
 # %% ../nbs/01h_sources.ipynb #2
 import os, re, shlex
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from .catalog import locate
 from .data import Encoded, Files, Images, from_idx, keep_classes, with_valid
-from .errors import InputError
+from .errors import InputError, unknown_name
 from .files import short_path
 from .folders import check_trainable, from_folders, from_names, warn_once
 from .packs import from_pack
 from .params import Parameters, param
 from .samples import digits, shapes
-from .shards import from_datasets, is_saved_dataset, find_tars
+from .shards import find_tars, from_datasets, from_tars, is_saved_dataset
 from .tables import from_metadata, from_table
 
 # %% ../nbs/01h_sources.ipynb #5
 class DataParams(Parameters, heading='data'):
     data: str = param('digits', 'digits, shapes, a catalog name, a folder, a table of files and labels (labels.csv), a '
-                                'pack, or hf:owner/name')
+                                'Hugging Face data set (folder or hf:owner/name), tars, a pack')
     classes: str = param('', 'comma-separated names of the classes to keep; empty keeps all')
     subset: float = param(1.0, 'fraction of the training images kept', '(0, 1]')
     label_from: str = param('', "regular expression for file names, whose first group is the class ('^(.+)_')",
@@ -61,9 +62,7 @@ def _from_hub(name, classes, **options):
     table = from_datasets(download_hub(name), classes, config=config, **options)
     return replace(table, name=repository.partition('/')[2])
 
-def _needs_packing(path, classes):
-    raise InputError(f'{short_path(path)} is a webdataset: pack it once, `imgexp data pack {shlex.quote(str(path))}`, '
-                     'and train on the pack')
+def _from_tars(path, classes): return keep_classes(from_tars(find_tars(path)), classes)
 
 @dataclass
 class Kind:
@@ -75,14 +74,14 @@ class Kind:
 _TABLE = ('label_from', 'columns', 'valid_fold')
 KINDS = {
     'images': Kind('a table in memory', keep_classes),
-    'embedded': Kind('embedded', lambda name, classes: keep_classes(EMBEDDED[name](), classes)),
+    'embedded': Kind('an embedded data set', lambda name, classes: keep_classes(EMBEDDED[name](), classes)),
     'pack': Kind('a pack', from_pack),
     'idx': Kind('idx files', lambda path, classes: keep_classes(from_idx(path), classes)),
     'table': Kind('a table of files and labels', from_table, _TABLE),
     'metadata': Kind('images with metadata.csv', from_metadata, _TABLE),
     'datasets': Kind('a Hugging Face data set', from_datasets, ('columns',)),
     'hub': Kind('a data set of the Hugging Face hub', _from_hub, ('columns',)),
-    'tars': Kind('a webdataset', _needs_packing),
+    'tars': Kind('a webdataset', _from_tars),
     'names': Kind('images with classes in their names', from_names, ('label_from',)),
     'folders': Kind('class folders', from_folders, ('classes_at',))}
 
@@ -116,7 +115,8 @@ def _kind_of_folder(path, label_from):
     if label_from: return 'names'
     if any((f/'metadata.csv').is_file() for f in [path, *(d for d in path.iterdir() if d.is_dir())]): return 'metadata'
     if any(path.glob('*.tar')): return 'tars'
-    if any(path.glob('*.parquet')) or any(path.glob('data/*.parquet')): return 'datasets'
+    if any(_holds_bytes(f) for pattern in ('*.parquet', 'data/*.parquet') for f in sorted(path.glob(pattern))[:1]):
+        return 'datasets'
     return 'folders'
 
 # %% ../nbs/01h_sources.ipynb #11
@@ -141,16 +141,21 @@ def find_source(
                      f"table of files and labels, one of {', '.join(EMBEDDED)}, or a name from `imgexp data list`")
 
 # %% ../nbs/01h_sources.ipynb #13
+def _options_file(path): return (path if path.is_dir() else path.parent)/'data.yaml'
+
 def _stored_options(path):
     "Options in data.yaml beside the images"
-    file = (path if path.is_dir() else path.parent)/'data.yaml'
+    file = _options_file(path)
     if not file.is_file(): return {}
     import yaml
     try: values = yaml.safe_load(file.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(f"{short_path(file)} is not valid YAML: {' '.join(str(e).split())[:200]}") from None
-    values = {k: v for k, v in values.items() if k in SOURCE_OPTIONS} if isinstance(values, dict) else {}
-    try: return source_options(DataParams.check(values))
+    values = values if isinstance(values, dict) else {}
+    for k in values:
+        if k not in SOURCE_OPTIONS and get_close_matches(str(k), SOURCE_OPTIONS, 1, 0.75):
+            raise InputError(f"{short_path(file)}: {unknown_name(str(k), SOURCE_OPTIONS, 'option')}")
+    try: return source_options(DataParams.check({k: v for k, v in values.items() if k in SOURCE_OPTIONS}))
     except InputError as e: raise InputError(f'{short_path(file)}: {e}') from None
 
 # %% ../nbs/01h_sources.ipynb #15
@@ -174,34 +179,45 @@ def download_hub(
     except Exception as e:  # of many types, none of them common to all failures
         raise InputError(f"data={name!r} cannot be downloaded: {' '.join(str(e).split())[:200]}") from None
 
-def data_revision(
-    data, # as for `open_images`
-) -> dict: # {'data': 'hf:owner/name@revision'}; empty for data that are not from the hub
-    "Return what `data` means today, for the record of a run."
-    if not str(data).startswith('hf:'): return {}
-    return {'data': f"{str(data).partition('@')[0]}@{download_hub(str(data)).name}"}
-
 # %% ../nbs/01h_sources.ipynb #17
+def resolve_source(
+    data: str | Path | Images, # as for `open_images`
+    options: dict, # that are given
+) -> tuple: # key of `KINDS`; the table, name or path; the options in effect
+    "Find what `data` names and how it is to be read; raises `InputError` for an option that does not apply."
+    kind, path = find_source(data, options.get('label_from', ''))
+    stored = _stored_options(path) if isinstance(path, Path) else {}
+    if kind == 'folders' and 'label_from' in stored: kind = 'names'
+    in_effect = stored | options
+    for k, v in in_effect.items():
+        if k in KINDS[kind].options: continue
+        where = '' if k in options else f'{short_path(_options_file(path))}: '
+        raise InputError(f'{where}{k}={v!r} does not apply to {KINDS[kind].about} ({data}): leave it out')
+    return kind, path, in_effect
+
+def source_record(
+    p, # parameters with `data` and the options of a source
+) -> dict: # source: options in effect; data: revision on the hub; each only if there is one
+    "Return what `data` means today, for the record of a run."
+    kind, _, options = resolve_source(p['data'], source_options(p))
+    revision = f"{p['data'].partition('@')[0]}@{download_hub(p['data']).name}" if kind == 'hub' else ''
+    return {k: v for k, v in {'source': options, 'data': revision}.items() if v}
+
+# %% ../nbs/01h_sources.ipynb #18
 def open_images(
     data: str | Path | Images,  # embedded name, folder, table of files and labels, pack, catalog name, 'hf:owner/name'
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
     **options,                  # `label_from`, `classes_at`, `columns`, `valid_fold`, as in `DataParams`
 ) -> Images:
     "Open `data` as a table with the splits it comes with; raises `InputError` for an option that does not apply."
-    kind, path = find_source(data, options.get('label_from', ''))
-    if isinstance(path, Path):
-        options = _stored_options(path) | options
-        if kind == 'folders' and 'label_from' in options: kind = 'names'
-    for k in options:
-        if k not in KINDS[kind].options:
-            raise InputError(f'{k}={options[k]!r} does not apply to {KINDS[kind].about} ({data}): leave it out')
+    kind, path, options = resolve_source(data, options)
     table = KINDS[kind].open(path, classes, **options)
     if isinstance(table.source, Encoded) and (options or kind in ('table', 'hub')):
         words = [str(data), *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
         table.source.origin = shlex.join(words)
     return table
 
-# %% ../nbs/01h_sources.ipynb #18
+# %% ../nbs/01h_sources.ipynb #19
 def applicable_options(
     data: str | Path | Images, # as for `open_images`
     options: dict, # of another source
@@ -209,7 +225,7 @@ def applicable_options(
     "Return the options that apply to `data` too."
     return {k: v for k, v in options.items() if k in KINDS[find_source(data, options.get('label_from', ''))[0]].options}
 
-# %% ../nbs/01h_sources.ipynb #19
+# %% ../nbs/01h_sources.ipynb #20
 def _check_files(table):
     "InputError if files that a table names are missing"
     source = table.source

@@ -34,6 +34,7 @@ def parse_columns(
         if role not in USUAL_COLUMNS or not name:
             raise InputError(f'columns={columns!r}: give pairs like image:photo,label:breed; the first words are '
                              f"{', '.join(USUAL_COLUMNS)}")
+        if role in chosen: raise InputError(f'columns={columns!r} names two columns of {role}s: leave one of them out')
         chosen[role] = name
     return chosen
 
@@ -125,8 +126,12 @@ def _split_codes(column, name, valid_fold, where):
     "int8 [n], index into SPLITS"
     import pandas as pd
     codes, values = pd.factorize(column.to_numpy(zero_copy_only=False))
+    folds = len(values) > 0 and all(re.fullmatch(r'\d+(\.0)?', v) for v in values)
+    if folds and valid_fold < 0:
+        warn_once(f'{where}: column {name!r} numbers folds; they are ignored (valid_fold={values[0]} validates on one)')
+        return None
     if (codes < 0).any(): raise InputError(f'{where}: row {(codes < 0).argmax() + 1:,} has no {name}: fill it in')
-    if all(re.fullmatch(r'\d+(\.0)?', v) for v in values): return _fold_codes(codes, values, name, valid_fold, where)
+    if folds: return _fold_codes(codes, values, name, valid_fold, where)
     unknown = next((v for v in values if v.lower() not in SPLIT_NAMES), None)
     if unknown is not None:
         row = (codes == [*values].index(unknown)).argmax() + 1
@@ -135,9 +140,6 @@ def _split_codes(column, name, valid_fold, where):
 
 def _fold_codes(codes, values, name, valid_fold, where):
     folds = [int(float(v)) for v in values]
-    if valid_fold < 0:
-        warn_once(f'{where}: {name} numbers folds, which are ignored: valid_fold={min(folds)} validates on one of them')
-        return None
     if valid_fold not in folds:
         raise InputError(f"valid_fold={valid_fold} is not in column {name} of {where}: it has "
                          f"{', '.join(map(str, sorted(folds)[:20]))}")
@@ -175,8 +177,11 @@ def _place(folder, name):
     "(folder beside the table, extension) that complete a file name; ('', '') if none does"
     beside = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] != '.')
     suffixes = [''] if os.path.splitext(name)[1].lower() in image_suffixes() else ['', *sorted(image_suffixes())]
-    return next(((sub, suffix) for sub in ['', *beside] for suffix in suffixes
-                 if (folder/sub/f'{name}{suffix}').is_file()), ('', ''))
+    found = [(sub, suffix) for sub in ['', *beside] for suffix in suffixes if (folder/sub/f'{name}{suffix}').is_file()]
+    if len(found) > 1 and found[0][0]:
+        raise InputError(f'{name} is in several folders beside the table ({found[0][0]}, {found[1][0]}): move the table '
+                         'into the right one')
+    return found[0] if found else ('', '')
 
 def _complete(folder, files, where):
     "The folder that file names are relative to, and the completed names"
@@ -194,7 +199,8 @@ def _rows(path, label_from, columns, valid_fold):
     "Files, label texts and split codes (or None) of a table"
     where, names = short_path(path), table_columns(path)
     found = find_columns(names, columns, where)
-    if label_from: found.pop('label', None)
+    if label_from and (ignored := found.pop('label', None)):
+        warn_once(f'{where}: label_from takes the classes from file names, column {ignored!r} is ignored')
     if 'image' not in found: raise missing_column('image', names, where)
     if 'label' not in found and not label_from: raise missing_column('label', names, where)
     if valid_fold >= 0 and 'split' not in found:

@@ -62,7 +62,7 @@ def run_data(
     "Load the images that the run was trained on; raises `InputError` if they are missing or have changed."
     data = run.resolved.get('data', run.params['data'])
     if not Path(data).exists() and (Path(run.folder)/data).exists(): data = Path(run.folder)/data
-    table = load_images(data, run.params.get('classes', ''), **source_options(run.params))
+    table = load_images(data, run.params.get('classes', ''), **run.resolved.get('source', source_options(run.params)))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: give the data to evaluate on '
                          '(data=…)')
@@ -88,7 +88,8 @@ def _table_for(trained, data, classes, options):
         given = {k: v for k, v in {'classes': classes, **options}.items() if v not in ('', -1)}
         if given: raise InputError(f'{[*given][0]}={[*given.values()][0]!r} is for other data: give them too (data=…)')
         return with_classes(run_data(trained.run), trained.classes)
-    options = applicable_options(data, source_options(trained.run.params)) | source_options(options)
+    of_run = trained.run.resolved.get('source', source_options(trained.run.params))
+    options = applicable_options(data, of_run) | source_options(options)
     return prepare_like(with_classes(load_images(data, classes, **options), trained.classes),
                         trained.run.depends.get('prepared', ''))
 
@@ -144,7 +145,9 @@ def _folder_table(folder, classes):
     folder = Path(folder).expanduser()
     if not folder.exists(): raise InputError(f'{str(folder)!r}: no such folder or image')
     files = image_files(folder) if folder.is_dir() else [folder.name]
-    if not files: raise InputError(f'no images in {str(folder)!r}')
+    if not files or folder.suffix in ('.csv', '.tsv', '.parquet', '.tar'):
+        raise InputError(f'no images in {str(folder)!r}: give a folder of images; `imgexp eval RUN --data …` evaluates '
+                         'labeled images of any source')
     names, root = np.array(files, object), folder if folder.is_dir() else folder.parent
     return Images(names, np.zeros(len(names), np.int64), np.full(len(names), 2, np.int8), classes,
                   source=Files(root.resolve(), names))

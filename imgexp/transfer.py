@@ -36,7 +36,7 @@ from .metrics import skipped_message
 from .models import build_model, default_size
 from .networks import HEADS, archs, freeze_bn_statistics, set_retrain
 from .packs import prepare_images, preparation
-from .sources import DataParams, data_revision, load_images, source_options
+from .sources import DataParams, source_record, load_images, source_options
 from .parallel import launched_world_size, rank_zero_print
 from .params import Parameters, RunParams, SplitSeedParams, param, seeds, takes
 from .results import finish_run, predict, predict_split
@@ -415,7 +415,7 @@ def _run_experiment(
     _cut(p, model)
     policy(p.augment, p.size)
     if not p.weights: print(f'{p.arch} has random weights: give weights=imagenet, or a file, for a pretrained network')
-    resolved = {'precision': choose_precision(p.precision, best_device()), **data_revision(p.data)}
+    resolved = {'precision': choose_precision(p.precision, best_device()), **source_record(p)}
     set_retrain(model, p.retrain)
     optional = {'prepared': preparation(table),
                 'augment': augment_id(p.augment) if p.views or p.finetune_epochs else ''}

@@ -21,7 +21,6 @@ from .decoding import BadImage, decode, jpeg_size, shrink
 from .errors import InputError, RunFailed, unknown_name
 from .files import file_sha256, read_json, short_path, write_json, writing
 from .packs import FORMAT, PACK_KINDS, Pack, find_pack, from_pack, open_arrow, pack_about, packs_dir, shard_name
-from .shards import from_tars, find_tars
 from .sources import open_images
 from .text import duration, file_size, printable
 
@@ -213,7 +212,7 @@ def _publish(work_dir, pack_dir, say):
 
 # %% ../nbs/01h_write_packs.ipynb #27a380c6
 def build_pack(
-    data: str | Path,      # as for `open_images`, or the tars of a webdataset
+    data: str | Path,      # as for `open_images`
     size: int = 256,       # shorter side in px; 0 keeps files as they are
     kind: str = 'jpeg',    # or 'raw': pixels, about ten times as large at 256 px
     dest: str | Path | None = None, # folder of packs; `packs_dir()` by default
@@ -227,8 +226,7 @@ def build_pack(
         raise InputError(f'size={size}: give 8 to 8192 px'
                          + (', or 0 with kind jpeg, which keeps files as they are' if size else
                          '; 0 keeps files as they are and goes with kind jpeg'))
-    tars = find_tars(data)
-    table = from_tars(tars) if tars else open_images(data, **options)
+    table = open_images(data, **options)
     if isinstance(table.source, Pixels):
         raise InputError(f'{table.name} is in memory already: a pack would not be faster')
     if isinstance(table.source, Pack):

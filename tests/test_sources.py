@@ -56,6 +56,7 @@ def test_nested_folders_are_told_and_chosen(project, capsys):
     assert 'folders in several branches are named Lime: classes of such names are called like Drinks/Lime' in capsys.readouterr().err
     leaf = load_images(shop, classes_at='leaf')
     assert leaf.classes == ['Cola', 'Drinks/Lime', 'Fruit/Lime', 'Gala', 'Golden'] and 'classes_at' not in capsys.readouterr().err
+    with pytest.raises(InputError, match="classes_at='4': the folders of shop have 3 levels"): load_images(shop, classes_at='4')
     assert load_images(shop, 'Gala,Drinks/Lime', classes_at='leaf').classes == ['Drinks/Lime', 'Gala']
     for row in range(len(leaf)): assert leaf.items[row].startswith({'Gala': 'Fruit/Apple/Gala', 'Golden': 'Fruit/Apple/Golden', 'Cola': 'Drinks/Cola'}.get(leaf.classes[leaf.labels[row]], leaf.classes[leaf.labels[row]]))
     assert fingerprint(leaf) != fingerprint(load_images(shop, classes_at='2')) != fingerprint(load_images(shop))
@@ -124,13 +125,14 @@ def test_names_without_their_ending_in_a_folder_beside(project, capsys):
     told = capsys.readouterr().err
     assert 'the images are train_images/0.png and so on' in told
     load_images(project/'kaggle/train.csv')
-    assert 'fold numbers folds, which are ignored: valid_fold=0 validates on one of them' in capsys.readouterr().err
+    assert "column 'fold' numbers folds; they are ignored (valid_fold=0 validates on one)" in capsys.readouterr().err
 
 ROWS = 'file,label\n0.png,cat\n1.png,dog\n2.png,cat\n3.png,dog\n4.png,cat\n5.png,dog\n'
 TABLES = {
     'no label column': (ROWS.replace('label', 'kind'), {}, 'labels.csv has no column of labels: name it with columns=label:NAME (its columns are file, kind'),
     'no file column': (ROWS.replace('file', 'photo'), {}, 'has no column of images: name it with columns=image:NAME'),
     'unknown column': (ROWS, dict(columns='label:labl'), "unknown column of labels.csv 'labl': did you mean 'label'?"),
+    'a column twice': (ROWS, dict(columns='label:label,label:file'), 'names two columns of labels: leave one of them out'),
     'unknown role': (ROWS, dict(columns='labels:label'), "columns='labels:label': give pairs like image:photo"),
     'a label missing': (ROWS.replace('3.png,dog', '3.png,'), {}, 'labels.csv: row 4, 3.png, has no label: fill it in, or remove the row'),
     'no labels': ('file,label\n0.png,\n1.png,\n', {}, 'has no labels: `imgexp predict RUN FOLDER` labels images without labels'),
@@ -179,6 +181,10 @@ def test_data_yaml_beside_the_images(project):
     (pets/'data.yaml').write_text("label_from: '^(.+)_'\nnc: 2\n")
     assert table_of(load_images(pets)) == table_of(load_images(pets, label_from='^(.+)_'))
     assert load_images(pets, label_from='^(.)').classes == ['A', 'g']
+    (pets/'data.yaml').write_text('label_form: x\n')
+    with pytest.raises(InputError, match="data.yaml: unknown option 'label_form': did you mean 'label_from'"): load_images(pets)
+    (pets/'data.yaml').write_text('columns: label:x\n')
+    with pytest.raises(InputError, match='data.yaml: columns=.* does not apply to class folders'): load_images(pets)
     (pets/'data.yaml').write_text('valid_fold: x\n')
     with pytest.raises(InputError, match="data.yaml: valid_fold='x' is not a whole number"): load_images(pets)
 
@@ -277,7 +283,8 @@ def test_tars_are_packed_once(project, launcher):
     for split, n in (('train', 8), ('val', 4)):
         for k in range(2): tar(project/f'shards/{split}-{k:03d}.tar', [(f'{split}/{i:04d}.{e}', raw) for i in range(n) for e, raw in
                                                                       (('png', png(i)), ('json', json.dumps({'label': 'ab'[i % 2]}).encode()))])
-    with pytest.raises(InputError, match='is a webdataset: pack it once, `imgexp data pack '): load_images(project/'shards')
+    tars = load_images(project/'shards')
+    assert tars.counts().tolist() == [[8, 4, 0]]*2 and read_stored(tars, 17) == png(1)
     job = launcher.imgexp('data', 'pack', 'shards', '--size', '8', '--dest', 'packs', root=project)
     assert job.wait() == 0, job.err
     table = load_images(project/job.out.strip())
