@@ -85,6 +85,7 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	"$$bin/python" tests/check.py
 	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM
 	export IMGEXP_ROOT="$$tmp" WANDB_MODE=offline
+	before=$$(ls -A runs)
 	cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 	workers=$$(( cores < 2 ? 1 : cores < 8 ? 2 : 4 ))
 	say "running the notebooks as tests ($$workers at a time)"
@@ -92,6 +93,7 @@ test: ## everything that is checked: notebooks clean and exported, nbdev_test, p
 	"$$bin/nbdev_test" --n_workers $$workers --timing
 	say "running tests/ ($$((workers + 1)) files at a time: many tests wait for other processes)"
 	"$$bin/python" -m pytest tests -q -n $$((workers + 1)) --dist loadfile --no-loadscope-reorder
+	[ "$$(ls -A runs)" = "$$before" ] || die 'the tests left something in runs/'
 
 check: ## after each change: exports, code statistics, the fast tests (two minutes)
 	@$(call environment,all)
