@@ -129,7 +129,7 @@ def execute(
         with _forward_stop() as stop_requested, environment_variables(IMGEXP_RUN_LOG=str(run_file), PYTHONSAFEPATH='1'):
             try:
                 papermill.execute_notebook(str(notebook), str(out), values, progress_bar=False, coalesce_streams=True,
-                                           extra_arguments=_KERNEL)
+                                           start_timeout=300, extra_arguments=_KERNEL)
             except Exception as e: error = _short_error(e)
         run, reused = _recorded_run(run_file, Path(notebook).stem)
         value = {'run': str(run.dir) if run else '', 'reused': reused}

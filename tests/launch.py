@@ -106,7 +106,7 @@ class Launcher:
 
     def papermill(self, *args, root, notebook=TRAIN, **env):
         "Start `papermill nbs/03_train.ipynb out.ipynb args` in `root`. Returns at once."
-        return self.python('-m', 'papermill', notebook, f'out{len(self.jobs)}.ipynb', *args, root=root, **env)
+        return self.python('-m', 'papermill', notebook, f'out{len(self.jobs)}.ipynb', '--start-timeout', '300', *args, root=root, **env)
 
     def python(self, *args, root, **env):
         "Start `python args` in `root`. Returns at once."

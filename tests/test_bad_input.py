@@ -288,6 +288,7 @@ def test_papermill_wrong_use(through_papermill, case, says):
 def test_papermill_fails_within_training(through_papermill):
     job, root = through_papermill['image']
     assert job.wait() == 1
+    assert len(runs_in(root)) == 1, job.err
     run, = runs_in(root)
     assert last_line(job.err) == f"BadImage: {status(run)['error'].removeprefix('BadImage: ')}"
     assert re.search(r'square/004.png is cut short: fix or remove it.*bad=skip', last_line(job.err))
