@@ -91,7 +91,7 @@ _WORK = "import sys; sys.path[:] = [p for p in sys.path if p]; from imgexp.worke
 class _Worker:
     "A worker process as seen by its parent; queues (worker, outcome) per job, and (worker, None) when it exits"
     def __init__(self, slot, env, outcomes):
-        self.slot, self.job, self.log = slot, None, tempfile.TemporaryFile()
+        self.slot, self.job, self.log, self.log_start = slot, None, tempfile.TemporaryFile(), 0
         self.process = subprocess.Popen([sys.executable, '-c', _WORK], env=os.environ | env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
                                         start_new_session=True)
@@ -102,7 +102,7 @@ class _Worker:
         outcomes.put((self, None))
 
     def begin(self, job):
-        self.job = job
+        self.job, self.log_start = job, os.fstat(self.log.fileno()).st_size
         try: print(json.dumps({'call': job.call, 'values': to_plain(job.values)}), file=self.process.stdin, flush=True)
         except BrokenPipeError: pass  # it died while idle; its exit is already in the queue
     def close(self):
@@ -121,13 +121,13 @@ class _Worker:
 # %% ../nbs/05_workers.ipynb #f94397f3
 @patch
 def describe_exit(self: _Worker):
-    "Describe how the process ended, with its last line of output"
+    "Describe how the process ended, with the last line that its job printed"
     code = self.process.returncode
     if code >= 0: ending = f'ended with status {code}'
     elif code == -signal.SIGKILL: ending = 'was killed by SIGKILL, perhaps for lack of memory'
     else: ending = f'was killed by {signal.Signals(-code).name}'
-    size = os.fstat(self.log.fileno()).st_size
-    lines = os.pread(self.log.fileno(), 2000, max(0, size - 2000)).decode(errors='replace').split('\n')
+    start = max(self.log_start, os.fstat(self.log.fileno()).st_size - 2000)
+    lines = os.pread(self.log.fileno(), 2000, start).decode(errors='replace').split('\n')
     last = next((line.strip() for line in reversed(lines) if line.strip()), '')
     return f'its process {ending}' + f' after: {last}'*bool(last)
 

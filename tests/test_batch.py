@@ -188,3 +188,9 @@ def test_equal_points_and_long_values(launcher, demo):
     assert job.wait() == 0 and '2 jobs' in job.err, job.err
     job = launcher.imgexp('batch', '03_train', '-p', 'classes', json.dumps([','.join(f'n{k:08d}' for k in range(30))]), '--dry-run', root=demo)
     assert job.wait() == 0 and '1 job: 1 to run' in job.err, job.err
+
+def test_the_last_line_of_a_dead_process_is_its_own(project):
+    "Not that of the job which the same process had run before."
+    from imgexp.workers import Job, run_jobs
+    failed, died = run_jobs([Job('statistics:mean', {'data': []}), Job('os:_exit', {'status': 3})], 1, tries=1)
+    assert failed.error.startswith('statistics.StatisticsError') and died.error == 'its process ended with status 3'
