@@ -212,8 +212,8 @@ def open_images(
     "Open `data` as a table with the splits it comes with; raises `InputError` for an option that does not apply."
     kind, path, options = resolve_source(data, options)
     table = KINDS[kind].open(path, classes, **options)
-    if isinstance(table.source, Encoded) and (options or kind in ('table', 'hub')):
-        words = [str(data), *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
+    if isinstance(table.source, Encoded) and (options or kind != 'folders'):
+        words = [str(path.absolute() if isinstance(path, Path) else path), *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
         table.source.origin = shlex.join(words)
     return table
 

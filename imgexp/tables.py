@@ -248,11 +248,14 @@ def from_metadata(
     "Read a folder of images that metadata.csv describes."
     root, tables = Path(root).absolute(), []
     if (root/'metadata.csv').is_file(): return from_table(root/'metadata.csv', classes, label_from, columns, valid_fold)
+    if valid_fold >= 0: raise InputError(f'valid_fold={valid_fold}: {short_path(root)} has folders for its splits')
     for folder, split in split_folders(root):
         if not (folder/'metadata.csv').is_file(): raise InputError(f'{short_path(folder)} has no metadata.csv')
         files, labels, _ = _rows(folder/'metadata.csv', label_from, columns, -1)
         tables.append(([f'{folder.name}{os.sep}{f}' for f in files], labels, np.full(len(files), split, np.int8)))
     files, labels, splits = (np.concatenate(parts) for parts in zip(*tables))
-    (labels, names), items = encode_labels(labels), files.astype(object)
-    table = Images(items, labels, splits, names, name=printable(root.name), source=Files(root, items))
+    labels, names = encode_labels(labels)
+    keep = _unique_rows(files.tolist(), labels, splits, names, short_path(root))
+    items = files.astype(object)[keep]
+    table = Images(items, labels[keep], splits[keep], names, name=printable(root.name), source=Files(root, items))
     return check_trainable(keep_classes(table, classes))

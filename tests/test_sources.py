@@ -359,3 +359,22 @@ def test_a_description_names_what_is_unusual(project):
 def test_stored_declarations_are_those_of_the_experiment():
     assert declared_experiment('03_train').params.declarations() == json.loads(json.dumps(EXPERIMENT.params.declarations()))
     assert from_declarations(EXPERIMENT.params.declarations())() == EXPERIMENT.params()
+
+def test_metadata_of_splits_is_checked_too(project):
+    files(project/'photos/train', [f'{i}.png' for i in range(6)])
+    rows = 'file_name,label\n' + ''.join(f'{i}.png,{"ab"[i % 2]}\n' for i in range(6))
+    (project/'photos/train/metadata.csv').write_text(rows + '0.png,b\n')
+    with pytest.raises(InputError, match="train/0.png is 'a' in row 1 and 'b' in row 7"): load_images(project/'photos')
+    (project/'photos/train/metadata.csv').write_text(rows + '9.png,b\n')
+    with pytest.raises(InputError, match='1 of 7 files of photos are missing'): load_images(project/'photos')
+    with pytest.raises(InputError, match='valid_fold=1: .*photos has folders for its splits'): load_images(project/'photos', valid_fold=1)
+
+def test_tables_of_the_same_name_have_packs_of_their_own(project, monkeypatch):
+    "Named by relative paths from two folders: the second pack does not take the place of the first."
+    packs = []
+    for place in ('one', 'two'):
+        files(project/place/'photos', [f'{i}.png' for i in (range(6) if place == 'one' else reversed(range(6)))])
+        (project/place/'photos/labels.csv').write_text(ROWS)
+        monkeypatch.chdir(project/place)
+        packs.append(build_pack('photos/labels.csv', 8, dest=project/'packs', say=quiet))
+    assert packs[0] != packs[1] and all((p/'pack.json').exists() for p in packs)
