@@ -22,7 +22,7 @@ from .packs import from_pack
 from .params import Parameters, param
 from .samples import digits, shapes
 from .shards import find_tars, from_datasets, from_tars, is_saved_dataset
-from .tables import from_metadata, from_table
+from .tables import from_metadata, from_table, parquet_schema
 
 # %% ../nbs/01h_sources.ipynb #5
 class DataParams(Parameters, heading='data'):
@@ -88,12 +88,8 @@ KINDS = {
 # %% ../nbs/01h_sources.ipynb #9
 def _holds_bytes(path):
     "Whether a Parquet file has a column of images, not only of file names"
-    import pyarrow as pa
-    from pyarrow import parquet
-    try: types = parquet.read_schema(path).types
-    except (OSError, pa.ArrowInvalid) as e:
-        raise InputError(f'{short_path(path)} is not a Parquet file ({e})') from None
-    return any(pa.types.is_binary(t) or pa.types.is_large_binary(t) or pa.types.is_struct(t) for t in types)
+    from pyarrow.types import is_binary, is_large_binary, is_struct
+    return any(is_binary(t) or is_large_binary(t) or is_struct(t) for t in parquet_schema(path).types)
 
 def _kind_of_file(path):
     suffix = path.suffix.lower()
