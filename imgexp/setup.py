@@ -158,7 +158,7 @@ def load_learner(
     p: TrainParams,
     table,     # from `load_table`
 ):             # `ImageLearner`
-    "Build the learner that the parameters describe, with subset, normalization and network."
+    "Build the learner with subset, normalization and network, and set the number of threads that compute."
     subset = keep_subset(table, p.subset, seeds(p)['subset'])
     for side in {*(_sizes(p) or [])} - {p.size}:
         if p.arch.startswith(('vit', 'maxvit')):
