@@ -27,7 +27,7 @@ def _header(table, row):
     "Format, width and height of an image, or the reason why it cannot be read"
     try: image = read_stored(table, row)
     except BadImage as e: return None, str(e)
-    if not isinstance(image, bytes): return 'array', image.shape[1::-1]
+    if not isinstance(image, bytes): return 'in memory', image.shape[1::-1]
     if size := jpeg_size(image): return 'JPEG', size[::-1]
     try:
         with open_image(image) as f: return f.format, f.size
@@ -56,7 +56,7 @@ def _sample_rows(table):
     if 0 < small < len(sizes): unusual.append(f'{small} of {len(sizes)} sampled images have a side of less than 32 px')
     formats = ', '.join(f'{n} {kind}' for kind, n in Counter(kind for kind, _ in headers if kind).most_common())
     text = f'{_sizes_text(sizes)} ({formats})' if sizes else 'unknown'
-    return text + (f', from {len(rows)} of them' if len(rows) < len(table) else ''), unusual
+    return text + (f', in a sample of {len(rows)}' if len(rows) < len(table) else ''), unusual
 
 # %% ../nbs/01j_describe.ipynb #8
 def _classes_text(table):

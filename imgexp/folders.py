@@ -161,8 +161,9 @@ def _class_names(paths, root):
         named[printable(name)] = path
     repeated = [p for p in paths if times[p[-1]] > 1]
     if repeated:
-        warn_once(f"{short_path(root)}: folders in several branches are named {repeated[0][-1]}: classes of such names "
-                  f"are called like {'/'.join(repeated[0])}")
+        warn_once(f"{short_path(root)}: several folders are named {repeated[0][-1]}: their classes are named by their "
+                  "paths, "
+                  f"like {'/'.join(repeated[0])}")
     return named
 
 # %% ../nbs/01d_folders.ipynb #16
@@ -205,9 +206,11 @@ def from_folders(
     table = _assemble(root, files, [s for _, s in splits], selected)
     if not len(table): raise InputError(_explain_empty(root, splits))
     if level > max(map(len, paths)):
-        raise InputError(f'classes_at={classes_at!r}: the folders of {short_path(root)} have {max(map(len, paths))} levels')
+        raise InputError(f'classes_at={classes_at!r}: the folders of {short_path(root)} have {max(map(len, paths))} '
+                         'levels')
     if len(paths) < 2 and (tables := _tables_in(root)):
-        raise InputError(f'only one class folder ({paths[0][0]}) in {short_path(root)}: data={tables[0]} reads the classes '
+        raise InputError(f'only one class folder ({paths[0][0]}) in {short_path(root)}: data={tables[0]} reads the '
+                         'classes '
                          'from that table')
     _warn_outside_classes(root, splits)
     if not classes_at: _mention_levels(root, table, splits)
@@ -224,7 +227,8 @@ def _explain_empty(root, splits):
         return (f'no images in {short_path(root)}: it must contain one folder of images per class (optionally below '
                 'train/, valid/, test/), or idx files')
     table = next(iter(_tables_in(root)), 'labels.csv')
-    return (f"no images in class folders of {short_path(root)}, but {len(flat):,} outside of them, like {flat[0]}: make "
+    return (f"no images in class folders of {short_path(root)}, but {len(flat):,} outside of them, like {flat[0]}: "
+            "make "
             f"one folder of images per class, or read the classes from a table (data={table}) or from the file names "
             "(label_from='^(.+)_')")
 

@@ -209,7 +209,8 @@ def open_images(
     kind, path, options = resolve_source(data, options)
     table = KINDS[kind].open(path, classes, **options)
     if isinstance(table.source, Encoded) and (options or kind != 'folders'):
-        words = [str(path.absolute() if isinstance(path, Path) else path), *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
+        words = [str(path.absolute() if isinstance(path, Path) else path),
+                 *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
         table.source.origin = shlex.join(words)
     return table
 

@@ -53,7 +53,7 @@ def test_nested_folders_are_told_and_chosen(project, capsys):
     line = capsys.readouterr().err.strip()
     assert line == 'shop: 2 classes, the folders of the first level; their images are in 5 folders: classes_at=leaf makes each of them a class'
     assert load_images(shop, classes_at='2').classes == ['Apple', 'Cola', 'Drinks/Lime', 'Fruit/Lime']
-    assert 'folders in several branches are named Lime: classes of such names are called like Drinks/Lime' in capsys.readouterr().err
+    assert 'several folders are named Lime: their classes are named by their paths, like Drinks/Lime' in capsys.readouterr().err
     leaf = load_images(shop, classes_at='leaf')
     assert leaf.classes == ['Cola', 'Drinks/Lime', 'Fruit/Lime', 'Gala', 'Golden'] and 'classes_at' not in capsys.readouterr().err
     with pytest.raises(InputError, match="classes_at='4': the folders of shop have 3 levels"): load_images(shop, classes_at='4')
