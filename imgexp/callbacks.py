@@ -40,7 +40,8 @@ class Mixtures(StatefulCallback):
 
     def before_batch(self):
         loader, epoch = self.dls.train, self.learn.epoch
-        u = uniforms(self.seed, epoch, loader.rows, 32)[:, 16:]  # the first 16 are used by the loader
+        number, _ = loader.batches.position(loader.batch)
+        u = uniforms(self.seed, number, loader.rows, 32)[:, 16:]  # the first 16 are used by the loader
         coin = uniforms(self.seed, epoch, [loader.batch], 33)[0, 32]  # the same in all processes
         x, y = self.xb[0], self.yb[0]
         if self.mixup and (not self.cutmix or coin < 0.5): x, y = _mixup(x, y, u[:, 1:2], self.n_classes, self.mixup)

@@ -313,7 +313,7 @@ def _device(device):
     device = best_device()
     return f'cuda:{torch.cuda.current_device()}' if device == 'cuda' and world_size() > 1 else device
 
-def _make_loaders(table, p, device, transform):
+def _make_loaders(table, p, device, transform, steps_per_epoch):
     "Loaders of the training and validation images"
     workers = p.workers
     in_memory = isinstance(table.source, Pixels) and torch.device(device).type == 'cpu'
@@ -322,7 +322,7 @@ def _make_loaders(table, p, device, transform):
                   process=(rank(), world_size()))
     valid_batch_size = min(p.batch_size, p.micro_batch*world_size() or p.batch_size)
     return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip,
-                          min_scale=p.min_scale, **common),
+                          min_scale=p.min_scale, steps_per_epoch=steps_per_epoch, **common),
                    Loader(table, 'valid', batch_size=valid_batch_size, **common))
 
 # %% ../nbs/02g_learner.ipynb #1d453d0b
@@ -334,14 +334,15 @@ def make_learner(
     device: str = '', # 'cuda', 'mps' or 'cpu'; '' is the fastest available
     sizes=None,     # side of the training images in each epoch, px (`image_sizes`); `size` by default
     transform=None, # callable to use instead of `augment`
+    steps_per_epoch: int = 0, # steps of an epoch; 0: one pass over the training images
     **values,       # of `LearnerParams`
 ) -> ImageLearner:
     "Build a learner from data, network, loss, device and precision, without training it."
     p, device = LearnerParams.check(values), _device(device)
     layout = torch.contiguous_format if torch.device(device).type == 'mps' else torch.channels_last
     loss = partial(F.cross_entropy, label_smoothing=p.label_smoothing)
-    learn = ImageLearner(_make_loaders(table, p, device, transform), model.to(device, memory_format=layout),
-                         loss_func=loss, cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
+    learn = ImageLearner(_make_loaders(table, p, device, transform, steps_per_epoch),
+                         model.to(device, memory_format=layout), loss_func=loss, cbs=[TrainEvalCallback(), ToInput()], default_cbs=False)
     learn.table, learn.norm, learn.size, learn.sizes, learn.training = table, norm, p.size, sizes, False
     learn.micro_batch, learn.clip = p.micro_batch, p.clip
     learn.set_precision(p.precision)

@@ -197,28 +197,36 @@ class Batches:
         seed: int,       # of the shuffling
         shuffle: bool,   # whether to shuffle in each epoch
         process: tuple,  # rank of this process, and number of processes that share each batch
+        n: int = 0,      # batches of an epoch; 0: those of a pass over the images
     ):
         self.rows, self.batch_size, self.seed, self.shuffle, self.process = rows, batch_size, seed, shuffle, process
         self.epoch = self.start = 0
-        n = len(rows)
+        images = len(rows)
         # without a last batch of a single image, on which batch norm cannot be trained
-        self.n = -(-n//batch_size) - (shuffle and n > 1 and n % batch_size == 1)
+        self.per_pass = -(-images//batch_size) - (shuffle and images > 1 and images % batch_size == 1)
+        self.n = n or self.per_pass
     def __len__(self): return self.n - self.start
-    def global_size(self, k): return min(self.batch_size, len(self.rows) - k*self.batch_size)
+    def position(self, k):
+        "Pass over the images, and position in it, of batch `k` of this epoch"
+        return divmod(self.epoch*self.n + k, self.per_pass)
+    def global_size(self, k): return min(self.batch_size, len(self.rows) - self.position(k)[1]*self.batch_size)
+    def _ordered(self, number): return self.rows[order(len(self.rows), self.seed, number)] if self.shuffle else self.rows
     def __iter__(self):
-        rows = self.rows[order(len(self.rows), self.seed, self.epoch)] if self.shuffle else self.rows
+        current, rows = None, None
         for k in range(self.start, self.n):
-            yield rows[k*self.batch_size:(k + 1)*self.batch_size][share(self.global_size(k), *self.process)]
+            number, j = self.position(k)
+            if number != current: current, rows = number, self._ordered(number)
+            yield rows[j*self.batch_size:(j + 1)*self.batch_size][share(self.global_size(k), *self.process)]
 
 # %% ../nbs/01i_loader.ipynb #561bf40d
 class _PendingBatch:
     "A batch that is being prepared in threads"
-    def __init__(self, preprocess, rows, epoch, pool, n_chunks, pin_memory):
+    def __init__(self, preprocess, rows, number, pool, n_chunks, pin_memory):
         import torch
         self.rows, size = rows, preprocess.size
         self.images = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=pin_memory)
         out, step = self.images.numpy(), max(1, -(-len(rows)//n_chunks))
-        self.futures = [(k, pool.submit(preprocess, out[k:k + step], rows[k:k + step], epoch))
+        self.futures = [(k, pool.submit(preprocess, out[k:k + step], rows[k:k + step], number))
                         for k in range(0, len(rows), step)]
     def errors(self):
         "Wait until the batch is ready; {position: reason} of images that can't be decoded"
@@ -260,6 +268,7 @@ class Loader:
         min_scale: float = SCALE[0], # minimum area of a random crop as a fraction of the image; train only
         process=(0, 1),        # rank of this process, and number of processes that share each batch
         image_ids=None,        # int [len(table)], key of each image's random numbers; by default its row
+        steps_per_epoch: int = 0, # batches of an epoch; 0: one pass over the images
     ):
         import torch
         train = split == 'train' if train is None else train
@@ -269,7 +278,8 @@ class Loader:
         self.preprocessor_for = lru_cache(partial(Preprocessor, table, augment=augment if train else 'none', seed=seed,
                                                   flip=flip, min_scale=min_scale, image_ids=image_ids))
         self.preprocess = self.preprocessor_for(size)
-        self.batches = Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process)
+        self.batches = Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process,
+                               steps_per_epoch)
         self.wait_seconds = self.transfer_seconds = 0.  # for batches to be ready; to move them to the device
     def __len__(self): return len(self.batches)
     @property
@@ -293,11 +303,12 @@ def at(
 def _pending_batches(self: Loader):
     "Yield the batches of the epoch, `PREFETCH` of them prepared ahead"
     if self.pool is None: self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix='loader')
-    epoch, queue, prefetch = self.batches.epoch, deque(), PREFETCH if self.workers else 0
+    queue, prefetch = deque(), PREFETCH if self.workers else 0
     pin_memory = self.device.type == 'cuda'
     try:
-        for rows in self.batches:
-            queue.append(_PendingBatch(self.preprocess, rows, epoch, self.pool, max(self.workers, 1), pin_memory))
+        for k, rows in enumerate(self.batches, self.batches.start):
+            queue.append(_PendingBatch(self.preprocess, rows, self.batches.position(k)[0], self.pool,
+                                       max(self.workers, 1), pin_memory))
             if len(queue) > prefetch: yield queue.popleft()
         while queue: yield queue.popleft()
     finally:
