@@ -104,7 +104,7 @@ def _recipe_values(p, given):
 def _steps_per_epoch(p):
     "Steps of an epoch; 0: those of a pass over the images; or InputError"
     if p.steps % p.epochs == 0: return p.steps//p.epochs
-    near = min((n for n in range(1, p.steps + 1) if p.steps % n == 0), key=lambda n: abs(n - p.epochs))
+    near = min((n for n in range(1, min(p.steps, 10_000) + 1) if p.steps % n == 0), key=lambda n: abs(n - p.epochs))
     raise InputError(f'steps={p.steps:,} cannot be divided into epochs={p.epochs} equal parts, each followed by '
                      f'validation: give epochs={near}, or steps={max(1, round(p.steps/p.epochs))*p.epochs}')
 
