@@ -20,6 +20,7 @@ from typing import Annotated, List, Optional
 
 import typer
 
+from .cli_curve import curve_app, curve_arguments
 from .cli_data import SOURCE_TABLE, cache_app, data_app
 from .cli_sweep import sweep_app
 from .environment import package_version
@@ -225,7 +226,7 @@ def _batch(
     if not dry_run and any(r.state == 'failed' for r in results): raise typer.Exit(1)
 
 # %% ../nbs/90c_cli.ipynb #a044137d
-for _sub, _name in ((cache_app, 'cache'), (sweep_app, 'sweep')): app.add_typer(_sub, name=_name)
+for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep')): app.add_typer(_sub, name=_name)
 
 # %% ../nbs/90c_cli.ipynb #4a366252
 STOPPED = 75  # exit status: stopped, the same command continues (EX_TEMPFAIL in sysexits.h)
@@ -261,6 +262,7 @@ def main(
         return 0
     try:
         if args[:1] == ['batch']: args = _join_pairs(args)
+        if args[:2] == ['curve', 'train']: args = curve_arguments(args)
         for name in set(args[:1]) & commands().keys():
             single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
             single.command()(_experiment_command(name, commands()[name][0]))

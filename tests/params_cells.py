@@ -4,8 +4,9 @@ from readme import ROOT
 
 _CELLS = '''import json
 from imgexp.experiments import EXPERIMENTS, experiment_declarations, find_experiment
+from imgexp.curve_folder import CurveParams
 from imgexp.look import LookParams
-tables = {'01k_look': LookParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
+tables = {'01k_look': LookParams, '30_curves': CurveParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
 print(json.dumps([{n: table.cell() for n, table in tables.items()}, experiment_declarations()]))'''
 
 def derived():
@@ -29,6 +30,7 @@ def stale(root=ROOT):
     return out
 
 if __name__ == '__main__':
-    for path, text in stale().items():
-        path.write_text(text, encoding='utf-8')
-        print(f'wrote the parameters in {path.relative_to(ROOT)}', file=sys.stderr)
+    for _ in range(2):  # the parameters of 30_curves come from experiments.json
+        for path, text in stale().items():
+            path.write_text(text, encoding='utf-8')
+            print(f'wrote the parameters in {path.relative_to(ROOT)}', file=sys.stderr)

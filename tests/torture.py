@@ -27,7 +27,7 @@ FP16 = "import imgexp.learner; imgexp.learner._SUPPORTED['cpu'].append('fp16')\n
 SCALED_BF16 = "real_cast = imgexp.learner.autocast; imgexp.learner.autocast = lambda kind, device: real_cast('bf16', device)\n"
 EVERYTHING = dict(precision='fp16', micro_batch=8, clip=1.0, schedule='cosine', warmup=0.5, ema=0.9, label_smoothing=0.1, drop_path=0.3, mixup=0.2,
                   cutmix=1.0, erase=0.3, sizes='32-64', patience=3, keep_every=1, keep_weights='1,2', augment='trivial', flip='alternating', lr=0,
-                  workers=2)
+                  workers=2, steps=21)
 FEATURES = {
     'nothing': {}, 'fp32': dict(precision='fp32'), 'bf16': dict(precision='bf16'), 'fp16 and scaler': dict(precision='fp16'),
     'micro_batch': dict(micro_batch=8), 'clip': dict(clip=0.5), 'sgd': dict(optimizer='sgd', lr=0.05), 'adam': dict(optimizer='adam'),
@@ -36,7 +36,7 @@ FEATURES = {
     'dropout': dict(arch='squeezenet1_1'), 'augment': dict(augment='trivial'), 'flip': dict(augment='crop-flip', flip='alternating'),
     'mixup': dict(mixup=0.4), 'cutmix': dict(cutmix=1.0), 'erase': dict(erase=0.5), 'sizes': dict(sizes='32-64'),
     'patience': dict(patience=1), 'keep_every, keep_weights': dict(keep_every=1, keep_weights='1,2', keep_best=1), 'retrain': dict(retrain=1),
-    'workers': dict(workers=2), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0), 'compile': dict(compile=True),
+    'workers': dict(workers=2), 'steps': dict(steps=21, mixup=0.4, augment='crop-flip'), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0), 'compile': dict(compile=True),
     'two processes': dict(), 'everything': EVERYTHING, 'everything, two processes': EVERYTHING}
 TRANSFER = dict(arch='compact_resnet', epochs=3, batch_size=22, size=32, precision='fp32', track='off', workers=0)
 KERAS = dict(size=32, epochs=4, batch_size=22, filters=8, dense=32, track='off')
