@@ -87,9 +87,20 @@ def _read_csv(path, columns, delimiter):
     from pyarrow import csv as pa_csv
     convert = pa_csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()),
                                     null_values=[''], strings_can_be_null=True)
-    try: return pa_csv.read_csv(path, parse_options=pa_csv.ParseOptions(delimiter=delimiter), convert_options=convert)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as e:
-        raise InputError(f'{short_path(path)} cannot be read: {" ".join(str(e).split())[:200]}') from None
+    def read(**options):
+        return pa_csv.read_csv(path, parse_options=pa_csv.ParseOptions(delimiter=delimiter), convert_options=convert,
+                               read_options=pa_csv.ReadOptions(**options))
+    try: return read()
+    except (pa.ArrowInvalid, pa.ArrowKeyError): pass
+    try: return read(use_threads=False)  # only then the message has the number of the line
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as e: raise _csv_error(path, str(e), delimiter) from None
+
+def _csv_error(path, message, delimiter):
+    ragged = re.search(r'Row #(\d+): Expected (\d+) columns, got (\d+)', message)
+    if not ragged: return InputError(f'{short_path(path)} cannot be read: {" ".join(message.split())[:200]}')
+    line, expected, got = map(int, ragged.groups())
+    return InputError(f'{short_path(path)}: row {line - 1:,} has {got} columns instead of {expected}: put text that '
+                      f'contains {delimiter!r} in double quotes')
 
 # %% ../nbs/01d_tables.ipynb #10
 def _read_parquet(path, columns):
