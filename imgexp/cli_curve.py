@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['curve_app', 'CurveFolder', 'curve_arguments', 'curve_eval', 'curve_plot']
 
-# %% ../nbs/90a_cli_curve.ipynb #2
+# %% ../nbs/90a_cli_curve.ipynb #90a002
 import inspect, json
 from typing import Annotated
 
@@ -15,14 +15,15 @@ from .curve_params import CurveParams, LawParams, parse_sizes
 from .files import short_path
 from .output import Json, parameter_option, print_table, say, stop_on_sigterm
 
-# %% ../nbs/90a_cli_curve.ipynb #4
+# %% ../nbs/90a_cli_curve.ipynb #90a004
 curve_app = typer.Typer(help='Subset curves: error by number of training images.', no_args_is_help=True,
                         rich_markup_mode=None)
 
-CurveFolder = Annotated[str, typer.Option('--checkpoint-dir', help='Folder of the curve, or its name in runs/curves; by '
+CurveFolder = Annotated[str,
+                        typer.Option('--checkpoint-dir', help='Folder of the curve, or its name in runs/curves; by '
                                                                    'default the newest.')]
 
-# %% ../nbs/90a_cli_curve.ipynb #5
+# %% ../nbs/90a_cli_curve.ipynb #90a005
 _ALIASES = {'--model': '--arch', '--num-epochs': '--epochs', '--learning-rate': '--lr'}
 
 def curve_arguments(
@@ -40,7 +41,7 @@ def curve_arguments(
             if arg == '--subset-sizes': sizes = []
     return [*out, ','.join(sizes)] if sizes else out
 
-# %% ../nbs/90a_cli_curve.ipynb #7
+# %% ../nbs/90a_cli_curve.ipynb #90a007
 def _train(dry_run=False, as_json=False, **values):
     p = CurveParams.check({k: v for k, v in values.items() if v is not None})
     parse_sizes(p.subset_sizes)
@@ -53,7 +54,9 @@ def _train(dry_run=False, as_json=False, **values):
 def _show_points(curve, as_json):
     table = curve.table()
     if as_json: print_table(table, True)
-    else: print_table(table.dropna(axis=1, how='all').drop(columns='error', errors='ignore').round(4).set_index('size'), False)
+    else:
+        print_table(table.dropna(axis=1, how='all').drop(columns='error', errors='ignore').round(4).set_index('size'),
+                    False)
     failed = int((table.state != 'done').sum())
     if failed:
         say(f"{failed} of {len(table)} points failed: the same command tries them again")
@@ -68,7 +71,7 @@ _train.__signature__ = inspect.Signature([*(parameter_option(f) for f in CurvePa
 curve_app.command('train', help='Train the missing points of a curve, small subsets first; the same command continues, '
                                 'other sizes or more seeds extend it.')(_train)
 
-# %% ../nbs/90a_cli_curve.ipynb #8
+# %% ../nbs/90a_cli_curve.ipynb #90a008
 @curve_app.command('eval')
 def curve_eval(
     checkpoint_dir: CurveFolder = '',

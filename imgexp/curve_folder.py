@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'check_sizes', 'subset_rows', 'curve_id', 'Curve', 'point_row', 'curves_dir', 'find_curve', 'open_curve']
 
-# %% ../nbs/28_curve_folder.ipynb #2
+# %% ../nbs/28_curve_folder.ipynb #28c002
 import hashlib, json
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from .runs import Run
 from .sources import load_images, source_options
 from .start import runs_dir
 
-# %% ../nbs/28_curve_folder.ipynb #5
+# %% ../nbs/28_curve_folder.ipynb #28c005
 def check_sizes(
     sizes,         # fractions
     table: Images,
@@ -44,7 +44,7 @@ def subset_rows(
     train = table.split('train')
     return train[nested_subset(table.labels[train], size, seed)]
 
-# %% ../nbs/28_curve_folder.ipynb #8
+# %% ../nbs/28_curve_folder.ipynb #28c008
 def curve_id(
     p: CurveParams,
     data: str, # fingerprint of the images
@@ -80,7 +80,7 @@ class Curve:
         "(size, number of the seed) of all points, small sizes first"
         return [(size, k) for size in self.sizes for k in range(self.info['seeds'])]
 
-# %% ../nbs/28_curve_folder.ipynb #9
+# %% ../nbs/28_curve_folder.ipynb #28c009
 @patch
 def locked(self: Curve):
     "Lock the folder against other processes; a context manager."
@@ -100,7 +100,7 @@ def point_values(
     seed = {'seed': p.seed + k} if p.vary == 'all' else {'seed': p.seed, f'seed_{p.vary}': p.seed + k}
     return given | seed | {'subset': size} | ({'steps': self.steps} if self.steps else {})
 
-# %% ../nbs/28_curve_folder.ipynb #10
+# %% ../nbs/28_curve_folder.ipynb #28c010
 COLUMNS = ('size', 'n', 'seed', 'run', 'state', 'epochs', 'steps', 'valid_top1', 'valid_top5', 'test_top1', 'test_top5',
            'n_test', 'seconds', 'error')
 
@@ -122,7 +122,7 @@ def point_row(
                   **{f'{s}_{t}': _accuracy(metrics, s, t) for s in ('valid', 'test') for t in ('top1', 'top5')},
                   'n_test': ((metrics.get('test') or {}).get('top1') or {}).get('n'), 'seconds': metrics['seconds']}
 
-# %% ../nbs/28_curve_folder.ipynb #11
+# %% ../nbs/28_curve_folder.ipynb #28c011
 @patch
 def points(self: Curve) -> dict: # {(size, number of the seed): row of points.csv}
     "The points as last recorded; the state of each run is read again."
@@ -139,16 +139,23 @@ def points(self: Curve) -> dict: # {(size, number of the seed): row of points.cs
     return {key: row(*key) for key in self.keys()}
 
 @patch
-def table(self: Curve, rows=None):
+def table(
+    self: Curve,
+    rows=None, # {(size, number of the seed): row}; read by default
+):
     "DataFrame of the points."
     import pandas as pd
     return pd.DataFrame((rows or self.points()).values(), columns=COLUMNS)
 
 @patch
-def save_points(self: Curve, rows):
+def save_points(
+    self: Curve,
+    rows: dict, # {(size, number of the seed): row}
+):
+    "Write points.csv."
     write_text(self.dir/'points.csv', self.table(rows).to_csv(index=False))
 
-# %% ../nbs/28_curve_folder.ipynb #15
+# %% ../nbs/28_curve_folder.ipynb #28c012
 @patch
 def results(self: Curve) -> dict:
     "Contents of results.json; raises `InputError` if there is none, or it is damaged."
@@ -158,7 +165,7 @@ def results(self: Curve) -> dict:
     raise InputError(f"{short_path(self.dir/'results.json')} {state}: `imgexp curve eval --checkpoint-dir "
                      f"{short_path(self.dir)}` writes it")
 
-# %% ../nbs/28_curve_folder.ipynb #13
+# %% ../nbs/28_curve_folder.ipynb #28c014
 def curves_dir() -> Path: # runs/curves
     "Folder of all curves, which may not exist."
     return runs_dir()/'curves'
@@ -185,30 +192,34 @@ def _existing(p, id):
     same = [c for f in sorted(curves_dir().glob('*/curve.json')) if (c := Curve(f.parent)).info['id'] == id]
     return (same[-1].dir, same[-1]) if same else (curves_dir()/f'{p.arch}-{datetime.now():%Y%m%d-%H%M%S}', None)
 
-# %% ../nbs/28_curve_folder.ipynb #14
+# %% ../nbs/28_curve_folder.ipynb #28c015
 def _stored_values(p):
     "Parameters of the curve in `checkpoint_dir`, where they are not given"
     info = read_json(Path(p.checkpoint_dir)/'curve.json') if p.checkpoint_dir else None
     if not info: return p
     given = p.given | p.changed().keys()
-    filled = p.replace(**{k: v for k, v in info['params'].items() if k in p and k not in given and k != 'checkpoint_dir'})
+    filled = p.replace(**{k: v for k,
+                          v in info['params'].items() if k in p and k not in given and k != 'checkpoint_dir'})
     filled.given = frozenset({*given, *info['given']})
     return filled
 
 def _check_same(curve, p, data):
     if curve.info['data'] != data:
-        raise InputError(f'the images of curve {curve.name} have changed since it was begun: give another checkpoint_dir')
+        raise InputError(f'the images of curve {curve.name} have changed since it was begun: give another '
+                         'checkpoint_dir')
     stored = curve.params
     ignored = {'subset_sizes', 'seeds', *p.not_in_id()} - {'recipe'}
     for k in p:
         if k not in ignored and k != 'data' and p[k] != stored[k]:
-            raise InputError(f'{k}={p[k]!r}: curve {curve.name} has {stored[k]!r}: give the same, or another checkpoint_dir')
+            raise InputError(f'{k}={p[k]!r}: curve {curve.name} has {stored[k]!r}: give the same, or another '
+                             'checkpoint_dir')
 
-# %% ../nbs/28_curve_folder.ipynb #15
+# %% ../nbs/28_curve_folder.ipynb #28c016
 def _equal_steps(p, table):
     "Number of steps of every point; 0: `epochs` passes"
     if p.steps or p.budget == 'epochs': return p.steps
-    if p.recipe and 'epochs' not in p.given: raise InputError('budget=steps with a recipe needs the number of epochs: give epochs')
+    if p.recipe and 'epochs' not in p.given:
+        raise InputError('budget=steps with a recipe needs the number of epochs: give epochs')
     from imgexp.loader import Batches
     return p.epochs*Batches(table.split('train'), p.batch_size, 0, True, (0, 1)).per_pass
 
@@ -236,7 +247,7 @@ def open_curve(
         write_json(folder/'curve.json', info)
     return Curve(folder, info), table
 
-# %% ../nbs/28_curve_folder.ipynb #16
+# %% ../nbs/28_curve_folder.ipynb #28c017
 @patch
 def save_subsets(self: Curve, table: Images):
     "Write the rows of each subset, and a list of them with the images of each class."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETUP_SECONDS', 'measure_speed', 'CurvePlan', 'plan_curve', 'train_point', 'train_curve', 'evaluate_curve']
 
-# %% ../nbs/29_curve_points.ipynb #2
+# %% ../nbs/29_curve_points.ipynb #29c002
 import io, statistics, time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .start import runs_dir
 from .text import duration
 from .workers import Job, Local, run_jobs, thread_count, worker_environments
 
-# %% ../nbs/29_curve_points.ipynb #5
+# %% ../nbs/29_curve_points.ipynb #29c005
 SETUP_SECONDS = 4  # of a run, beside its images: loading, checkpoints, figures
 
 def measure_speed(
@@ -61,7 +61,7 @@ def measure_speed(
         valid = seconds(learn.dls.valid, lambda x, y: learn.forward(learn.model, to_input(x, learn.norm)))
     return {'train': train, 'valid': valid}
 
-# %% ../nbs/29_curve_points.ipynb #6
+# %% ../nbs/29_curve_points.ipynb #29c006
 @dataclass(repr=False)
 class CurvePlan:
     "What training a curve will do."
@@ -75,7 +75,8 @@ class CurvePlan:
         import pandas as pd
         info, waiting = self.curve.info, [size for size, _ in self.waiting]
         rows = [{'size': s, 'n': info['n'][str(s)], 'per class': self.per_class[s], 'to train': waiting.count(s),
-                 'finished': info['seeds'] - waiting.count(s), 'each': duration(self.seconds[s]) if s in self.seconds else ''}
+                 'finished': info['seeds'] - waiting.count(s),
+                 'each': duration(self.seconds[s]) if s in self.seconds else ''}
                 for s in self.curve.sizes]
         return pd.DataFrame(rows).set_index('size')
     def __str__(self):
@@ -86,7 +87,7 @@ class CurvePlan:
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
-# %% ../nbs/29_curve_points.ipynb #7
+# %% ../nbs/29_curve_points.ipynb #29c007
 def plan_curve(
     curve: Curve,
     table,        # its `Images`
@@ -115,7 +116,7 @@ def _speed(values, jobs):
     if result.state != 'done': raise InputError(result.error)
     return result.value
 
-# %% ../nbs/29_curve_points.ipynb #9
+# %% ../nbs/29_curve_points.ipynb #29c009
 def train_point(
     values: dict, # parameters of 03_train
 ) -> dict:        # run: its name
@@ -123,7 +124,7 @@ def train_point(
     experiment = find_experiment('03_train')
     return {'run': experiment.train(experiment.params.check(values | {'resume': 'reuse'})).name}
 
-# %% ../nbs/29_curve_points.ipynb #10
+# %% ../nbs/29_curve_points.ipynb #29c010
 class _Recorder:
     "Record each point as it ends, and say so"
     def __init__(self, curve, plan, say):
@@ -139,17 +140,19 @@ class _Recorder:
         self.say(f'point {self.n - len(self.waiting)}/{self.n}, size {key[0]:g}, seed {key[1]}: '
                  + (error or f'top-1 {top1[0]:.1%}') + f'; about {duration(left)} to go'*bool(self.waiting))
 
-# %% ../nbs/29_curve_points.ipynb #11
+# %% ../nbs/29_curve_points.ipynb #29c011
 def _train_here(curve, waiting, record, quiet):
     "Train one point after the other in this process"
     for key in waiting:
         try:
-            with redirect_stdout(io.StringIO()) if quiet else nullcontext(): trained = train_point(curve.point_values(*key))
+            with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+                trained = train_point(curve.point_values(*key))
             record(key, **trained)
         except RunFailed as e: record(key, error=str(e))
 
 def _train_in_workers(curve, waiting, jobs, record):
-    queue = [Job('imgexp.curve_points:train_point', {'values': curve.point_values(*key)}, f'size {key[0]:g} seed {key[1]}')
+    queue = [Job('imgexp.curve_points:train_point', {'values': curve.point_values(*key)},
+                 f'size {key[0]:g} seed {key[1]}')
              for key in waiting]
     def on_result(result, k):
         if result.state == 'done': record(waiting[k], **result.value)
@@ -175,7 +178,7 @@ def train_curve(
         else: _train_here(curve, plan.waiting, record, quiet)
     return curve
 
-# %% ../nbs/29_curve_points.ipynb #13
+# %% ../nbs/29_curve_points.ipynb #29c013
 def _checkpoint_hash(run):
     "Name of the best checkpoint and the hash of its weights; ('', '') if its record is missing"
     best = ((read_json(run.dir/'checkpoints'/'index.json') or {}).get('best') or [{}])[0].get('name', '')
@@ -190,7 +193,7 @@ def _evaluate_point(curve, row, split):
     return {'size': row['size'], 'n': row['n'], 'seed': row['seed'], 'run': run.name, 'checkpoint': checkpoint,
             'sha256': sha256, **{k: scores[k] for k in ('top1', 'top5', 'loss')}}
 
-# %% ../nbs/29_curve_points.ipynb #14
+# %% ../nbs/29_curve_points.ipynb #29c014
 def evaluate_curve(
     curve: Curve,
     split: str = 'test', # or 'valid'
@@ -200,7 +203,8 @@ def evaluate_curve(
     path = curve.dir/'results.json'
     before = read_json(path)
     if before is None and path.exists(): say(f'{short_path(path)} is damaged: all points are evaluated again')
-    known = {(e['run'], e['sha256']): e for e in (before or {}).get('points', [])} if (before or {}).get('split') == split else {}
+    known = {(e['run'], e['sha256']): e
+             for e in (before or {}).get('points', [])} if (before or {}).get('split') == split else {}
     entries, failed = [], []
     with curve.locked():
         for key, row in curve.points().items():
@@ -212,7 +216,8 @@ def evaluate_curve(
             if problem:
                 failed.append({'size': row['size'], 'seed': row['seed'], 'run': row['run'], 'error': problem})
                 say(f"size {row['size']:g}, seed {row['seed']}: {problem}")
-        if not entries: raise RunFailed(f'no point of curve {curve.name} can be evaluated: `imgexp curve train` trains them')
+        if not entries:
+            raise RunFailed(f'no point of curve {curve.name} can be evaluated: `imgexp curve train` trains them')
         results = {'schema': 1, 'split': split, 'classes': len(curve.classes), 'points': entries, 'failed': failed}
         write_json(path, results)
     return results

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['errors', 'summarize_curve', 'plot_errors', 'curve_law', 'report', 'save_report']
 
-# %% ../nbs/30_curves.ipynb #2
+# %% ../nbs/30_curves.ipynb #30c002
 import numpy as np
 
 from .curve_folder import Curve
@@ -14,7 +14,7 @@ from .extrapolation import Law, fit_law, measure, percent_ticks, plot_law
 from .files import write_text
 from .style import BLUE, ORANGE, percent, set_title, styled
 
-# %% ../nbs/30_curves.ipynb #12
+# %% ../nbs/30_curves.ipynb #30c012
 def errors(
     results: dict, # of `evaluate_curve`
     top: int = 1,  # 1 or 5
@@ -36,16 +36,18 @@ def summarize_curve(
         for top, m in by_top.items():
             values = [1 - e[f'top{top}']['value'] for e in points if e['n'] == n]
             half = 1.96*m.sd[k]
-            row |= {f'top{top}_error': np.mean(values), 'sd'*(top == 1) or f'sd{top}': np.std(values, ddof=1) if len(values) > 1
-                    else np.nan, **({'low': max(0., m.error[k] - half), 'high': min(1., m.error[k] + half)} if top == 1 else {})}
+            row |= {f'top{top}_error': np.mean(values),
+                    'sd'*(top == 1) or f'sd{top}': np.std(values, ddof=1) if len(values) > 1
+                    else np.nan,
+                    **({'low': max(0., m.error[k] - half), 'high': min(1., m.error[k] + half)} if top == 1 else {})}
         rows.append(row)
     return pd.DataFrame(rows).set_index('n').round(4)
 
-# %% ../nbs/30_curves.ipynb #14
+# %% ../nbs/30_curves.ipynb #30c014
 @styled
 def plot_errors(
     results: dict,  # of `evaluate_curve`
-    title: str = '',
+    title: str = '', # of the figure
 ): # Figure
     "Top-1 and top-5 error against the number of training images, with 95% intervals."
     import matplotlib.pyplot as plt
@@ -53,14 +55,15 @@ def plot_errors(
     for top, color, line in ((1, BLUE, 'o-'), (5, ORANGE, 's--')):
         if top == 5 and results['classes'] <= 5: continue
         m = errors(results, top)
-        ax.errorbar(m.n, m.error, np.minimum(1.96*m.sd, 0.9*m.error), fmt=line, ms=4, color=color, capsize=2, label=f'top-{top}')
+        ax.errorbar(m.n, m.error, np.minimum(1.96*m.sd, 0.9*m.error), fmt=line, ms=4, color=color, capsize=2,
+                    label=f'top-{top}')
     ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f"{results['split']} error")
     percent_ticks(ax)
     set_title(ax, title or 'error by training-set size', f"n = {results['points'][0]['top1']['n']:,}, 95% intervals")
     ax.legend()
     return fig
 
-# %% ../nbs/30_curves.ipynb #17
+# %% ../nbs/30_curves.ipynb #30c017
 def curve_law(
     results: dict,      # of `evaluate_curve`
     form: str = 'auto', # a form by name; auto chooses
@@ -68,7 +71,7 @@ def curve_law(
     "Fit the law of the top-1 error; raises `InputError` if there are too few sizes."
     return fit_law(errors(results), form)
 
-# %% ../nbs/30_curves.ipynb #21
+# %% ../nbs/30_curves.ipynb #30c021
 def _known(law, results):
     m, test = law.measured, results['points'][0]['top1']['n']
     n, error, sd, runs = m.n[-1], m.error[-1], m.sd[-1], int(m.runs[-1])
@@ -93,7 +96,7 @@ def _for_goal(law, target):
     return (f"An error of {percent(target)} needs about {needed['n']:,.0f} training images ({low} to "
             f"{needed['high']:,.0f}), with this network, these settings and images of this kind.")
 
-# %% ../nbs/30_curves.ipynb #22
+# %% ../nbs/30_curves.ipynb #30c022
 def report(
     results: dict,       # of `evaluate_curve`
     target: float = 0.,  # error to reach, a fraction; 0: none
@@ -106,8 +109,8 @@ def report(
 
 def save_report(
     curve: Curve,
-    target: float = 0., # as for `report`
-    form: str = 'auto',
+    target: float = 0., # error to reach, a fraction; 0: none
+    form: str = 'auto', # a form by name; auto chooses
 ) -> str: # the report
     "Save figures and text in the folder of the curve; raises `InputError` if it was not evaluated."
     results, figures = curve.results(), curve.dir/'figures'

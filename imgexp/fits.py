@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['minimize', 'Sizes', 'Fit', 'fit_form', 'signed_roots', 'profile']
 
-# %% ../nbs/25a_fits.ipynb #2
+# %% ../nbs/25a_fits.ipynb #25a002
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .laws import Form
 
-# %% ../nbs/25a_fits.ipynb #5
+# %% ../nbs/25a_fits.ipynb #25a005
 def minimize(
     residuals,       # function: parameters [b, p] -> residuals [b, r]
     start,           # float [b, p]
@@ -40,7 +40,7 @@ def minimize(
         if k > 8 and converged.all(): break
     return x, total
 
-# %% ../nbs/25a_fits.ipynb #7
+# %% ../nbs/25a_fits.ipynb #25a007
 @dataclass
 class Sizes:
     "Mean error at each size, with its standard error."
@@ -77,7 +77,7 @@ def fit_form(
     best = squares.argmin()
     return Fit(form, sizes, free[best], float(squares[best]))
 
-# %% ../nbs/25a_fits.ipynb #12
+# %% ../nbs/25a_fits.ipynb #25a012
 def signed_roots(
     fit: Fit,
     n,       # sizes of the predictions [s], relative to the reference
@@ -96,14 +96,18 @@ def signed_roots(
     increase = np.maximum(squares.reshape(values.shape) - fit.squares, 0)
     return np.sign(values - fit.error(n)[:, None])*np.sqrt(increase)
 
-# %% ../nbs/25a_fits.ipynb #13
+# %% ../nbs/25a_fits.ipynb #25a013
 _STEPS = np.array([0, .25, .5, .75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6, 10, 20])
 
 @patch
-def standard_error(self: Fit, n):
-    "Standard error of the fitted error at sizes `n` [s], by linearization: [s]"
+def standard_error(
+    self: Fit,
+    n,           # sizes [s], relative to the reference
+) -> np.ndarray: # [s]
+    "Standard error of the fitted error, by linearization."
     form, chance, h = self.form, self.sizes.chance, 1e-5*np.eye(self.form.n_params)
-    def slopes(n): return np.stack([(form(self.free + d, n, chance) - form(self.free - d, n, chance))/2e-5 for d in h], 1)
+    def slopes(n):
+        return np.stack([(form(self.free + d, n, chance) - form(self.free - d, n, chance))/2e-5 for d in h], 1)
     weighted, at = slopes(self.sizes.n)/self.sizes.sd[:, None], slopes(n)
     covariance = np.linalg.pinv(weighted.T@weighted, rcond=1e-10)
     return np.sqrt(np.maximum(np.einsum('sp,pq,sq->s', at, covariance, at), 1e-16))

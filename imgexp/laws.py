@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'power_law', 'power_law_floor', 'm4', 'logarithmic', 'arctan', 'algebraic_root', 'Form', 'find_form']
 
-# %% ../nbs/25_laws.ipynb #2
+# %% ../nbs/25_laws.ipynb #25l002
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import unknown_name
 
-# %% ../nbs/25_laws.ipynb #5
+# %% ../nbs/25_laws.ipynb #25l005
 def power_law(
     n,    # number of images, above 0
     beta, # error at n = 1, above 0
@@ -31,7 +31,7 @@ def power_law_floor(
     "M2 of Alabdulmohsin et al. 2022; Hoiem et al. 2021 (https://arxiv.org/abs/2010.11029) fit it too."
     return floor + beta*n**-c
 
-# %% ../nbs/25_laws.ipynb #7
+# %% ../nbs/25_laws.ipynb #25l007
 def m4(
     n,      # number of images, above 0
     beta,   # above 0
@@ -50,7 +50,7 @@ def m4(
         s = np.clip(s, -60, 60)
     return floor + (chance - floor)/(1 + np.exp(-s))
 
-# %% ../nbs/25_laws.ipynb #10
+# %% ../nbs/25_laws.ipynb #25l010
 def logarithmic(
     n,     # number of images, above 0
     level, # error at n + shift = 1
@@ -78,7 +78,7 @@ def algebraic_root(
     "Algebraic root of Mahmood et al. 2022: far from its floor the error falls in a straight line."
     return floor - np.expm1(-np.logaddexp(0, -power*np.log(slope*n))/power)
 
-# %% ../nbs/25_laws.ipynb #13
+# %% ../nbs/25_laws.ipynb #25l013
 def _positive(x, chance): return np.exp(x)
 def _share_of_chance(x, chance): return chance/(1 + np.exp(-x))
 def _real(x, chance): return x
@@ -86,7 +86,7 @@ def _real(x, chance): return x
 _FLOOR = ('floor', _share_of_chance, -8, 1)
 _POWER = (('beta', _positive, -5, 0), ('c', _positive, -3, 0.7))
 
-# %% ../nbs/25_laws.ipynb #14
+# %% ../nbs/25_laws.ipynb #25l014
 @dataclass(frozen=True)
 class Form:
     "A form of learning curve with free parameters."
@@ -116,7 +116,7 @@ class Form:
         with np.errstate(all='ignore'): e = self.curve(n, **self.named(free, chance))
         return np.clip(np.nan_to_num(e, nan=chance, posinf=chance), 1e-9, chance)
 
-# %% ../nbs/25_laws.ipynb #15
+# %% ../nbs/25_laws.ipynb #25l015
 FORMS = {f.name: f for f in (
     Form('power', power_law, 'β n^−c', _POWER),
     Form('power-floor', power_law_floor, 'e∞ + β n^−c', (*_POWER, _FLOOR)),

@@ -99,8 +99,8 @@ def _csv_error(path, message, delimiter):
     ragged = re.search(r'Row #(\d+): Expected (\d+) columns, got (\d+)', message)
     if not ragged: return InputError(f'{short_path(path)} cannot be read: {" ".join(message.split())[:200]}')
     line, expected, got = map(int, ragged.groups())
-    return InputError(f'{short_path(path)}: row {line - 1:,} has {got} columns instead of {expected}: put text that '
-                      f'contains {delimiter!r} in double quotes')
+    advice = f'put text that contains {delimiter!r} in double quotes' if got > expected else 'fill in the missing ones'
+    return InputError(f"{short_path(path)}: row {line - 1:,} has {got} column{'s'*(got > 1)} instead of {expected}: {advice}")
 
 # %% ../nbs/01d_tables.ipynb #10
 def _read_parquet(path, columns):

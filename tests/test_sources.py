@@ -143,7 +143,7 @@ TABLES = {
     'a class only in test': ('file,label,split\n0.png,cat,train\n1.png,dog,train\n2.png,owl,test\n', {}, "class 'owl' in . has no training image"),
     'no such fold': ('file,label,fold\n0.png,cat,0\n1.png,dog,1\n2.png,cat,1\n', dict(valid_fold=7), 'valid_fold=7 is not in column fold of labels.csv: it has 0, 1'),
     'fold without a column': (ROWS, dict(valid_fold=0), 'valid_fold=0: labels.csv has no column of folds'),
-    'ragged': (ROWS + '6.png\n', {}, 'has 1 columns instead of'),
+    'ragged': (ROWS + '6.png\n', {}, 'labels.csv: row 7 has 1 column instead of 2: fill in'),
     'empty': ('', {}, 'labels.csv is empty'),
     'header only': ('file,label\n', {}, 'labels.csv has no rows'),
     'latin-1': (ROWS.replace('label', 'étiquette').encode('latin-1'), {}, 'labels.csv is not UTF-8'),
