@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['curve_app', 'CurveFolder', 'curve_arguments', 'curve_eval', 'curve_plot']
 
-# %% ../nbs/90a_cli_curve.ipynb #90a002
+# %% ../nbs/90a_cli_curve.ipynb #90ax002
 import inspect, json
 from typing import Annotated
 
 import typer
 
 from .curve_params import CurveParams, LawParams, parse_sizes
-from .files import short_path
+from .errors import InputError
+from .files import display_path, short_path
 from .output import Json, parameter_option, print_table, say, stop_on_sigterm
 
-# %% ../nbs/90a_cli_curve.ipynb #90a004
+# %% ../nbs/90a_cli_curve.ipynb #90ax004
 curve_app = typer.Typer(help='Subset curves: error by number of training images.', no_args_is_help=True,
                         rich_markup_mode=None)
 
@@ -23,7 +24,7 @@ CurveFolder = Annotated[str,
                         typer.Option('--checkpoint-dir', help='Folder of the curve, or its name in runs/curves; by '
                                                                    'default the newest.')]
 
-# %% ../nbs/90a_cli_curve.ipynb #90a005
+# %% ../nbs/90a_cli_curve.ipynb #90ax005
 _ALIASES = {'--model': '--arch', '--num-epochs': '--epochs', '--learning-rate': '--lr'}
 
 def curve_arguments(
@@ -34,6 +35,7 @@ def curve_arguments(
     for arg in args:
         if sizes is not None and not arg.startswith('-'): sizes.append(arg)
         else:
+            if sizes == []: raise InputError('--subset-sizes needs fractions: --subset-sizes 1.0 0.5 0.25')
             if sizes: out.append(','.join(sizes))
             sizes = None
             name, equals, value = arg.partition('=')
@@ -41,15 +43,16 @@ def curve_arguments(
             if arg == '--subset-sizes': sizes = []
     return [*out, ','.join(sizes)] if sizes else out
 
-# %% ../nbs/90a_cli_curve.ipynb #90a007
+# %% ../nbs/90a_cli_curve.ipynb #90ax007
 def _train(dry_run=False, as_json=False, **values):
     p = CurveParams.check({k: v for k, v in values.items() if v is not None})
     parse_sizes(p.subset_sizes)
     stop_on_sigterm()
     from imgexp.curve_points import train_curve
-    done = train_curve(p, dry=dry_run, say=say)
-    if dry_run: say(done)
-    else: _show_points(done, as_json)
+    done = train_curve(p, dry=dry_run, quiet=as_json, say=say)
+    if not dry_run: return _show_points(done, as_json)
+    print_table(done.table(), as_json)
+    say(f'curve {display_path(done.curve.dir)}: {done}')
 
 def _show_points(curve, as_json):
     table = curve.table()
@@ -59,9 +62,10 @@ def _show_points(curve, as_json):
                     False)
     failed = int((table.state != 'done').sum())
     if failed:
-        say(f"{failed} of {len(table)} points failed: the same command tries them again")
+        say(f"{failed} of {len(table)} points are not finished: the same command tries them again")
         raise typer.Exit(1)
-    say(f"next: imgexp curve eval --checkpoint-dir {short_path(curve.dir)}")
+    split = '' if table.test_top1.notna().any() else ' --split valid'
+    say(f'next: imgexp curve eval --checkpoint-dir {display_path(curve.dir)}{split}')
 
 _dry_run = inspect.Parameter('dry_run', inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[
     bool, typer.Option('--dry-run', help='Only show the plan, with the expected times.')])
@@ -69,9 +73,11 @@ _as_json = inspect.Parameter('as_json', inspect.Parameter.KEYWORD_ONLY, default=
 _train.__signature__ = inspect.Signature([*(parameter_option(f) for f in CurveParams.table().values()
                                             if f.name not in LawParams.table()), _dry_run, _as_json])
 curve_app.command('train', help='Train the missing points of a curve, small subsets first; the same command continues, '
-                                'other sizes or more seeds extend it.')(_train)
+                                'other sizes or more seeds extend it. The first options are those of the curve, the '
+                                'others those of `imgexp train`. --model is --arch, --num-epochs is --epochs, '
+                                '--learning-rate is --lr.')(_train)
 
-# %% ../nbs/90a_cli_curve.ipynb #90a008
+# %% ../nbs/90a_cli_curve.ipynb #90ax008
 @curve_app.command('eval')
 def curve_eval(
     checkpoint_dir: CurveFolder = '',
@@ -87,12 +93,13 @@ def curve_eval(
     if as_json: print(json.dumps(results, indent=1))
     else: print_table(summarize_curve(results), False)
     if results['failed']: raise typer.Exit(1)
-    say(f'next: imgexp curve plot --checkpoint-dir {short_path(curve.dir)}')
+    say(f'next: imgexp curve plot --checkpoint-dir {display_path(curve.dir)}')
 
 @curve_app.command('plot')
 def curve_plot(
     checkpoint_dir: CurveFolder = '',
-    target: Annotated[str, typer.Option(help='Error to reach, a fraction: how many images it needs.')] = '0',
+    target: Annotated[str, typer.Option(help='Error to reach, a fraction; the report then says how many images that '
+                                             'takes.')] = '0',
     form: Annotated[str, typer.Option(help=LawParams.table()['form'].metadata['help'])] = 'auto',
 ):
     "Fit the law, save the figures, and print the report."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'check_sizes', 'subset_rows', 'curve_id', 'Curve', 'point_row', 'curves_dir', 'find_curve', 'open_curve']
 
-# %% ../nbs/28_curve_folder.ipynb #28c002
+# %% ../nbs/28_curve_folder.ipynb #28x002
 import hashlib, json
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from .contents import table_id
 from .curve_params import CurveParams, TrainOptions, parse_sizes
 from .data import Images, nested_subset
 from .errors import InputError, RunBusy
-from .files import read_json, short_path, take_lock, to_plain, write_json, write_text
+from .files import display_path, read_json, short_path, take_lock, to_plain, write_json, write_text
 from .runs import Run
-from .sources import load_images, source_options
+from .sources import SOURCE_OPTIONS, load_images, source_options
 from .start import runs_dir
+from .text import message
 
-# %% ../nbs/28_curve_folder.ipynb #28c005
+# %% ../nbs/28_curve_folder.ipynb #28x005
 def check_sizes(
     sizes,         # fractions
     table: Images,
@@ -44,7 +46,7 @@ def subset_rows(
     train = table.split('train')
     return train[nested_subset(table.labels[train], size, seed)]
 
-# %% ../nbs/28_curve_folder.ipynb #28c008
+# %% ../nbs/28_curve_folder.ipynb #28x008
 def curve_id(
     p: CurveParams,
     data: str, # fingerprint of the images
@@ -54,6 +56,8 @@ def curve_id(
     text = json.dumps(to_plain(values | {'recipe': p.recipe, 'data': data}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+_KEYS = {'id', 'params', 'given', 'data', 'classes', 'steps', 'sizes', 'seeds', 'n'}
+
 class Curve:
     "The folder of a subset curve."
     def __init__(
@@ -62,10 +66,13 @@ class Curve:
         info: dict | None = None, # contents of curve.json, if it is not written yet
     ):
         self.dir = Path(folder).absolute()
-        self.info = info or read_json(self.dir/'curve.json')
-        if not self.info:
-            raise InputError(f'{short_path(self.dir)} is not the folder of a curve (no readable curve.json): '
-                             '`imgexp curve train` makes one')
+        self.info = info or read_json(self.dir/'curve.json') or {}
+        if _KEYS <= self.info.keys(): return
+        where = display_path(self.dir)
+        if (self.dir/'curve.json').exists():
+            raise InputError(f'curve.json in {where} is damaged: restore it, or give another checkpoint_dir (finished '
+                             'runs are used again)')
+        raise InputError(f'{where} is not the folder of a curve: `imgexp curve train` makes one')
     @property
     def name(self): return self.dir.name
     @property
@@ -80,13 +87,15 @@ class Curve:
         "(size, number of the seed) of all points, small sizes first"
         return [(size, k) for size in self.sizes for k in range(self.info['seeds'])]
 
-# %% ../nbs/28_curve_folder.ipynb #28c009
+# %% ../nbs/28_curve_folder.ipynb #28x009
 @patch
+@contextmanager
 def locked(self: Curve):
-    "Lock the folder against other processes; a context manager."
+    "Context manager that locks the folder; raises `RunBusy` if another process has locked it."
     lock = take_lock(self.dir/'lock', wait=1)
     if lock is None: raise RunBusy(f'curve {self.name} is being trained by another process: wait for it, or stop it')
-    return lock
+    try: yield
+    finally: lock.release()
 
 @patch
 def point_values(
@@ -100,7 +109,7 @@ def point_values(
     seed = {'seed': p.seed + k} if p.vary == 'all' else {'seed': p.seed, f'seed_{p.vary}': p.seed + k}
     return given | seed | {'subset': size} | ({'steps': self.steps} if self.steps else {})
 
-# %% ../nbs/28_curve_folder.ipynb #28c010
+# %% ../nbs/28_curve_folder.ipynb #28x010
 COLUMNS = ('size', 'n', 'seed', 'run', 'state', 'epochs', 'steps', 'valid_top1', 'valid_top5', 'test_top1', 'test_top5',
            'n_test', 'seconds', 'error')
 
@@ -109,34 +118,41 @@ def _accuracy(metrics, split, k): return ((metrics.get(split) or {}).get(k) or {
 def point_row(
     curve: Curve,
     size: float,   # fraction
-    k: int,        # number of the seed
+    k: int,        # number of the seed, 0 and up
     run=None,      # its `Run`, if there is one
     error: str = '', # why it failed
 ) -> dict:
     "Row of points.csv."
-    row = {'size': size, 'n': curve.info['n'][str(size)], 'seed': k, 'run': run.name if run else '',
-           'state': run.state if run else 'failed' if error else 'waiting', 'error': error}
+    row = {'size': size, 'n': curve.info['n'][str(size)], 'seed': curve.params.seed + k, 'run': run.name if run else '',
+           'state': run.state if run else 'failed' if error else 'not trained', 'error': error}
     if not run or not run.finished: return row
     metrics, last = run.metrics, run.history.iloc[-1]
     return row | {'epochs': round(last['images']/row['n'], 2), 'steps': int(last['step']),
                   **{f'{s}_{t}': _accuracy(metrics, s, t) for s in ('valid', 'test') for t in ('top1', 'top5')},
                   'n_test': ((metrics.get('test') or {}).get('top1') or {}).get('n'), 'seconds': metrics['seconds']}
 
-# %% ../nbs/28_curve_folder.ipynb #28c011
+# %% ../nbs/28_curve_folder.ipynb #28x011
 @patch
 def points(self: Curve) -> dict: # {(size, number of the seed): row of points.csv}
     "The points as last recorded; the state of each run is read again."
-    import pandas as pd
-    rows = {}
-    if (self.dir/'points.csv').is_file():
-        table = pd.read_csv(self.dir/'points.csv', dtype={'run': str, 'error': str}, keep_default_na=True)
-        rows = {(r['size'], int(r['seed'])): r for r in table.to_dict('records')}
+    recorded, seed = _read_points(self.dir/'points.csv'), self.params.seed
     def row(size, k):
-        r = rows.get((size, k), {})
-        name = r.get('run') if isinstance(r.get('run'), str) else ''
+        name, error = recorded.get((size, seed + k), ('', ''))
         run = Run(runs_dir()/name) if name and (runs_dir()/name).is_dir() else None
-        return point_row(self, size, k, run, r['error'] if isinstance(r.get('error'), str) else '')
+        if name and run is None: error = f'its run {name} is gone: train it again'
+        return point_row(self, size, k, run, error)
     return {key: row(*key) for key in self.keys()}
+
+def _read_points(path):
+    "{(size, seed): (run, error)} of points.csv; nothing if it is missing or damaged, because runs are found again"
+    import pandas as pd
+    if not path.is_file(): return {}
+    try:
+        table = pd.read_csv(path, dtype={'run': str, 'error': str}).fillna({'run': '', 'error': ''})
+        return {(float(r['size']), int(r['seed'])): (r['run'], r['error']) for r in table.to_dict('records')}
+    except (ValueError, KeyError):
+        message(f'{short_path(path)} is damaged: finished runs are found again by training')
+        return {}
 
 @patch
 def table(
@@ -155,17 +171,19 @@ def save_points(
     "Write points.csv."
     write_text(self.dir/'points.csv', self.table(rows).to_csv(index=False))
 
-# %% ../nbs/28_curve_folder.ipynb #28c012
+# %% ../nbs/28_curve_folder.ipynb #28x012
 @patch
 def results(self: Curve) -> dict:
     "Contents of results.json; raises `InputError` if there is none, or it is damaged."
-    found = read_json(self.dir/'results.json')
-    if found and found.get('points'): return found
+    found = read_json(self.dir/'results.json') or {}
+    points = found.get('points') or []
+    whole = {'split', 'classes'} <= found.keys() and all({'n', 'size', 'top1', 'top5'} <= e.keys() for e in points)
+    if points and whole: return found
     state = 'is damaged' if (self.dir/'results.json').exists() else 'does not exist yet'
     raise InputError(f"{short_path(self.dir/'results.json')} {state}: `imgexp curve eval --checkpoint-dir "
                      f"{short_path(self.dir)}` writes it")
 
-# %% ../nbs/28_curve_folder.ipynb #28c014
+# %% ../nbs/28_curve_folder.ipynb #28x014
 def curves_dir() -> Path: # runs/curves
     "Folder of all curves, which may not exist."
     return runs_dir()/'curves'
@@ -177,44 +195,58 @@ def find_curve(
     if checkpoint_dir:
         named = curves_dir()/checkpoint_dir
         return Curve(named if (named/'curve.json').exists() else checkpoint_dir)
-    folders = sorted(curves_dir().glob('*/curve.json'), key=lambda f: f.stat().st_mtime)
-    if not folders: raise InputError('there is no curve yet: `imgexp curve train` makes one')
-    return Curve(folders[-1].parent)
+    curves = _readable_curves()
+    if not curves: raise InputError(f'there is no curve in {short_path(curves_dir())}: `imgexp curve train` makes one')
+    return max(curves, key=lambda c: (c.dir/'curve.json').stat().st_mtime)
+
+def _readable_curves():
+    "All curves in runs/curves; a damaged one is named and skipped"
+    curves = []
+    for file in sorted(curves_dir().glob('*/curve.json')):
+        try: curves.append(Curve(file.parent))
+        except InputError as e: message(f'skipped: {e}')
+    return curves
 
 def _existing(p, id):
     "The folder to use, and the curve that is there, if any"
     if p.checkpoint_dir:
         folder = Path(p.checkpoint_dir)
+        if folder.is_file(): raise InputError(f'checkpoint_dir={p.checkpoint_dir!r} is a file: name a folder')
         if not folder.exists(): return folder, None
         if not (folder/'curve.json').exists() and any(folder.iterdir()):
             raise InputError(f'checkpoint_dir={p.checkpoint_dir!r} holds other files: name a new folder')
         return folder, Curve(folder) if (folder/'curve.json').exists() else None
-    same = [c for f in sorted(curves_dir().glob('*/curve.json')) if (c := Curve(f.parent)).info['id'] == id]
+    same = [c for c in _readable_curves() if c.info['id'] == id]
     return (same[-1].dir, same[-1]) if same else (curves_dir()/f'{p.arch}-{datetime.now():%Y%m%d-%H%M%S}', None)
 
-# %% ../nbs/28_curve_folder.ipynb #28c015
+# %% ../nbs/28_curve_folder.ipynb #28x015
 def _stored_values(p):
     "Parameters of the curve in `checkpoint_dir`, where they are not given"
     info = read_json(Path(p.checkpoint_dir)/'curve.json') if p.checkpoint_dir else None
     if not info: return p
     given = p.given | p.changed().keys()
-    filled = p.replace(**{k: v for k,
-                          v in info['params'].items() if k in p and k not in given and k != 'checkpoint_dir'})
-    filled.given = frozenset({*given, *info['given']})
+    keep = given | {'checkpoint_dir', 'jobs', 'target', 'form'}
+    if 'data' in given: keep |= {'classes', *SOURCE_OPTIONS}  # these belong to the data
+    filled = p.replace(**{k: v for k, v in info.get('params', {}).items() if k in p and k not in keep})
+    filled.given = frozenset({*given, *info.get('given', ())})
     return filled
 
 def _check_same(curve, p, data):
-    if curve.info['data'] != data:
-        raise InputError(f'the images of curve {curve.name} have changed since it was begun: give another '
-                         'checkpoint_dir')
     stored = curve.params
+    if curve.info['data'] != data and p.data != stored.data:
+        raise InputError(f'data={p.data!r}: curve {curve.name} has other images ({stored.data!r}): give another '
+                         'checkpoint_dir')
+    if curve.info['data'] != data: raise _changed(curve)
     ignored = {'subset_sizes', 'seeds', *p.not_in_id()} - {'recipe'}
     for k in p:
         if k not in ignored and k != 'data' and p[k] != stored[k]:
             raise InputError(f'{k}={p[k]!r}: curve {curve.name} has {stored[k]!r}: give the same, or another '
                              'checkpoint_dir')
+def _changed(curve):
+    return InputError(f'the images of curve {curve.name} have changed since it was begun: restore them, or train a new '
+                      'curve in another checkpoint_dir')
 
-# %% ../nbs/28_curve_folder.ipynb #28c016
+# %% ../nbs/28_curve_folder.ipynb #28x016
 def _equal_steps(p, table):
     "Number of steps of every point; 0: `epochs` passes"
     if p.steps or p.budget == 'epochs': return p.steps
@@ -225,9 +257,8 @@ def _equal_steps(p, table):
 
 def open_curve(
     p: CurveParams,
-    write: bool = True, # write curve.json
-) -> tuple:             # `Curve` and its `Images`
-    "Create the folder of a curve, or find and extend it; raises `InputError`."
+) -> tuple: # `Curve` and its `Images`
+    "Find and extend a curve, or make a new one; nothing is written. Raises `InputError`."
     p = _stored_values(p)
     table = load_images(p.data, p.classes, **source_options(p))
     data, sizes = table_id(table), parse_sizes(p.subset_sizes)
@@ -242,12 +273,25 @@ def open_curve(
         info = curve.info
     info['sizes'], info['seeds'] = sorted({*info['sizes'], *sizes}), max(info['seeds'], p.seeds)
     info['n'] = {str(s): len(subset_rows(table, s, 0)) for s in info['sizes']}
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder/'curve.json', info)
     return Curve(folder, info), table
 
-# %% ../nbs/28_curve_folder.ipynb #28c017
+# %% ../nbs/28_curve_folder.ipynb #28x017
+@patch
+def save(self: Curve):
+    "Write curve.json, with the sizes and seeds that are in it already; the caller holds the lock."
+    stored = read_json(self.dir/'curve.json') or {}
+    self.info['sizes'] = sorted({*self.info['sizes'], *stored.get('sizes', [])})
+    self.info['seeds'] = max(self.info['seeds'], stored.get('seeds', 0))
+    self.info['n'] = stored.get('n', {}) | self.info['n']
+    write_json(self.dir/'curve.json', self.info)
+
+@patch
+def images(self: Curve) -> Images:
+    "The images of the curve; raises `InputError` if they are missing or have changed."
+    table = load_images(self.params.data, self.params.classes, **source_options(self.params))
+    if table_id(table) != self.info['data']: raise _changed(self)
+    return table
+
 @patch
 def save_subsets(self: Curve, table: Images):
     "Write the rows of each subset, and a list of them with the images of each class."

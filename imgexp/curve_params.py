@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TrainOptions', 'CurveOptions', 'LawParams', 'CurveParams', 'parse_sizes']
 
-# %% ../nbs/27_curve_params.ipynb #27c002
+# %% ../nbs/27_curve_params.ipynb #27x002
 from .errors import InputError
 from .experiments import declared_experiment
+from .laws import FORMS
 from .params import Parameters, from_declarations, param
 
-# %% ../nbs/27_curve_params.ipynb #27c005
+# %% ../nbs/27_curve_params.ipynb #27x005
 class CurveOptions(Parameters, heading='curve'):
     subset_sizes: str = param('1,0.5,0.25,0.125,0.0625,0.03125', 'fractions of the training images, above 0 to 1')
     seeds: int = param(2, 'runs of each size, with consecutive seeds', (1, 100))
@@ -23,9 +24,8 @@ class CurveOptions(Parameters, heading='curve'):
 
 class LawParams(Parameters, heading='curve'):
     target: float = param(0.0, 'error to reach, a fraction; 0 asks for no number of images', '[0, 1)', in_id=False)
-    form: str = param('auto',
-                      'form of the law: power, power-floor, m4, logarithmic, arctan, algebraic; auto chooses by '
-                              'the held-out sizes', in_id=False)
+    form: str = param('auto', f"form of the law: {', '.join(FORMS)}; auto chooses by the held-out sizes",
+                      ['auto', *FORMS], in_id=False)
 
 _SET_BY_CURVE = ('subset', 'extend', 'resume')
 TrainOptions = from_declarations([d for d in declared_experiment('03_train').params.declarations()
@@ -34,7 +34,7 @@ TrainOptions = from_declarations([d for d in declared_experiment('03_train').par
 class CurveParams(CurveOptions, LawParams, TrainOptions):
     "Parameters of 30_curves."
 
-# %% ../nbs/27_curve_params.ipynb #27c006
+# %% ../nbs/27_curve_params.ipynb #27x006
 def parse_sizes(
     text: str, # '1,0.5,0.25' or '1 0.5 0.25', in any order
 ) -> list:     # of floats, ascending

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETUP_SECONDS', 'measure_speed', 'CurvePlan', 'plan_curve', 'train_point', 'train_curve', 'evaluate_curve']
 
-# %% ../nbs/29_curve_points.ipynb #29c002
+# %% ../nbs/29_curve_points.ipynb #29x002
 import io, statistics, time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ import numpy as np
 
 from .curve_folder import Curve, open_curve, point_row, subset_rows
 from .curve_params import CurveParams
-from .errors import InputError, RunFailed
+from .errors import InputError, RunFailed, invalid_choice
 from .evaluate import load_run
 from .experiments import find_experiment
-from .files import read_json, short_path, write_json
+from .files import display_path, read_json, write_json
 from .runs import Run
 from .start import runs_dir
 from .text import duration
 from .workers import Job, Local, run_jobs, thread_count, worker_environments
 
-# %% ../nbs/29_curve_points.ipynb #29c005
+# %% ../nbs/29_curve_points.ipynb #29x005
 SETUP_SECONDS = 4  # of a run, beside its images: loading, checkpoints, figures
 
 def measure_speed(
@@ -61,7 +61,7 @@ def measure_speed(
         valid = seconds(learn.dls.valid, lambda x, y: learn.forward(learn.model, to_input(x, learn.norm)))
     return {'train': train, 'valid': valid}
 
-# %% ../nbs/29_curve_points.ipynb #29c006
+# %% ../nbs/29_curve_points.ipynb #29x006
 @dataclass(repr=False)
 class CurvePlan:
     "What training a curve will do."
@@ -87,16 +87,18 @@ class CurvePlan:
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
-# %% ../nbs/29_curve_points.ipynb #29c007
+# %% ../nbs/29_curve_points.ipynb #29x007
 def plan_curve(
     curve: Curve,
     table,        # its `Images`
     jobs: int = 1, # points trained at once
+    say=print,     # called with messages
 ) -> CurvePlan:
     "Plan the points that are not finished."
     waiting = [key for key, row in curve.points().items() if row['state'] != 'done']
     per_class = {s: _range(np.bincount(table.labels[subset_rows(table, s, 0)])) for s in curve.sizes}
     if not waiting: return CurvePlan(curve, [], {}, per_class, jobs)
+    say('timing a few training steps')
     speed = _speed(curve.point_values(*max(waiting)), jobs)
     p, n_valid = curve.params, len(table.split('valid'))
     def seconds(size):
@@ -116,7 +118,7 @@ def _speed(values, jobs):
     if result.state != 'done': raise InputError(result.error)
     return result.value
 
-# %% ../nbs/29_curve_points.ipynb #29c009
+# %% ../nbs/29_curve_points.ipynb #29x009
 def train_point(
     values: dict, # parameters of 03_train
 ) -> dict:        # run: its name
@@ -124,23 +126,27 @@ def train_point(
     experiment = find_experiment('03_train')
     return {'run': experiment.train(experiment.params.check(values | {'resume': 'reuse'})).name}
 
-# %% ../nbs/29_curve_points.ipynb #29c010
+# %% ../nbs/29_curve_points.ipynb #29x010
 class _Recorder:
     "Record each point as it ends, and say so"
     def __init__(self, curve, plan, say):
         self.curve, self.rows, self.say, self.waiting, self.seconds = curve, curve.points(), say, [*plan.waiting], plan.seconds
-        self.n, self.done, self.start = len(plan.waiting), 0., time.monotonic()
+        self.n, self.jobs, self.done, self.start = len(plan.waiting), plan.jobs, 0., time.monotonic()
     def __call__(self, key, run='', error=''):
         self.rows[key] = row = point_row(self.curve, *key, Run(runs_dir()/run) if run else None, error)
         self.curve.save_points(self.rows)
         self.waiting.remove(key)
         self.done += self.seconds[key[0]]
-        left = (time.monotonic() - self.start)/self.done*sum(self.seconds[size] for size, _ in self.waiting)
+        left = self._speed()*sum(self.seconds[size] for size, _ in self.waiting)
         top1 = [row[k] for k in ('test_top1', 'valid_top1') if row.get(k) is not None]
-        self.say(f'point {self.n - len(self.waiting)}/{self.n}, size {key[0]:g}, seed {key[1]}: '
+        self.say(f'point {self.n - len(self.waiting)}/{self.n}, size {key[0]:g}, seed {row["seed"]}: '
                  + (error or f'top-1 {top1[0]:.1%}') + f'; about {duration(left)} to go'*bool(self.waiting))
+    def _speed(self):
+        "Seconds per planned second; at first, while workers are starting, mostly as planned"
+        jobs, prior = min(self.jobs, self.n), 60
+        return (time.monotonic() - self.start + prior)/(self.done + prior*jobs)
 
-# %% ../nbs/29_curve_points.ipynb #29c011
+# %% ../nbs/29_curve_points.ipynb #29x011
 def _train_here(curve, waiting, record, quiet):
     "Train one point after the other in this process"
     for key in waiting:
@@ -159,6 +165,7 @@ def _train_in_workers(curve, waiting, jobs, record):
         elif result.state == 'failed': record(waiting[k], error=result.error)
     run_jobs(queue, jobs, on_result=on_result)
 
+# %% ../nbs/29_curve_points.ipynb #29x900
 def train_curve(
     p: CurveParams,
     dry: bool = False, # only plan, train and write nothing
@@ -166,11 +173,15 @@ def train_curve(
     say=print,         # called with messages
 ) -> Curve:            # the curve, or with `dry` the `CurvePlan`
     "Train the missing points of a curve, small subsets first; raises `InputError`."
-    curve, table = open_curve(p, write=not dry)
-    if dry: return plan_curve(curve, table, p.jobs)
+    curve, table = open_curve(p)
+    if dry: return plan_curve(curve, table, p.jobs, say)
+    curve.dir.mkdir(parents=True, exist_ok=True)
     with curve.locked():
-        plan = plan_curve(curve, table, p.jobs)
-        say(f'curve {short_path(curve.dir)}: {plan}')
+        curve.save()
+        plan = plan_curve(curve, table, p.jobs, say)
+        say(f'curve {display_path(curve.dir)}: {plan}')
+        if not len(table.split('test')):
+            say(f'{table.name} has no test images: only validation accuracies are measured')
         curve.save_subsets(table)
         record = _Recorder(curve, plan, say)
         curve.save_points(record.rows)
@@ -178,46 +189,45 @@ def train_curve(
         else: _train_here(curve, plan.waiting, record, quiet)
     return curve
 
-# %% ../nbs/29_curve_points.ipynb #29c013
+# %% ../nbs/29_curve_points.ipynb #29x013
 def _checkpoint_hash(run):
     "Name of the best checkpoint and the hash of its weights; ('', '') if its record is missing"
     best = ((read_json(run.dir/'checkpoints'/'index.json') or {}).get('best') or [{}])[0].get('name', '')
     files = (read_json(run.dir/'checkpoints'/best/'COMMITTED.json') or {}).get('files', {}) if best else {}
     return best, (files.get('ema.safetensors') or files.get('model.safetensors') or {}).get('sha256', '')
 
-def _evaluate_point(curve, row, split):
-    "Entry of results.json"
+def _evaluate_point(row, split):
+    "Entry of results.json; raises InputError if the point has no finished run with an intact checkpoint"
+    if row['state'] != 'done': raise InputError(row['error'] or f"{row['state']} yet"*(row['state'] == 'not trained')
+                                                or f"its run {row['run']} is {row['state']}")
     run = Run(runs_dir()/row['run'])
     checkpoint, sha256 = _checkpoint_hash(run)
     scores = load_run(str(run.dir)).evaluate(split)
     return {'size': row['size'], 'n': row['n'], 'seed': row['seed'], 'run': run.name, 'checkpoint': checkpoint,
             'sha256': sha256, **{k: scores[k] for k in ('top1', 'top5', 'loss')}}
 
-# %% ../nbs/29_curve_points.ipynb #29c014
+# %% ../nbs/29_curve_points.ipynb #29x014
 def evaluate_curve(
     curve: Curve,
     split: str = 'test', # or 'valid'
     say=print,           # called with messages
 ) -> dict:               # contents of results.json
     "Evaluate the best checkpoint of each finished point, and write results.json; raises `InputError` if none can be."
-    path = curve.dir/'results.json'
-    before = read_json(path)
-    if before is None and path.exists(): say(f'{short_path(path)} is damaged: all points are evaluated again')
-    known = {(e['run'], e['sha256']): e
-             for e in (before or {}).get('points', [])} if (before or {}).get('split') == split else {}
+    if split not in ('test', 'valid'): raise invalid_choice('split', split, ['test', 'valid'])
+    if not len(curve.images().split(split)):
+        raise InputError(f'the data of curve {curve.name} have no {split} images: evaluate on valid (--split valid), '
+                         'the '
+                         'images that also chose the checkpoints')
     entries, failed = [], []
     with curve.locked():
-        for key, row in curve.points().items():
-            problem = '' if row['state'] == 'done' else row['error'] or f"its run is {row['state']}"
-            if not problem:
-                try: entries.append(known.get((row['run'], _checkpoint_hash(Run(runs_dir()/row['run']))[1] or None))
-                                    or _evaluate_point(curve, row, split))
-                except InputError as e: problem = str(e)
-            if problem:
-                failed.append({'size': row['size'], 'seed': row['seed'], 'run': row['run'], 'error': problem})
-                say(f"size {row['size']:g}, seed {row['seed']}: {problem}")
-        if not entries:
-            raise RunFailed(f'no point of curve {curve.name} can be evaluated: `imgexp curve train` trains them')
+        for row in curve.points().values():
+            try: entries.append(_evaluate_point(row, split))
+            except InputError as e:
+                failed.append({'size': row['size'], 'seed': row['seed'], 'run': row['run'], 'error': str(e)})
+                say(f"size {row['size']:g}, seed {row['seed']}: {e}")
+        if not entries: raise RunFailed(f'no point of curve {curve.name} could be evaluated: the same `imgexp curve '
+                                        'train` '
+                                        'trains what is missing')
         results = {'schema': 1, 'split': split, 'classes': len(curve.classes), 'points': entries, 'failed': failed}
-        write_json(path, results)
+        write_json(curve.dir/'results.json', results)
     return results

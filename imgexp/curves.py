@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['errors', 'summarize_curve', 'plot_errors', 'curve_law', 'report', 'save_report']
 
-# %% ../nbs/30_curves.ipynb #30c002
+# %% ../nbs/30_curves.ipynb #30x002
 import numpy as np
 
 from .curve_folder import Curve
 from .errors import InputError
-from .extrapolation import Law, fit_law, measure, percent_ticks, plot_law
+from .extrapolation import Law, draw_means, fit_law, measure, percent_ticks, plot_law, short_percent
 from .files import write_text
-from .style import BLUE, ORANGE, percent, set_title, styled
+from .style import BLUE, ORANGE, set_title, styled
 
-# %% ../nbs/30_curves.ipynb #30c012
+# %% ../nbs/30_curves.ipynb #30x012
 def errors(
     results: dict, # of `evaluate_curve`
     top: int = 1,  # 1 or 5
@@ -35,15 +35,14 @@ def summarize_curve(
         row = {'n': int(n), 'size': next(e['size'] for e in points if e['n'] == n), 'runs': int(by_top[1].runs[k])}
         for top, m in by_top.items():
             values = [1 - e[f'top{top}']['value'] for e in points if e['n'] == n]
-            half = 1.96*m.sd[k]
+            low, high = (v[k] for v in m.interval)
+            sd = np.std(values, ddof=1) if len(values) > 1 else np.nan
             row |= {f'top{top}_error': np.mean(values),
-                    'sd'*(top == 1) or f'sd{top}': np.std(values, ddof=1) if len(values) > 1
-                    else np.nan,
-                    **({'low': max(0., m.error[k] - half), 'high': min(1., m.error[k] + half)} if top == 1 else {})}
+                    f'top{top}_sd': sd} | ({'low': low, 'high': high} if top == 1 else {})
         rows.append(row)
     return pd.DataFrame(rows).set_index('n').round(4)
 
-# %% ../nbs/30_curves.ipynb #30c014
+# %% ../nbs/30_curves.ipynb #30x014
 @styled
 def plot_errors(
     results: dict,  # of `evaluate_curve`
@@ -55,15 +54,14 @@ def plot_errors(
     for top, color, line in ((1, BLUE, 'o-'), (5, ORANGE, 's--')):
         if top == 5 and results['classes'] <= 5: continue
         m = errors(results, top)
-        ax.errorbar(m.n, m.error, np.minimum(1.96*m.sd, 0.9*m.error), fmt=line, ms=4, color=color, capsize=2,
-                    label=f'top-{top}')
+        draw_means(ax, m, fmt=line, color=color, label=f'top-{top}')
     ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f"{results['split']} error")
     percent_ticks(ax)
     set_title(ax, title or 'error by training-set size', f"n = {results['points'][0]['top1']['n']:,}, 95% intervals")
     ax.legend()
     return fig
 
-# %% ../nbs/30_curves.ipynb #30c017
+# %% ../nbs/30_curves.ipynb #30x017
 def curve_law(
     results: dict,      # of `evaluate_curve`
     form: str = 'auto', # a form by name; auto chooses
@@ -71,40 +69,57 @@ def curve_law(
     "Fit the law of the top-1 error; raises `InputError` if there are too few sizes."
     return fit_law(errors(results), form)
 
-# %% ../nbs/30_curves.ipynb #30c021
+# %% ../nbs/30_curves.ipynb #30x022
 def _known(law, results):
-    m, test = law.measured, results['points'][0]['top1']['n']
-    n, error, sd, runs = m.n[-1], m.error[-1], m.sd[-1], int(m.runs[-1])
-    return (f"With {n:,.0f} training images the error is {percent(error)} ± {percent(1.96*sd)} ({runs} run"
-            f"{'s'*(runs > 1)}, {test:,} {results['split']} images); with {m.n[-2]:,.0f} it is {percent(m.error[-2])}.")
+    m, n_test = law.measured, results['points'][0]['top1']['n']
+    low, high = (short_percent(v[-1]) for v in m.interval)
+    runs = f"{m.runs[-1]} run" + 's'*int(m.runs[-1] > 1)
+    text = (f"With {m.n[-1]:,.0f} training images the error is {short_percent(m.error[-1])} ({low} to {high}; {runs}, "
+            f"{n_test:,} "
+            f"{results['split']} images); with {m.n[-2]:,.0f} it is {short_percent(m.error[-2])}.")
+    return text + ' These images also chose the checkpoints, so the errors are a little too low.'*(results['split'] == 'valid')
 
 def _expected(law):
-    n = 4*law.measured.n[-1]
-    try: at = law.predict(n)
-    except InputError as e: return f'What more images would bring is not known: {e}.'
-    chosen = f'The law ({law.form}' + ', chosen by the held-out sizes'*bool(law.trials) + ')'
-    return (f"{chosen} expects {percent(at['error'])} with four times as many, {n:,.0f}; the forms together allow "
-            f"{percent(at['low'])} to {percent(at['high'])}.")
+    try: at = law.predict(4*law.measured.n[-1])
+    except InputError as e: return f'What four times as many would bring is not known: {e}.'
+    n_forms = sum(w > 0.001 for w in law.weights.values())
+    scope = f'the {n_forms} forms in the band allow' if n_forms > 1 else 'this form alone allows'
+    text = (f"The law ({law.form}, {'chosen by the held-out sizes' if law.chosen else 'not chosen among several'}) "
+            "expects "
+            f"{short_percent(at['error'])} with four times as many images, {at['n']:,.0f}; {scope} "
+            f"{short_percent(at['low'])} to {short_percent(at['high'])}.")
+    if law.off_by is not None:
+        text += f' Fitted to the smaller sizes alone, it missed the held-out errors by {law.off_by:.0%}.'
+    return text + ' It does not fit the measured sizes within their noise: take it as a rough guess.'*law.fits_badly
 
 def _for_goal(law, target):
+    m = law.measured
     if not target:
-        return ('This holds for this network, these settings and images of this kind: beyond four times the largest '
-                'size nothing was tested, and other settings have other curves.')
+        return ('All this holds for this network, these settings and images of this kind; nothing was tested beyond '
+                'the '
+                'largest size.')
+    reached = np.flatnonzero(m.error <= target)
+    if len(reached):
+        k = reached[0]
+        how_many = f'between {m.n[k - 1]:,.0f} and {m.n[k]:,.0f}' if k else f'{m.n[0]:,.0f} or fewer'
+        return f'An error of {short_percent(target)} was reached with {how_many} training images.'
     try: needed = law.images_needed(target)
-    except InputError as e: return f'How many images an error of {percent(target)} needs is not known: {e}.'
-    low = f"{needed['low']:,.0f}" if needed['low'] else f'fewer than {law.measured.n[0]:,.0f}'
-    return (f"An error of {percent(target)} needs about {needed['n']:,.0f} training images ({low} to "
+    except InputError as e: return f'How many images {short_percent(target)} needs is not known: {e}.'
+    low = f"{needed['low']:,.0f}" if needed['low'] else f'{m.n[0]:,.0f} or fewer'
+    return (f"An error of {short_percent(target)} needs about {needed['n']:,.0f} training images ({low} to "
             f"{needed['high']:,.0f}), with this network, these settings and images of this kind.")
 
-# %% ../nbs/30_curves.ipynb #30c022
+# %% ../nbs/30_curves.ipynb #30x023
 def report(
     results: dict,       # of `evaluate_curve`
     target: float = 0.,  # error to reach, a fraction; 0: none
     form: str = 'auto',  # a form by name; auto chooses
 ) -> str:
-    "Three sentences: what is known, what is to be expected, and what is not known."
-    try: law = curve_law(results, form)
-    except InputError as e: return f'No law: {e}.'
+    "What is known, what is to be expected, and what the goal needs; raises `InputError` without a law."
+    law = curve_law(results, form)
+    if target >= law.measured.chance:
+        raise InputError(f'target={target:g} is what guessing reaches ({law.measured.chance:.3g}): give a smaller '
+                         'error')
     return '\n'.join((_known(law, results), _expected(law), _for_goal(law, target)))
 
 def save_report(
@@ -112,12 +127,12 @@ def save_report(
     target: float = 0., # error to reach, a fraction; 0: none
     form: str = 'auto', # a form by name; auto chooses
 ) -> str: # the report
-    "Save figures and text in the folder of the curve; raises `InputError` if it was not evaluated."
+    "Save figures and text in the folder of the curve; raises `InputError` if it was not evaluated, or has no law."
     results, figures = curve.results(), curve.dir/'figures'
-    text = report(results, target, form)
+    text, law = report(results, target, form), curve_law(results, form)
     figures.mkdir(exist_ok=True)
-    plots = {'errors': plot_errors(results, curve.name)}
-    if not text.startswith('No law'): plots['law'] = plot_law(curve_law(results, form))
-    for name, fig in plots.items(): fig.savefig(figures/f'{name}.png', dpi=120, bbox_inches='tight')
-    write_text(curve.dir/'report.txt', f'{summarize_curve(results).to_string()}\n\n{text}\n')
+    for name, fig in (('errors', plot_errors(results, curve.name)), ('law', plot_law(law))):
+        fig.savefig(figures/f'{name}.png', dpi=120, bbox_inches='tight')
+    tables = f'{summarize_curve(results).to_string()}\n\n{law.table().to_string()}'
+    write_text(curve.dir/'report.txt', f'{tables}\n\n{text}\n')
     return text

@@ -35,7 +35,7 @@ def test_train_continue_extend_evaluate_plot(launcher, project):
         assert (entry['run'], entry['top1']['value']) == (row['run'], float(row['test_top1']))
         assert entry['top1'] == Run(project/'runs'/row['run']).metrics['test']['top1']
     job = launcher.imgexp('curve', 'plot', '--target', '0.01', root=project, cwd=project)
-    assert job.wait() == 2 and 'there is no curve yet' in job.err  # it is not in runs/curves
+    assert job.wait() == 2 and 'there is no curve in runs/curves' in job.err  # it is not in runs/curves
     job = launcher.imgexp('curve', 'plot', '--checkpoint-dir', folder, '--target', '0.01', root=project)
     assert job.wait() == 0 and len(job.out.strip().splitlines()) == 3, job.out + job.err
     assert {p.name for p in (folder/'figures').iterdir()} == {'errors.png', 'law.png'}
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_and_a_half_written_result(launcher, project):
     assert [e['size'] for e in results['points']] == [0.25, 1] and [f['size'] for f in results['failed']] == [0.5]
     shutil.rmtree(runs_of[2])
     job = launcher.imgexp('curve', 'eval', '--checkpoint-dir', folder, root=project)
-    assert job.wait() == 1 and 'size 1, seed 0: its run is waiting' in job.err, job.err
+    assert job.wait() == 1 and f'size 1, seed 0: its run {runs_of[2].name} is gone: train it again' in job.err, job.err
     job = launcher.imgexp('curve', 'train', '--checkpoint-dir', folder, root=project)  # the missing point is trained again
     assert job.wait() == 0 and '1 point to train, 2 finished' in job.err, job.err
 
@@ -78,7 +78,7 @@ WRONG = {
     'a class vanishes': ('--subset-sizes 1,0.001', 'the smallest size is 0.0049'), 'no seed': ('--seeds 0', 'seeds=0 is out of range'),
     'unknown budget': ('--budget images', "budget='images' is not known"), 'small for AlexNet': ('--model alexnet', 'alexnet needs at least 63 px'),
     'steps in parts': ('--steps 1000 --epochs 30', 'give epochs=25'), 'a recipe and steps': ('--recipe quick --budget steps', 'give epochs'),
-    'unknown option': ('--epohs 3', 'No such option'), 'other files': ('--checkpoint-dir busy', 'holds other files')}
+    'sizes forgotten': ('--subset-sizes --dry-run', 'needs fractions'), 'unknown option': ('--epohs 3', 'No such option'), 'other files': ('--checkpoint-dir busy', 'holds other files')}
 
 @pytest.mark.parametrize('case', WRONG)
 def test_wrong_use(launcher, project, case):
@@ -88,6 +88,40 @@ def test_wrong_use(launcher, project, case):
     job = launcher.imgexp('curve', 'train', '--track', 'off', *args.split(), root=project)
     assert job.wait() == 2 and re.search(re.escape(says), last_line(job.err)) and not job.out, job.err
     assert len(job.err.strip().splitlines()) <= 2 and not runs(project)
+
+def test_a_second_process_and_a_broken_neighbor(launcher, project):
+    "A refused process changes nothing; a folder that cannot be read is skipped; JSON is alone on stdout."
+    from imgexp.curve_folder import Curve
+    (project/'runs'/'curves'/'broken').mkdir(parents=True)
+    (project/'runs'/'curves'/'broken'/'curve.json').write_text('{"a": 1}')
+    args = ['curve', 'train', *SMALL, '--seeds', '1', '--subset-sizes']
+    job = launcher.imgexp(*args, '0.5', '1', '--json', root=project)
+    assert job.wait() == 0 and [p['state'] for p in json.loads(job.out)] == ['done', 'done'], job.out + job.err
+    folder, = [d for d in (project/'runs'/'curves').iterdir() if d.name != 'broken']
+    with Curve(folder).locked():
+        job = launcher.imgexp(*args, '0.1', root=project)
+        assert job.wait() == 1 and 'is being trained by another process' in last_line(job.err)
+    assert json.loads((folder/'curve.json').read_text())['sizes'] == [0.5, 1]
+    (folder/'points.csv').write_bytes(b'\xff\xfe')
+    job = launcher.imgexp(*args, '0.5', root=project)
+    assert job.wait() == 0 and 'skipped: curve.json in' in job.err and len(runs(project)) == 2, job.err
+    for command, says in (('eval --split train', "split='train' is not known: choose one of test, valid"), ('plot --form powr', "did you mean 'power'"),
+                          ('plot --target 2', 'target=2.0 is out of range')):
+        job = launcher.imgexp('curve', *command.split(), '--checkpoint-dir', folder, root=project)
+        assert job.wait() == 2 and says in last_line(job.err), job.err
+
+def test_changed_images_and_no_test_split(launcher, project):
+    from pictures import tree
+    data = tree(project/'data', 20)
+    args = ['curve', 'train', *SMALL, '--data', data, '--seeds', '1', '--subset-sizes', '1,0.5', '--checkpoint-dir', project/'curve']
+    job = launcher.imgexp(*args, root=project)
+    assert job.wait() == 0 and 'has no test images' in job.err and '--split valid' in last_line(job.err), job.err
+    job = launcher.imgexp('curve', 'eval', '--checkpoint-dir', project/'curve', root=project)
+    assert job.wait() == 2 and 'have no test images: evaluate on valid' in last_line(job.err), job.err
+    assert launcher.imgexp('curve', 'eval', '--split', 'valid', '--checkpoint-dir', project/'curve', root=project).wait() == 0
+    next(Path(data).rglob('*.png')).unlink()
+    job = launcher.imgexp('curve', 'eval', '--split', 'valid', '--checkpoint-dir', project/'curve', root=project)
+    assert job.wait() == 2 and 'have changed since it was begun' in last_line(job.err), job.err
 
 def test_another_rate_is_another_curve(launcher, project):
     folder = project/'curve'
