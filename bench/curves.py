@@ -23,15 +23,17 @@ SEEDS = 2
 # ---- Coverage
 
 CHANCE, N_TEST, RUNS = 0.9, 10_000, 3
-SIZES = 60_000/2.**np.arange(5, -1, -1)
-CURVES = {  # parameters of each form, for sizes relative to their geometric mean
+CASES = [('power', 6), ('power-floor', 6), ('m4', 6), ('m4', 8), ('logarithmic', 6), ('arctan', 6), ('algebraic', 6)]  # form, sizes
+
+def sizes_of(k): return 60_000/2.**np.arange(k - 1, -1, -1)
+CURVES = {  # parameters of each form, for sizes relative to the geometric mean of six
     'power': dict(beta=0.15, c=0.4), 'power-floor': dict(beta=0.12, c=0.5, floor=0.05),
     'm4': dict(beta=0.3, c=0.5, floor=0.04, alpha=1., chance=CHANCE), 'logarithmic': dict(level=0.2, slope=0.05, shift=0.05),
     'arctan': dict(floor=0.03, slope=2., shift=0.5), 'algebraic': dict(floor=0.08, slope=6., power=0.8)}
 
 def true_error(form, n):
     from imgexp.laws import FORMS
-    return FORMS[form].curve(np.asarray(n, float)/np.exp(np.log(SIZES).mean()), **CURVES[form])
+    return FORMS[form].curve(np.asarray(n, float)/np.exp(np.log(sizes_of(6)).mean()), **CURVES[form])
 
 def observe(error, n, common, runs, rng):
     """Errors of runs, [runs, sizes]: the spread of seeds is 1.5% of the error, and more for few images; half of the
@@ -40,14 +42,15 @@ def observe(error, n, common, runs, rng):
     seed = (0.015*error)**2 + 0.0009*error*(1 - error)*120/n
     return error + common*np.sqrt(binomial/2) + rng.normal(size=(runs, len(error)))*np.sqrt(seed + binomial/2)
 
-def draw(form, seed):
+def draw(form, k, seed):
     "Fit one synthetic curve: chosen form, whether band and prediction band hold the truth at four times the largest size, widths"
     from imgexp.extrapolation import fit_law, measure
-    rng, ahead = np.random.default_rng([seed, [*CURVES].index(form)]), SIZES[-1:]*4
+    rng, n = np.random.default_rng([seed, [*CURVES].index(form)]), sizes_of(k)
+    ahead = n[-1:]*4
     common = rng.normal()
-    errors, truth = observe(true_error(form, SIZES), SIZES, common, RUNS, rng), true_error(form, ahead)
+    errors, truth = observe(true_error(form, n), n, common, RUNS, rng), true_error(form, ahead)
     new = observe(truth, ahead, rng.normal(), 1, rng)[0, 0]
-    law = fit_law(measure(np.tile(SIZES, RUNS), errors.ravel(), 10, N_TEST))
+    law = fit_law(measure(np.tile(n, RUNS), errors.ravel(), 10, N_TEST))
     (low,), (high,) = law.band(ahead)
     (new_low,), (new_high,) = law.band(ahead, observed=True)
     return law.form, low <= truth[0] <= high, new_low <= new <= new_high, (high - low)/truth[0]
@@ -55,11 +58,11 @@ def draw(form, seed):
 def coverage(args):
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for form in CURVES:
-            draws = list(pool.map(draw, [form]*args.draws, range(args.draws), chunksize=10))
+        for form, k in CASES:
+            draws = list(pool.map(draw, [form]*args.draws, [k]*args.draws, range(args.draws), chunksize=10))
             chosen = Counter(d[0] for d in draws)
             wrong, n_wrong = max(((f, n) for f, n in chosen.items() if f != form), key=lambda v: v[1], default=('', 0))
-            rows.append(dict(form=form, draws=len(draws), band=np.mean([d[1] for d in draws]), new_observation=np.mean([d[2] for d in draws]),
+            rows.append(dict(form=form, sizes=k, draws=len(draws), band=np.mean([d[1] for d in draws]), new_observation=np.mean([d[2] for d in draws]),
                              width=round(statistics.median(d[3] for d in draws), 3), chosen=chosen[form]/len(draws),
                              most_frequent_other=wrong, other=n_wrong/len(draws)) | machine('cpu'))
             log(rows[-1])
