@@ -18,7 +18,7 @@ from .curve_params import CurveParams
 from .errors import InputError, RunFailed, invalid_choice
 from .evaluate import load_run
 from .experiments import find_experiment
-from .files import display_path, read_json, write_json
+from .files import read_json, short_path, write_json
 from .runs import Run
 from .start import runs_dir
 from .text import duration
@@ -179,7 +179,7 @@ def train_curve(
     with curve.locked():
         curve.save()
         plan = plan_curve(curve, table, p.jobs, say)
-        say(f'curve {display_path(curve.dir)}: {plan}')
+        say(f'curve {short_path(curve.dir)}: {plan}')
         if not len(table.split('test')):
             say(f'{table.name} has no test images: only validation accuracies are measured')
         curve.save_subsets(table)

@@ -84,13 +84,13 @@ def _expected(law):
     except InputError as e: return f'What four times as many would bring is not known: {e}.'
     n_forms = sum(w > 0.001 for w in law.weights.values())
     scope = f'the {n_forms} forms in the band allow' if n_forms > 1 else 'this form alone allows'
-    text = (f"The law ({law.form}, {'chosen by the held-out sizes' if law.chosen else 'not chosen among several'}) "
+    text = (f"The law ({law.form}, {f'chosen among {len(law.trials)} forms' if law.chosen else 'the only form that was tried'}) "
             "expects "
             f"{short_percent(at['error'])} with four times as many images, {at['n']:,.0f}; {scope} "
             f"{short_percent(at['low'])} to {short_percent(at['high'])}.")
     if law.off_by is not None:
         text += f' Fitted to the smaller sizes alone, it missed the held-out errors by {law.off_by:.0%}.'
-    return text + ' It does not fit the measured sizes within their noise: take it as a rough guess.'*law.fits_badly
+    return text + ' It does not fit the measured sizes within their noise: take it as a rough guess.'*bool(law.fit.fits_badly)
 
 def _for_goal(law, target):
     m = law.measured

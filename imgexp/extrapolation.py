@@ -134,6 +134,17 @@ class Law:
     def span(self): return self.measured.n[-1]/self.measured.n[0]
 
 # %% ../nbs/26_extrapolation.ipynb #26x014
+def _weigh(fits, scores):
+    "The form with the highest score, and the weights of all forms; those that could not be scored get the highest score"
+    best = max(scores.values(), default=0.)
+    possible = {n: not f.fits_badly for n, f in fits.items()}
+    if not any(possible.values()): possible = dict.fromkeys(fits, True)
+    evidence = {n: scores.get(n, best) - f.squares/2 if possible[n] else -np.inf for n, f in fits.items()}
+    weights = {n: float(np.exp(e - max(evidence.values()))) for n, e in evidence.items()}
+    candidates = [n for n in fits if possible[n] and (n in scores or not scores)] or list(scores)
+    chosen = max(candidates, key=lambda n: scores.get(n, -fits[n].form.n_params))
+    return chosen, {n: w/sum(weights.values()) for n, w in weights.items()}
+
 def fit_law(
     measured: Measured,
     form: str = 'auto', # a key of FORMS; auto chooses the one that predicts the largest sizes best
@@ -143,19 +154,14 @@ def fit_law(
     measured = _with_spread(measured)
     k = len(measured.n)
     if k < 3: raise InputError(f'{k} sizes are too few for a law: measure at least 3, better 6')
-    trials = {f.name: t for f in FORMS.values() if (t := _held_out_score(f, measured)) and form in ('auto', f.name)}
-    names = list(trials) or ['power' if form == 'auto' else form]
-    if FORMS[names[0]].n_params >= k: raise InputError(f'form={form!r} has {FORMS[form].n_params} parameters: measure '
-                                                       f'at least {FORMS[form].n_params + 1} sizes')
-    scores = np.array([trials[n][1] if n in trials else 0. for n in names])
+    if form != 'auto' and FORMS[form].n_params >= k:
+        raise InputError(f'form={form!r} has {FORMS[form].n_params} parameters: measure at least '
+                         f'{FORMS[form].n_params + 1} sizes')
+    names = [f for f in FORMS if form in ('auto', f) and FORMS[f].n_params < k]
+    trials = {n: t for n in names if (t := _held_out_score(FORMS[n], measured))}
     fits = {n: fit_form(FORMS[n], measured.sizes) for n in names}
-    squares, free = np.array([[f.squares, max(1, k - f.form.n_params)] for f in fits.values()]).T
-    possible = squares <= stats.chi2.ppf(0.99, free)
-    if not possible.any(): possible[:] = True
-    weights = np.where(possible, np.exp(scores - squares/2 - (scores - squares/2)[possible].max()), 0)
-    chosen = names[np.where(possible, scores, -np.inf).argmax()]
-    return Law(measured, fits, chosen, dict(zip(names, (weights/weights.sum()).tolist())), trials,
-               form == 'auto' and len(trials) > 1)
+    form, weights = _weigh(fits, {n: score for n, (_, score, _) in trials.items()})
+    return Law(measured, fits, form, weights, trials, len(trials) > 1)
 
 # %% ../nbs/26_extrapolation.ipynb #26x015
 @patch
@@ -305,12 +311,6 @@ def off_by(self: Law) -> float: # fraction; None without held-out sizes
     if self.form not in self.trials: return None
     predicted = self.trials[self.form][2]
     return float(np.abs(predicted/self.measured.error[-len(predicted):] - 1).mean())
-
-@patch(as_prop=True)
-def fits_badly(self: Law) -> bool:
-    "Whether the measured sizes contradict the law (p < 0.01)."
-    free = len(self.measured.n) - self.fit.form.n_params
-    return bool(free > 0 and self.fit.squares > stats.chi2.ppf(0.99, free))
 
 @patch
 def reliance(self: Law) -> dict: # error and reliance, fractions; n

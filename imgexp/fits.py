@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
+from scipy import stats
 
 from .laws import Form
 
@@ -60,6 +61,11 @@ class Fit:
     def error(self, n):
         "Fitted error at sizes `n`, an array"
         return self.form(self.free, np.asarray(n, float), self.sizes.chance)
+    @property
+    def fits_badly(self):
+        "Whether the measured sizes contradict the form (p < 0.01)"
+        free = len(self.sizes.n) - self.form.n_params
+        return free > 0 and self.squares > stats.chi2.ppf(0.99, free)
     @property
     def named(self):
         "Parameters by name; sizes are relative to the reference"
