@@ -339,7 +339,9 @@ def percent_ticks(
 ):
     "Ticks at round numbers, in percent."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    low, high = ax.get_ylim()
+    subs = (1, 2, 3, 5, 7) if high < 10*low else (1, 2, 5) if high < 200*low else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:.3g}%'))
     ax.yaxis.set_minor_locator(NullLocator())
 
@@ -394,6 +396,7 @@ def plot_law(
     _draw_ahead(axes[0, -1], law, ahead, truth)
     for ax in axes[0]:
         ax.set(xscale='log', yscale='log', xlabel='training images')
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], law.measured.interval[0].min()/3))
         percent_ticks(ax)
         ax.legend(fontsize=7)
     axes[0, 0].set_ylabel('test error')

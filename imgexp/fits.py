@@ -51,6 +51,7 @@ class Sizes:
     chance: float     # error of guessing
     def take(self, rows): return Sizes(self.n[rows], self.error[rows], self.sd[rows], self.chance)
 
+# %% ../nbs/25a_fits.ipynb #25ax900
 @dataclass
 class Fit:
     "A fitted form."
