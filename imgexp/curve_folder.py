@@ -105,7 +105,9 @@ def point_values(
 ) -> dict:
     "Parameters of 03_train for a point."
     p = self.params
-    given = {n: p[n] for n in p.given | p.changed().keys() if n in TrainOptions.table()}
+    given, declared = p.given | p.changed().keys(), TrainOptions.table()
+    given |= {'epochs'} if not p.recipe else set()  # a recipe has its own number
+    given = {n: p[n] for n in declared if n in given}
     seed = {'seed': p.seed + k} if p.vary == 'all' else {'seed': p.seed, f'seed_{p.vary}': p.seed + k}
     return given | seed | {'subset': size} | ({'steps': self.steps} if self.steps else {})
 

@@ -15,6 +15,7 @@ from .params import Parameters, from_declarations, param
 class CurveOptions(Parameters, heading='curve'):
     subset_sizes: str = param('1,0.5,0.25,0.125,0.0625,0.03125', 'fractions of the training images, above 0 to 1')
     seeds: int = param(2, 'runs of each size, with consecutive seeds', (1, 100))
+    epochs: int = param(10, 'passes over the images of each size; with steps, the number of validations', (1, 10_000))
     budget: str = param('epochs', 'what all sizes have in common: epochs (passes over their images) or steps (updates)',
                         ['epochs', 'steps'])
     vary: str = param('all', 'what a seed changes: all, subset, order or init', ['all', 'subset', 'order', 'init'])
