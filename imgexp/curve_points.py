@@ -216,8 +216,7 @@ def evaluate_curve(
     if split not in ('test', 'valid'): raise invalid_choice('split', split, ['test', 'valid'])
     if not len(curve.images().split(split)):
         raise InputError(f'the data of curve {curve.name} have no {split} images: evaluate on valid (--split valid), '
-                         'the '
-                         'images that also chose the checkpoints')
+                         'the images that also chose the checkpoints')
     entries, failed = [], []
     with curve.locked():
         for row in curve.points().values():

@@ -84,7 +84,8 @@ def _expected(law):
     except InputError as e: return f'What four times as many would bring is not known: {e}.'
     n_forms = sum(w > 0.001 for w in law.weights.values())
     scope = f'the {n_forms} forms in the band allow' if n_forms > 1 else 'this form alone allows'
-    text = (f"The law ({law.form}, {f'chosen among {len(law.trials)} forms' if law.chosen else 'the only form that was tried'}) "
+    text = (f"The law ({law.form}, "
+            f"{f'chosen among {len(law.trials)} forms' if law.chosen else 'the only form that was tried'}) "
             "expects "
             f"{short_percent(at['error'])} with four times as many images, {at['n']:,.0f}; {scope} "
             f"{short_percent(at['low'])} to {short_percent(at['high'])}.")
@@ -96,8 +97,7 @@ def _for_goal(law, target):
     m = law.measured
     if not target:
         return ('All this holds for this network, these settings and images of this kind; nothing was tested beyond '
-                'the '
-                'largest size.')
+                'the largest size.')
     reached = np.flatnonzero(m.error <= target)
     if len(reached):
         k = reached[0]
@@ -133,6 +133,8 @@ def save_report(
     figures.mkdir(exist_ok=True)
     for name, fig in (('errors', plot_errors(results, curve.name)), ('law', plot_law(law))):
         fig.savefig(figures/f'{name}.png', dpi=120, bbox_inches='tight')
-    tables = f'{summarize_curve(results).to_string()}\n\n{law.table().to_string()}'
+    reliance = ('At {n:,.0f} images the law has an error of {error:.4f} and a data reliance of {reliance:.4f}.'
+                .format(**law.reliance()))
+    tables = f'{summarize_curve(results).to_string()}\n\n{law.table().to_string()}\n\n{reliance}'
     write_text(curve.dir/'report.txt', f'{tables}\n\n{text}\n')
     return text

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from scipy import stats
 
 from .errors import InputError
-from .fits import Fit, Sizes, fit_form, profile, signed_roots
+from .fits import Sizes, fit_form, profile, signed_roots
 from .laws import FORMS, find_form
 from .style import BLUE, GRAY, ORANGE, percent, styled
 
