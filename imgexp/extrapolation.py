@@ -159,6 +159,7 @@ def fit_law(
                          f'{FORMS[form].n_params + 1} sizes')
     names = [f for f in FORMS if form in ('auto', f) and FORMS[f].n_params < k]
     trials = {n: t for n in names if (t := _held_out_score(FORMS[n], measured))}
+    if len(trials) > 1: names = list(trials)
     fits = {n: fit_form(FORMS[n], measured.sizes) for n in names}
     form, weights = _weigh(fits, {n: score for n, (_, score, _) in trials.items()})
     return Law(measured, fits, form, weights, trials, len(trials) > 1)
