@@ -56,6 +56,7 @@ def plot_errors(
         m = errors(results, top)
         draw_means(ax, m, fmt=line, color=color, label=f'top-{top}')
     ax.set(xscale='log', yscale='log', xlabel='training images', ylabel=f"{results['split']} error")
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], 0.3/results['points'][0]['top1']['n']))
     percent_ticks(ax)
     set_title(ax, title or 'error by training-set size', f"n = {results['points'][0]['top1']['n']:,}, 95% intervals")
     ax.legend()

@@ -48,10 +48,10 @@ class Measured:
     def sd(self): return np.sqrt(self.variance/self.runs + self.shared(self.error))
     @property
     def interval(self):
-        "95% interval of each mean, symmetric in the logit: lowest and highest errors, [k] each"
-        logit = np.log(self.error/(1 - self.error))
-        half = 1.96*self.sd/(self.error*(1 - self.error))
-        return 1/(1 + np.exp(half - logit)), 1/(1 + np.exp(-half - logit))
+        "95% interval of each mean, from a beta distribution with its standard error: lowest and highest errors, [k] each"
+        e, variance = self.error, np.maximum(self.sd**2, 1e-12)
+        counts = np.maximum(e*(1 - e)/variance - 1, 0.1)
+        return tuple(stats.beta.ppf(tail, e*counts, (1 - e)*counts) for tail in (0.025, 0.975))
     @property
     def sizes(self): return Sizes(self.n/self.reference, self.error, self.sd, self.chance)
 
