@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'check_sizes', 'subset_rows', 'curve_id', 'Curve', 'point_row', 'curves_dir', 'find_curve', 'open_curve']
 
 # %% ../nbs/28_curve_folder.ipynb #28x002
-import hashlib, json
+import hashlib, json, os
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from .augment import augment_id
 from .contents import table_id
 from .curve_params import CurveParams, TrainOptions, parse_sizes
 from .data import Images, nested_subset
 from .errors import InputError, RunBusy
-from .files import display_path, read_json, short_path, take_lock, to_plain, write_json, write_text
+from .files import display_path, file_sha256, read_json, short_path, take_lock, to_plain, write_json, write_text, writing
+from .params import seeds
 from .runs import Run
 from .sources import SOURCE_OPTIONS, load_images, source_options
 from .start import runs_dir
@@ -53,7 +55,9 @@ def curve_id(
 ) -> str:      # 8 hex digits
     "Hash of what the points of a curve have in common."
     values = {k: v for k, v in p.id_values().items() if k not in ('subset_sizes', 'seeds', 'data')}
-    text = json.dumps(to_plain(values | {'recipe': p.recipe, 'data': data}), sort_keys=True)
+    if Path(p.weights).is_file(): values['weights'] = file_sha256(p.weights)  # by content, not by path
+    contents = {'recipe': p.recipe, 'data': data, 'augment_code': augment_id(p.augment)}
+    text = json.dumps(to_plain(values | contents), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 _KEYS = {'id', 'params', 'given', 'data', 'classes', 'steps', 'sizes', 'seeds', 'n'}
@@ -84,7 +88,7 @@ class Curve:
     @property
     def steps(self): return self.info['steps']
     def keys(self):
-        "(size, number of the seed) of all points, small sizes first"
+        "(size, seed index) of all points, small sizes first"
         return [(size, k) for size in self.sizes for k in range(self.info['seeds'])]
 
 # %% ../nbs/28_curve_folder.ipynb #28x009
@@ -98,17 +102,27 @@ def locked(self: Curve):
     finally: lock.release()
 
 @patch
+def varied_seed(
+    self: Curve,
+    k: int, # seed index, 0 and up
+) -> int:
+    "Value of the seed that the parameter `vary` names; `seed` itself if all vary."
+    p = self.params
+    first = -1 if p.vary == 'all' else p[f'seed_{p.vary}']
+    return (p.seed if first < 0 else first) + k
+
+@patch
 def point_values(
     self: Curve,
     size: float, # fraction
-    k: int,      # number of the seed, 0 and up
+    k: int,      # seed index, 0 and up
 ) -> dict:
     "Parameters of 03_train for a point."
     p = self.params
     given, declared = p.given | p.changed().keys(), TrainOptions.table()
     given |= {'epochs'} if not p.recipe else set()  # a recipe has its own number
     given = {n: p[n] for n in declared if n in given}
-    seed = {'seed': p.seed + k} if p.vary == 'all' else {'seed': p.seed, f'seed_{p.vary}': p.seed + k}
+    seed = {'seed': p.seed + k} if p.vary == 'all' else {'seed': p.seed, f'seed_{p.vary}': self.varied_seed(k)}
     return given | seed | {'subset': size} | ({'steps': self.steps} if self.steps else {})
 
 # %% ../nbs/28_curve_folder.ipynb #28x010
@@ -120,7 +134,7 @@ def _accuracy(metrics, split, k): return ((metrics.get(split) or {}).get(k) or {
 def point_row(
     curve: Curve,
     size: float,   # fraction
-    k: int,        # number of the seed, 0 and up
+    k: int,        # seed index, 0 and up
     run=None,      # its `Run`, if there is one
     error: str = '', # why it failed
 ) -> dict:
@@ -135,7 +149,7 @@ def point_row(
 
 # %% ../nbs/28_curve_folder.ipynb #28x011
 @patch
-def points(self: Curve) -> dict: # {(size, number of the seed): row of points.csv}
+def points(self: Curve) -> dict: # {(size, seed index): row of points.csv}
     "The points as last recorded; the state of each run is read again."
     recorded, seed = _read_points(self.dir/'points.csv'), self.params.seed
     def row(size, k):
@@ -159,7 +173,7 @@ def _read_points(path):
 @patch
 def table(
     self: Curve,
-    rows=None, # {(size, number of the seed): row}; read by default
+    rows=None, # {(size, seed index): row}; read by default
 ):
     "DataFrame of the points."
     import pandas as pd
@@ -168,7 +182,7 @@ def table(
 @patch
 def save_points(
     self: Curve,
-    rows: dict, # {(size, number of the seed): row}
+    rows: dict, # {(size, seed index): row}
 ):
     "Write points.csv."
     write_text(self.dir/'points.csv', self.table(rows).to_csv(index=False))
@@ -244,6 +258,7 @@ def _check_same(curve, p, data):
         if k not in ignored and k != 'data' and p[k] != stored[k]:
             raise InputError(f'{k}={p[k]!r}: curve {curve.name} has {stored[k]!r}: give the same, or another '
                              'checkpoint_dir')
+
 def _changed(curve):
     return InputError(f'the images of curve {curve.name} have changed since it was begun: restore them, or train a new '
                       'curve in another checkpoint_dir')
@@ -272,6 +287,9 @@ def open_curve(
             'steps': _equal_steps(p, table), 'sizes': [], 'seeds': 0}
     if curve:
         _check_same(curve, p, data)
+        if curve.info['id'] != id:
+            raise InputError(f'the contents of weights={p.weights!r} or augment={p.augment!r} have changed since curve '
+                             f'{curve.name} was begun: restore them, or give another checkpoint_dir')
         info = curve.info
     info['sizes'], info['seeds'] = sorted({*info['sizes'], *sizes}), max(info['seeds'], p.seeds)
     info['n'] = {str(s): len(subset_rows(table, s, 0)) for s in info['sizes']}
@@ -294,6 +312,12 @@ def images(self: Curve) -> Images:
     if table_id(table) != self.info['data']: raise _changed(self)
     return table
 
+def _save_rows(path, rows):
+    "Write an array in one step: a killed process leaves no half file"
+    part = path.with_name(f'.{path.name}.part')
+    with writing(path), open(part, 'wb') as f: np.save(f, rows)
+    os.replace(part, path)
+
 @patch
 def save_subsets(self: Curve, table: Images):
     "Write the rows of each subset, and a list of them with the images of each class."
@@ -301,9 +325,9 @@ def save_subsets(self: Curve, table: Images):
     folder.mkdir(exist_ok=True)
     for size in self.sizes:
         for k in range(self.info['seeds'] if p.vary in ('all', 'subset') else 1):
-            seed = p.seed + k if p.seed_subset < 0 or p.vary == 'subset' else p.seed_subset
-            rows, path = subset_rows(table, size, seed), folder/f'{size:g}-seed{seed}.npy'
-            if not path.exists(): np.save(path, rows)
+            seed = seeds(self.params.replace(**{n: v for n, v in self.point_values(size, k).items() if n in p}))['subset']
+            rows, path = subset_rows(table, size, seed), folder/f'{size}-seed{seed}.npy'
+            _save_rows(path, rows)
             counts = np.bincount(table.labels[rows], minlength=len(table.classes))
             listed.append({'size': size, 'seed': seed, 'n': len(rows), 'rows': path.name,
                            'sha256': hashlib.sha256(rows.astype('<i8').tobytes()).hexdigest(),

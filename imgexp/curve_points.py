@@ -66,7 +66,7 @@ def measure_speed(
 class CurvePlan:
     "What training a curve will do."
     curve: Curve
-    waiting: list     # (size, number of the seed) of the points to train
+    waiting: list     # (size, seed index) of the points to train
     seconds: dict     # expected seconds of a point of each size
     per_class: dict   # images of a class at each size, as text
     jobs: int         # points trained at once
@@ -174,11 +174,11 @@ def train_curve(
 ) -> Curve:            # the curve, or with `dry` the `CurvePlan`
     "Train the missing points of a curve, small subsets first; raises `InputError`."
     curve, table = open_curve(p)
-    if dry: return plan_curve(curve, table, p.jobs, say)
+    plan = plan_curve(curve, table, p.jobs, say)  # refuses what cannot be trained, before anything is written
+    if dry: return plan
     curve.dir.mkdir(parents=True, exist_ok=True)
     with curve.locked():
         curve.save()
-        plan = plan_curve(curve, table, p.jobs, say)
         say(f'curve {short_path(curve.dir)}: {plan}')
         if not len(table.split('test')):
             say(f'{table.name} has no test images: only validation accuracies are measured')
