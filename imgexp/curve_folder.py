@@ -84,7 +84,13 @@ class Curve:
     @property
     def classes(self): return self.info['classes']
     @property
-    def params(self): return CurveParams.check(self.info['params'], self.info['given'])
+    def params(self):
+        "Parameters of the curve; relative paths are those of the folder in which it was begun"
+        values = dict(self.info['params'])
+        for k in ('data', 'weights'):
+            there = Path(self.info.get('folder', '.'))/values.get(k, '')
+            if values.get(k) and not Path(values[k]).exists() and there.exists(): values[k] = str(there)
+        return CurveParams.check(values, self.info['given'])
     @property
     def steps(self): return self.info['steps']
     def keys(self):
@@ -193,8 +199,12 @@ def results(self: Curve) -> dict:
     "Contents of results.json; raises `InputError` if there is none, or it is damaged."
     found = read_json(self.dir/'results.json') or {}
     points = found.get('points') or []
-    whole = {'split', 'classes'} <= found.keys() and all({'n', 'size', 'top1', 'top5'} <= e.keys() for e in points)
-    if points and whole: return found
+    whole = {'split', 'classes'} <= found.keys() and all({'n', 'size', 'run', 'top1', 'top5'} <= e.keys() for e in points)
+    if points and whole:
+        trained = {row['run'] for row in self.points().values() if row['state'] == 'done'}
+        if trained != {e['run'] for e in points}:
+            message(f'{self.name} was trained further since its evaluation: `imgexp curve eval` brings it up to date')
+        return found
     state = 'is damaged' if (self.dir/'results.json').exists() else 'does not exist yet'
     raise InputError(f"{short_path(self.dir/'results.json')} {state}: `imgexp curve eval --checkpoint-dir "
                      f"{short_path(self.dir)}` writes it")
@@ -238,13 +248,13 @@ def _existing(p, id):
 # %% ../nbs/28_curve_folder.ipynb #28x015
 def _stored_values(p):
     "Parameters of the curve in `checkpoint_dir`, where they are not given"
-    info = read_json(Path(p.checkpoint_dir)/'curve.json') if p.checkpoint_dir else None
-    if not info: return p
+    if not p.checkpoint_dir or not (Path(p.checkpoint_dir)/'curve.json').exists(): return p
+    stored = Curve(p.checkpoint_dir)
     given = p.given | p.changed().keys()
     keep = given | {'checkpoint_dir', 'jobs', 'target', 'form'}
     if 'data' in given: keep |= {'classes', *SOURCE_OPTIONS}  # these belong to the data
-    filled = p.replace(**{k: v for k, v in info.get('params', {}).items() if k in p and k not in keep})
-    filled.given = frozenset({*given, *info.get('given', ())})
+    filled = p.replace(**{k: v for k, v in stored.params.items() if k in p and k not in keep})
+    filled.given = frozenset({*given, *stored.info['given']})
     return filled
 
 def _check_same(curve, p, data):
@@ -267,8 +277,7 @@ def _changed(curve):
 def _equal_steps(p, table):
     "Number of steps of every point; 0: `epochs` passes"
     if p.steps or p.budget == 'epochs': return p.steps
-    if p.recipe and 'epochs' not in p.given:
-        raise InputError('budget=steps with a recipe needs the number of epochs: give epochs')
+    if p.recipe: raise InputError('budget=steps with a recipe: give steps, the number of updates of every size')
     from imgexp.loader import Batches
     return p.epochs*Batches(table.split('train'), p.batch_size, 0, True, (0, 1)).per_pass
 
@@ -283,7 +292,7 @@ def open_curve(
     id = curve_id(p, data)
     folder, curve = _existing(p, id)
     info = {'schema': 1, 'id': id, 'created': datetime.now().astimezone().isoformat(timespec='seconds'),
-            'params': dict(p), 'given': sorted(p.given | p.changed().keys()), 'data': data, 'classes': table.classes,
+            'folder': str(Path.cwd()), 'params': dict(p), 'given': sorted(p.given | p.changed().keys()), 'data': data, 'classes': table.classes,
             'steps': _equal_steps(p, table), 'sizes': [], 'seeds': 0}
     if curve:
         _check_same(curve, p, data)

@@ -30,7 +30,7 @@ SETUP_SECONDS = 4  # of a run, beside its images: loading, checkpoints, figures
 def measure_speed(
     values: dict, # parameters of 03_train
     steps: int = 6, # training steps that are timed
-) -> dict:        # seconds per training image, seconds per validation image
+) -> dict:        # seconds of a training and of a validation image; epochs and batch size, perhaps from a recipe
     "Time a few training steps, and as many validation batches."
     import torch
     from imgexp.learner import make_optimizer, to_input
@@ -59,7 +59,7 @@ def measure_speed(
     learn.model.eval()
     with torch.inference_mode():
         valid = seconds(learn.dls.valid, lambda x, y: learn.forward(learn.model, to_input(x, learn.norm)))
-    return {'train': train, 'valid': valid}
+    return {'train': train, 'valid': valid, 'epochs': p.epochs, 'batch_size': p.batch_size}
 
 # %% ../nbs/29_curve_points.ipynb #29x006
 @dataclass(repr=False)
@@ -100,10 +100,10 @@ def plan_curve(
     if not waiting: return CurvePlan(curve, [], {}, per_class, jobs)
     say('timing a few training steps')
     speed = _speed(curve.point_values(*max(waiting)), jobs)
-    p, n_valid = curve.params, len(table.split('valid'))
+    epochs, n_valid = speed['epochs'], len(table.split('valid'))
     def seconds(size):
-        n = curve.steps*p.batch_size if curve.steps else p.epochs*curve.info['n'][str(size)]
-        return n*speed['train'] + p.epochs*n_valid*speed['valid'] + SETUP_SECONDS
+        n = curve.steps*speed['batch_size'] if curve.steps else epochs*curve.info['n'][str(size)]
+        return n*speed['train'] + epochs*n_valid*speed['valid'] + SETUP_SECONDS
     return CurvePlan(curve, waiting, {s: seconds(s) for s in {s for s, _ in waiting}}, per_class, jobs)
 
 def _range(counts):
@@ -128,7 +128,7 @@ def train_point(
 
 # %% ../nbs/29_curve_points.ipynb #29x010
 class _Recorder:
-    "Record each point as it ends, and say so"
+    "Record each point when it ends, and print a line"
     def __init__(self, curve, plan, say):
         self.curve, self.rows, self.say, self.waiting, self.seconds = curve, curve.points(), say, [*plan.waiting], plan.seconds
         self.n, self.jobs, self.done, self.start = len(plan.waiting), plan.jobs, 0., time.monotonic()
@@ -224,9 +224,8 @@ def evaluate_curve(
             except InputError as e:
                 failed.append({'size': row['size'], 'seed': row['seed'], 'run': row['run'], 'error': str(e)})
                 say(f"size {row['size']:g}, seed {row['seed']}: {e}")
-        if not entries: raise RunFailed(f'no point of curve {curve.name} could be evaluated: the same `imgexp curve '
-                                        'train` '
-                                        'trains what is missing')
+        if not entries: raise RunFailed(f'no point of curve {curve.name} could be evaluated: the same '
+                                        '`imgexp curve train` trains what is missing')
         results = {'schema': 1, 'split': split, 'classes': len(curve.classes), 'points': entries, 'failed': failed}
         write_json(curve.dir/'results.json', results)
     return results

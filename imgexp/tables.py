@@ -192,9 +192,8 @@ def _place(folder, name):
     suffixes = [''] if os.path.splitext(name)[1].lower() in image_suffixes() else ['', *sorted(image_suffixes())]
     found = [(sub, suffix) for sub in ['', *beside] for suffix in suffixes if (folder/sub/f'{name}{suffix}').is_file()]
     if len(found) > 1 and found[0][0]:
-        raise InputError(f'{name} is in several folders beside the table ({found[0][0]}, {found[1][0]}): move the '
-                         'table '
-                         'into the right one')
+        raise InputError(f'{name} is in several folders beside the table ({found[0][0]}, {found[1][0]}): '
+                         'move the table into the right one')
     return found[0] if found else ('', '')
 
 def _complete(folder, files, where):

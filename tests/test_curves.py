@@ -77,7 +77,7 @@ WRONG = {
     'twice': ('--subset-sizes 0.5 0.50', '0.5 is there twice'), 'no number': ('--subset-sizes half', 'not all of them are numbers'),
     'a class vanishes': ('--subset-sizes 1,0.001', 'the smallest size is 0.0049'), 'no seed': ('--seeds 0', 'seeds=0 is out of range'),
     'unknown budget': ('--budget images', "budget='images' is not known"), 'small for AlexNet': ('--model alexnet', 'alexnet needs at least 63 px'),
-    'steps in parts': ('--steps 1000 --epochs 30', 'give epochs=25'), 'a recipe and steps': ('--recipe quick --budget steps', 'give epochs'),
+    'steps in parts': ('--steps 1000 --epochs 30', 'give epochs=25'), 'a recipe and steps': ('--recipe quick --budget steps', 'give steps'),
     'sizes forgotten': ('--subset-sizes --dry-run', 'needs fractions'), 'unknown option': ('--epohs 3', 'No such option'), 'other files': ('--checkpoint-dir busy', 'holds other files')}
 
 @pytest.mark.parametrize('case', WRONG)
@@ -87,7 +87,7 @@ def test_wrong_use(launcher, project, case):
     (project/'busy'/'notes.txt').touch()
     job = launcher.imgexp('curve', 'train', '--track', 'off', *args.split(), root=project)
     assert job.wait() == 2 and re.search(re.escape(says), last_line(job.err)) and not job.out, job.err
-    assert len(job.err.strip().splitlines()) <= 2 and not runs(project)
+    assert len(job.err.strip().splitlines()) <= 2 and not runs(project) and not list((project/'runs').glob('curves/*'))
 
 def test_a_second_process_and_a_broken_neighbor(launcher, project):
     "A refused process changes nothing; a folder that cannot be read is skipped; JSON is alone on stdout."
@@ -122,6 +122,28 @@ def test_changed_images_and_no_test_split(launcher, project):
     next(Path(data).rglob('*.png')).unlink()
     job = launcher.imgexp('curve', 'eval', '--split', 'valid', '--checkpoint-dir', project/'curve', root=project)
     assert job.wait() == 2 and 'have changed since it was begun' in last_line(job.err), job.err
+
+def test_other_weights_under_the_same_name_are_another_curve(launcher, project):
+    import torch
+    from imgexp.models import build_model
+    def weights(seed): torch.save(build_model('compact_resnet', 10, size=8, seed=seed).state_dict(), project/'weights.pth')
+    args = ['curve', 'train', *SMALL, '--subset-sizes', '0.1', '--seeds', '1', '--weights', 'weights.pth', '--checkpoint-dir', project/'curve']
+    weights(0)
+    job = launcher.imgexp(*args, root=project, cwd=project)
+    assert job.wait() == 0, job.err
+    assert launcher.imgexp('curve', 'train', '--seeds', '2', '--checkpoint-dir', project/'curve', root=project, cwd='/').wait() == 0  # from anywhere
+    weights(1)
+    job = launcher.imgexp(*args, root=project, cwd=project)
+    assert job.wait() == 2 and "contents of weights='weights.pth'" in last_line(job.err), job.err
+
+def test_steps_see_the_same_images_as_epochs(project):
+    "Two passes as one part of 68 steps: order, crops and mixtures are functions of the pass, so the weights are equal bit for bit."
+    import safetensors.torch
+    from imgexp.train import train
+    common = dict(size=8, batch_size=32, workers=0, track='off', schedule='constant', mixup=0.4, flip='alternating', threads=1, precision='fp32')
+    runs = [train(epochs=2, **common), train(epochs=1, steps=68, **common)]
+    a, b = (safetensors.torch.load_file(max((r.dir/'checkpoints').glob('step-00000068'))/'model.safetensors') for r in runs)
+    assert all((a[k] == b[k]).all() for k in a)
 
 def test_another_rate_is_another_curve(launcher, project):
     folder = project/'curve'
