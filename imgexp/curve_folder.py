@@ -60,6 +60,7 @@ def curve_id(
     text = json.dumps(to_plain(values | contents), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+# %% ../nbs/28_curve_folder.ipynb #28x900
 _KEYS = {'id', 'params', 'given', 'data', 'classes', 'steps', 'sizes', 'seeds', 'n'}
 
 class Curve:
@@ -199,7 +200,8 @@ def results(self: Curve) -> dict:
     "Contents of results.json; raises `InputError` if there is none, or it is damaged."
     found = read_json(self.dir/'results.json') or {}
     points = found.get('points') or []
-    whole = {'split', 'classes'} <= found.keys() and all({'n', 'size', 'run', 'top1', 'top5'} <= e.keys() for e in points)
+    whole = {'split',
+             'classes'} <= found.keys() and all({'n', 'size', 'run', 'top1', 'top5'} <= e.keys() for e in points)
     if points and whole:
         trained = {row['run'] for row in self.points().values() if row['state'] == 'done'}
         if trained != {e['run'] for e in points}:
@@ -292,8 +294,8 @@ def open_curve(
     id = curve_id(p, data)
     folder, curve = _existing(p, id)
     info = {'schema': 1, 'id': id, 'created': datetime.now().astimezone().isoformat(timespec='seconds'),
-            'folder': str(Path.cwd()), 'params': dict(p), 'given': sorted(p.given | p.changed().keys()), 'data': data, 'classes': table.classes,
-            'steps': _equal_steps(p, table), 'sizes': [], 'seeds': 0}
+            'folder': str(Path.cwd()), 'params': dict(p), 'given': sorted(p.given | p.changed().keys()), 'data': data,
+            'classes': table.classes, 'steps': _equal_steps(p, table), 'sizes': [], 'seeds': 0}
     if curve:
         _check_same(curve, p, data)
         if curve.info['id'] != id:
@@ -334,7 +336,8 @@ def save_subsets(self: Curve, table: Images):
     folder.mkdir(exist_ok=True)
     for size in self.sizes:
         for k in range(self.info['seeds'] if p.vary in ('all', 'subset') else 1):
-            seed = seeds(self.params.replace(**{n: v for n, v in self.point_values(size, k).items() if n in p}))['subset']
+            seed = seeds(self.params.replace(**{n: v for n,
+                                                v in self.point_values(size, k).items() if n in p}))['subset']
             rows, path = subset_rows(table, size, seed), folder/f'{size}-seed{seed}.npy'
             _save_rows(path, rows)
             counts = np.bincount(table.labels[rows], minlength=len(table.classes))

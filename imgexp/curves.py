@@ -85,7 +85,8 @@ def _expected(law):
     n_forms = sum(w > 0.001 for w in law.weights.values())
     scope = f'the {n_forms} forms in the band allow' if n_forms > 1 else 'this form alone allows'
     how = f'chosen among {len(law.trials)} forms' if law.chosen else 'the only form that was tried'
-    text = (f"The law ({law.form}, {how}) expects {short_percent(at['error'])} with four times as many images, {at['n']:,.0f}; {scope} "
+    text = (f"The law ({law.form}, {how}) expects {short_percent(at['error'])} with four times as many images, "
+            f"{at['n']:,.0f}; {scope} "
             f"{short_percent(at['low'])} to {short_percent(at['high'])}.")
     if law.off_by is not None:
         text += f' Fitted to the smaller sizes alone, it missed the held-out errors by {law.off_by:.0%}.'
