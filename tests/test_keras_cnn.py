@@ -86,3 +86,11 @@ def test_a_sweep_has_the_same_results_on_one_worker_and_on_two(project, monkeypa
     assert done.returncode == 0, done.stderr
     run = Run(project/'2/runs'/other['run'])
     assert run.metrics['test']['top1']['n'] == 359 and run.status['continued'] == 0, 'who asks for it outside of the search gets a test accuracy'
+
+def test_torch_after_tensorflow_is_one_clear_line():
+    "It would be a segmentation fault in the first training; the other way round both work."
+    code = 'from imgexp.keras_network import load_keras; {}; load_keras(); import imgexp.train'
+    def run(first): return subprocess.run([sys.executable, '-c', code.format(first)], capture_output=True, text=True)
+    done = run('pass')
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith('ImportError: torch crashes if it is imported after TensorFlow')
+    assert run('import torch').returncode == 0
