@@ -18,13 +18,11 @@ from .trained import Trained, run_data
 
 # %% ../nbs/04_evaluate.ipynb #d9aaba73
 def _experiment_of(run):
-    "The experiment of a run; raises InputError if it is unknown or its framework can no longer be imported"
+    "The experiment of a run; raises InputError if it is unknown"
     if run.notebook not in EXPERIMENTS:
         raise InputError(f'run {run.name} is of {run.notebook or "an unknown notebook"}, whose networks cannot be '
                          f'loaded here: choose a run of {", ".join(EXPERIMENTS)}')
-    if EXPERIMENTS[run.notebook][1] == 'torch' and 'tensorflow' in sys.modules and 'torch' not in sys.modules:
-        raise InputError(f'run {run.name} needs torch, which cannot be imported after TensorFlow: '
-                         'load it in a new process (restart the kernel)')
+    if 'tensorflow' in sys.modules: sys.modules.setdefault('triton', None)  # see 09_keras_network
     return find_experiment(run.notebook)
 
 # %% ../nbs/04_evaluate.ipynb #d3a8cf10

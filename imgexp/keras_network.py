@@ -30,14 +30,6 @@ def _silent():
         os.close(stderr)
         os.close(null)
 
-# %% ../nbs/09_keras_network.ipynb #09x900
-class _NoTorch:
-    "Import hook that refuses torch"
-    def find_spec(self, name, path=None, target=None):
-        if name == 'torch':
-            raise ImportError('torch crashes if it is imported after TensorFlow has been used: import torch first, or start '
-                              'a new process (restart the kernel)')
-
 # %% ../nbs/09_keras_network.ipynb #d43eaa77
 def load_keras():
     "Import Keras and its backend without log messages, with deterministic kernels; returns Keras."
@@ -47,7 +39,7 @@ def load_keras():
         with _silent(): import keras, tensorflow as tf
         tf.get_logger().setLevel('ERROR')
         if keras.backend.backend() == 'tensorflow': tf.config.experimental.enable_op_determinism()
-        if 'torch' not in sys.modules: sys.meta_path.insert(0, _NoTorch())
+        sys.modules.setdefault('triton', None)  # from now on its import raises ImportError
     import keras
     return keras
 
