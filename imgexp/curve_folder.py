@@ -7,7 +7,6 @@ __all__ = ['COLUMNS', 'check_sizes', 'subset_rows', 'curve_id', 'Curve', 'point_
 
 # %% ../nbs/28_curve_folder.ipynb #28x002
 import hashlib, json, os
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from .contents import table_id
 from .curve_params import CurveParams, TrainOptions, parse_sizes
 from .data import Images, nested_subset
 from .errors import InputError, RunBusy
-from .files import display_path, file_sha256, read_json, short_path, take_lock, to_plain, write_json, write_text, writing
+from .files import display_path, file_sha256, hold_lock, read_json, short_path, to_plain, write_json, write_text, writing
 from .params import seeds
 from .runs import Run
 from .sources import SOURCE_OPTIONS, load_images, source_options
@@ -100,13 +99,11 @@ class Curve:
 
 # %% ../nbs/28_curve_folder.ipynb #28x009
 @patch
-@contextmanager
 def locked(self: Curve):
     "Context manager that locks the folder; raises `RunBusy` if another process has locked it."
-    lock = take_lock(self.dir/'lock', wait=1)
-    if lock is None: raise RunBusy(f'curve {self.name} is being trained by another process: wait for it, or stop it')
-    try: yield
-    finally: lock.release()
+    return hold_lock(self.dir/'lock', 1,
+                     RunBusy(f'curve {self.name} is being trained by another process: wait for it, or '
+                                                 'stop it'))
 
 @patch
 def varied_seed(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['project_root', 'short_path', 'display_path', 'os_errno', 'writing', 'write_text', 'to_plain', 'write_json',
-           'read_json', 'file_sha256', 'disk_usage', 'take_lock', 'is_locked', 'seconds_since_write']
+           'read_json', 'file_sha256', 'disk_usage', 'take_lock', 'hold_lock', 'is_locked', 'seconds_since_write']
 
 # %% ../nbs/00c_files.ipynb #f83f5c8c
 import errno, fcntl, hashlib, json, math, numbers, os, re, secrets, tempfile, time
@@ -153,6 +153,19 @@ def take_lock(
     try: lock.acquire()
     except Timeout: return None
     return lock
+
+# %% ../nbs/00c_files.ipynb #00cx900
+@contextmanager
+def hold_lock(
+    path: str | Path,   # lock file, created if missing
+    wait: float,        # seconds to wait for it
+    busy: Exception,    # raised if another process holds it for longer
+):
+    "Context manager that holds a lock."
+    lock = take_lock(path, wait)
+    if lock is None: raise busy
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/00c_files.ipynb #f42951f3
 def is_locked(

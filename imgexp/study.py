@@ -7,14 +7,13 @@ __all__ = ['TARGET_REACHED', 'TRIAL_COLUMNS', 'counts_as_point', 'Sweep', 'repor
 
 # %% ../nbs/06b_study.ipynb #17bf2ebb
 import hashlib, json, math
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from .errors import InputError, RunFailed, unknown_name
-from .files import read_json, short_path, take_lock, to_plain
+from .files import hold_lock, read_json, short_path, to_plain
 from .journal import load_optuna, open_storage, retrying
 from .start import runs_dir
 from .sweep_config import Halving, all_values, draw_probability, read_metric, read_space, read_stopper
@@ -182,13 +181,9 @@ def _suggest_args(d): return (list(d.choices),) if hasattr(d, 'choices') else (d
 
 # %% ../nbs/06b_study.ipynb #a30f3509
 @patch
-@contextmanager
 def locked(self: Sweep):
     "Hold the sweep's lock while starting or taking over trials; raises `RunFailed` if it stays locked for 60 s."
-    lock = take_lock(self.dir/'lock', wait=60)
-    if lock is None: raise RunFailed(f'{short_path(self.dir)} is locked by another process: try again')
-    try: yield
-    finally: lock.release()
+    return hold_lock(self.dir/'lock', 60, RunFailed(f'{short_path(self.dir)} is locked by another process: try again'))
 
 @patch
 def point_index(
