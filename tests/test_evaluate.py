@@ -146,19 +146,6 @@ def test_runs_of_unknown_notebooks(launcher, project):
         assert job.wait() == 2 and job.err.count('\n') == 1 and 'is of 99_mine, whose networks cannot be loaded here: choose a run of 03_train, 10_keras_cnn, 20_transfer' in job.err
     assert launcher.imgexp('runs', 'show', newer.name, root=project).wait() == 0
 
-def test_torch_after_tensorflow_is_refused(project):
-    "The interpreter would crash."
-    run = train('train', subset=0.05, **SMALL)
-    code = f'''
-import sys, types
-sys.modules['tensorflow'] = types.ModuleType('tensorflow')
-from imgexp.evaluate import load_run
-try: load_run({run.name!r})
-except ValueError as e: print(e)
-assert 'torch' not in sys.modules'''
-    done = subprocess.run([sys.executable, '-c', code], env=environment(project), cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('\n') == 1 and 'load it in a new process (restart the kernel)' in done.stdout, done.stderr
-
 KERAS = '''
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
