@@ -8,7 +8,7 @@ __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 're
            'restore_best', 'weights_kind']
 
 # %% ../nbs/02i_checkpoints.ipynb #fb264629
-import hashlib, json, os, pickle, random, shutil, sys, time
+import json, os, pickle, random, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,28 +19,11 @@ import torch
 from fastcore.basics import patch
 
 from .errors import InputError, RunFailed
-from .files import file_sha256, read_json, short_path, to_plain, write_json, writing
+from .files import file_sha256, read_sealed, seal, short_path, sync, write_json, writing
 from .learner import CancelFitException, StatefulCallback
 from .parallel import all_max, from_rank_zero, rank, rank_zero_print
 from .params import Parameters, param
 from .callbacks import HIGHER, better
-
-# %% ../nbs/02i_checkpoints.ipynb #d46c1477
-def _seal(value):
-    "Add a hash of its contents to a dictionary"
-    value = {k: v for k, v in to_plain(value).items() if k != 'sha256'}
-    return value | {'sha256': hashlib.sha256(json.dumps(value).encode()).hexdigest()}
-
-def _read_sealed(path):
-    "Contents of a JSON file with a checksum, or None if it is missing or damaged"
-    value = read_json(path)
-    return value if value and _seal(value) == value else None
-
-def _sync(path):
-    "Flush a file or directory to disk"
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
 
 # %% ../nbs/02i_checkpoints.ipynb #50a7c8fd
 def _save_weights(path, tensors, metadata):
@@ -53,7 +36,7 @@ def _save_state(path, state):
 def _save(path, write, *args):
     "Write a file and flush it to disk; return its entry for COMMITTED.json"
     write(path, *args)
-    _sync(path)
+    sync(path)
     return {'sha256': file_sha256(path), 'bytes': path.stat().st_size}
 
 # %% ../nbs/02i_checkpoints.ipynb #48e6c053
@@ -75,11 +58,11 @@ def write_checkpoint(
                 for kind, tensors in weights.items()} | {'state.pt': (_save_state, state)}
         with writing(folder/name), ThreadPoolExecutor() as pool:
             files = dict(zip(jobs, pool.map(lambda name: _save(part/name, *jobs[name]), jobs)))
-        write_json(part/'COMMITTED.json', _seal(record | {'step': step, 'files': files}))
-        _sync(part)
+        write_json(part/'COMMITTED.json', seal(record | {'step': step, 'files': files}))
+        sync(part)
         shutil.rmtree(folder/name, ignore_errors=True)
         os.replace(part, folder/name)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -90,7 +73,7 @@ def damage(
     checkpoint: Path, # a checkpoint's directory
 ) -> str:             # the problem, e.g. 'state.pt is damaged'; '' if the checkpoint is intact
     "Check a checkpoint's files against COMMITTED.json."
-    committed = _read_sealed(checkpoint/'COMMITTED.json')
+    committed = read_sealed(checkpoint/'COMMITTED.json')
     if not committed: return 'COMMITTED.json is missing or damaged'
     for name, file in committed['files'].items():
         if not (checkpoint/name).is_file(): return f'{name} is missing'
@@ -249,7 +232,7 @@ def _copy(source, target):
     part = target.with_name(f'.{target.name}.part')
     with writing(target):
         shutil.copyfile(source, part)
-        _sync(part)
+        sync(part)
         os.replace(part, target)
 
 # %% ../nbs/02i_checkpoints.ipynb #59b2eafa
@@ -283,7 +266,7 @@ def _update_index(self: Checkpoints, name, row):
         best = _best_first(entries, self.best_by)[:self.keep_best]
         if self.keep_every and row['epoch'] % self.keep_every == 0: kept.append(name)
     index = {'by': self.best_by, 'last': name, 'before': older[0] if older else None, 'best': best, 'kept': kept}
-    write_json(folder/'index.json', _seal(index))
+    write_json(folder/'index.json', seal(index))
     listed = {name, *older[:1], *kept, *(b['name'] for b in best)}
     for path in checkpoints(run):
         if path.name not in listed: shutil.rmtree(path, ignore_errors=True)
@@ -296,9 +279,9 @@ def read_index(
     run, # a `Run`
 ) -> dict: # by, last, before, best: [{name, epoch, valid_top1, valid_loss, …}], kept
     "Read index.json of a run's checkpoints, rebuilding it from them if it is missing or damaged."
-    index = _read_sealed(run.dir/'checkpoints'/'index.json')
+    index = read_sealed(run.dir/'checkpoints'/'index.json')
     if index: return index
-    records = {p.name: _read_sealed(p/'COMMITTED.json') for p in checkpoints(run) if not damage(p)}
+    records = {p.name: read_sealed(p/'COMMITTED.json') for p in checkpoints(run) if not damage(p)}
     names, best_by = list(records), next((r['by'] for r in records.values()), 'valid_top1')
     rows = [_entry(name, r) for name, r in reversed(records.items()) if 'epoch' in r]
     return {'by': best_by, 'last': names[0] if names else None, 'before': names[1] if names[1:] else None,
@@ -328,7 +311,7 @@ def _rewind(run, path, learn, batch):
     "Rewind the run's files to the state at the checkpoint"
     step = learn.schedule.done
     run.rewind(step if batch == 0 else step - 1)
-    row = {k: v for k, v in _read_sealed(path/'COMMITTED.json').items() if k not in ('files', 'sha256', 'by')}
+    row = {k: v for k, v in read_sealed(path/'COMMITTED.json').items() if k not in ('files', 'sha256', 'by')}
     learn.checkpoints.finalize(path, row if batch == 0 else None)
 
 # %% ../nbs/02i_checkpoints.ipynb #6ee6b3c1
@@ -408,7 +391,7 @@ def parent_id(
     "Identifier of a run to extend: its id and the hash of its last weights."
     path = newest_checkpoint(parent)
     if path is None: return parent.id
-    return f"{parent.id} {_read_sealed(path/'COMMITTED.json')['files']['model.safetensors']['sha256'][:16]}"
+    return f"{parent.id} {read_sealed(path/'COMMITTED.json')['files']['model.safetensors']['sha256'][:16]}"
 
 def _shorten(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'short_path', 'display_path', 'os_errno', 'writing', 'write_text', 'to_plain', 'write_json',
-           'read_json', 'file_sha256', 'disk_usage', 'take_lock', 'hold_lock', 'is_locked', 'seconds_since_write']
+           'read_json', 'sync', 'seal', 'read_sealed', 'file_sha256', 'disk_usage', 'take_lock', 'hold_lock',
+           'is_locked', 'seconds_since_write']
 
 # %% ../nbs/00c_files.ipynb #f83f5c8c
 import errno, fcntl, hashlib, json, math, numbers, os, re, secrets, tempfile, time
@@ -118,6 +119,29 @@ def read_json(
     try: value = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return None
     return value if isinstance(value, dict) else None
+
+# %% ../nbs/00c_files.ipynb #00cs2
+def sync(
+    path: str | Path,
+):
+    "Flush a file or folder to the disk."
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def seal(
+    value: dict, # anything that `to_plain` accepts
+) -> dict:
+    "Add a hash of its contents to a dictionary, as `sha256`."
+    value = {k: v for k, v in to_plain(value).items() if k != 'sha256'}
+    return value | {'sha256': hashlib.sha256(json.dumps(value).encode()).hexdigest()}
+
+def read_sealed(
+    path: str | Path,
+) -> dict | None:  # None if the file is missing or damaged
+    "Read a sealed dictionary from a JSON file."
+    value = read_json(path)
+    return value if value and seal(value) == value else None
 
 # %% ../nbs/00c_files.ipynb #f115703a
 def file_sha256(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'archs', 'check_arch', 'CompactResNet', 'compact_resnet', 'MLP', 'find_head', 'Block', 'Blocks',
-           'shorten_rows', 'rows_text', 'rows_html', 'blocks', 'set_retrain', 'freeze_bn_statistics', 'set_drop_path',
-           'drop_probs']
+           'shorten_rows', 'rows_text', 'rows_html', 'blocks', 'block_tensors', 'set_retrain', 'freeze_bn_statistics',
+           'set_drop_path', 'drop_probs']
 
 # %% ../nbs/02_networks.ipynb #ae643096
 import difflib
@@ -194,6 +194,17 @@ def blocks(
     assigned = {p for b in units for p in b.params}
     units[0].params += [p for p in model.parameters() if p not in assigned] # class token, position embedding
     return units
+
+# %% ../nbs/02_networks.ipynb #02bt2
+def block_tensors(
+    model:nn.Module, # a network from `build_model`
+) -> dict: # {name of the block: names of its parameters and buffers in the state dict}
+    "Names of the tensors of each block, from input to head; each is in exactly one."
+    units, names = blocks(model), {m: name for name, m in model.named_modules()}
+    owner = {names[inner]: b.name for b in units for m in b.modules for inner in m.modules()}
+    out = {b.name: [] for b in units}
+    for key in model.state_dict(): out[owner.get(key.rpartition('.')[0], units[0].name)].append(key)
+    return out
 
 # %% ../nbs/02_networks.ipynb #1bff1e88
 def _stay_in_eval(module, mode=True): return nn.Module.train(module, False)

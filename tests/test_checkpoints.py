@@ -4,7 +4,8 @@ import json, pickle, shutil, signal
 import pandas as pd, pytest
 from launch import last_line
 from pictures import CLASSES, tree
-from imgexp.checkpoints import _seal, checkpoints, read_index, read_weights
+from imgexp.checkpoints import checkpoints, read_index, read_weights
+from imgexp.files import seal
 from imgexp.runs import Run
 
 pytestmark = pytest.mark.usefixtures('project')
@@ -102,7 +103,7 @@ def test_a_malicious_pickle_is_not_executed(launcher, project, runs, name):
         if name in FILES[:3]:
             committed = json.loads((newest/'COMMITTED.json').read_text())
             committed['files'][name]['sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
-            (newest/'COMMITTED.json').write_text(json.dumps(_seal(committed)))
+            (newest/'COMMITTED.json').write_text(json.dumps(seal(committed)))
     job = launcher.imgexp(*options(runs/'data'), root=project)
     assert (job.wait() == 0) == (name == 'index.json'), job.err
     assert not mark.exists()
