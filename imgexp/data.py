@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALID', 'Encoded', 'Files', 'Pixels', 'Images', 'class_ranks', 'nested_subset', 'with_valid', 'keep_classes',
-           'keep_subset', 'from_arrays', 'read_idx', 'from_idx', 'read_stored', 'read']
+           'keep_subset', 'stratified_order', 'parse_limits', 'limit_images', 'from_arrays', 'read_idx', 'from_idx',
+           'read_stored', 'read']
 
 # %% ../nbs/01c_data.ipynb #d9c8446d
 import gzip, os, shlex, struct
@@ -175,6 +176,39 @@ def keep_subset(
     train = table.split('train')
     drop = train[~nested_subset(table.labels[train], fraction, seed)]
     return table.take(np.setdiff1d(np.arange(len(table)), drop))
+
+# %% ../nbs/01c_data.ipynb #01cc0
+def stratified_order(
+    labels, # int [n]
+    seed: int = 0, # 0 and up
+) -> np.ndarray: # int [n]
+    "An order of images whose every beginning has the classes in proportion, each of them as early as possible."
+    labels = np.asarray(labels)
+    ranks = class_ranks(labels, seed)
+    return np.argsort(np.where(ranks == 0, -1, (ranks + 0.5)/np.bincount(labels)[labels]), kind='stable')
+
+# %% ../nbs/01c_data.ipynb #01cc2
+def parse_limits(
+    max_images: str, # 'train,valid,test', each a number or empty
+) -> list:           # int or None, for each split
+    "Parse the limits of the splits; raises `InputError`."
+    parts = [t.strip() for t in max_images.split(',')]
+    if len(parts) <= len(SPLITS) and all(t == '' or t.isdecimal() and int(t) for t in parts):
+        return [int(t) if t else None for t in parts] + [None]*(len(SPLITS) - len(parts))
+    raise InputError(f'max_images={max_images!r} is not understood: give the most images of train, valid and test '
+                     '(12000,3000,10000)')
+
+def limit_images(
+    table: Images,
+    max_images: str, # as for `parse_limits`; '' keeps all
+) -> Images:
+    "Keep a stratified part of each split that has more images than its limit."
+    keep = np.ones(len(table), bool)
+    for split, limit in zip(SPLITS, parse_limits(max_images)):
+        rows = table.split(split)
+        if limit is None or limit >= len(rows): continue
+        keep[rows[stratified_order(table.labels[rows])[limit:]]] = False
+    return table if keep.all() else table.take(np.flatnonzero(keep))
 
 # %% ../nbs/01c_data.ipynb #791b944e
 def from_arrays(

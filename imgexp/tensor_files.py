@@ -40,6 +40,8 @@ class TensorSpec:
 class RawTensor(TensorSpec):
     "A tensor as bytes."
     data: object = None # memoryview of `nbytes` bytes, little-endian, row-major
+    @property
+    def spec(self): return TensorSpec(self.dtype, self.shape)
 
 # %% ../nbs/37_tensor_files.ipynb #9
 _NAMES = {name: key for key, (_, name) in DTYPES.items()}

@@ -99,7 +99,7 @@ def decode(
 ) -> str:    # the id of the tensor that was read
     "Read a tensor; raises `ValueError` if the file is damaged in a way that its format shows."
     digest, planes = hashlib.sha256(_prefix(spec)), bytearray(min(PIECE, spec.nbytes))
-    if read_spec(f) != TensorSpec(spec.dtype, spec.shape): raise ValueError('another type or shape')
+    if read_spec(f) != spec: raise ValueError('another type or shape')
     try:
         with zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True, closefd=False) as reader:
             for at in range(0, spec.nbytes, PIECE):

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .contents import table_id
-from .data import Files, Images, Pixels
+from .data import Files, Images, Pixels, limit_images
 from .errors import InputError
 from .folders import image_files
 from .loader import Loader, Pictures
@@ -63,6 +63,7 @@ def run_data(
     data = run.resolved.get('data', run.params['data'])
     if not Path(data).exists() and (Path(run.folder)/data).exists(): data = Path(run.folder)/data
     table = load_images(data, run.params.get('classes', ''), **run.resolved.get('source', source_options(run.params)))
+    table = limit_images(table, run.params.get('max_images', ''))
     if table_id(table) != run.depends['data']:
         raise InputError(f'data={str(data)!r} has changed since run {run.name}: give the data to evaluate on '
                          '(data=…)')

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NORMALIZE', 'HEAD', 'READ_MB', 'RESIDENT_MB', 'DECAYS', 'FIRST_LR', 'EXPERIMENT', 'TransferNetworkParams',
-           'HeadParams', 'ViewParams', 'CacheParams', 'TransferParams', 'FeatureLoader', 'FullBatchLoader', 'solve',
-           'LogisticLearner', 'Decays', 'norm_of', 'load_features', 'ToFloat', 'make_head_learner', 'predict_head',
-           'predictor', 'load_transfer_network', 'resolve_transfer', 'fit_head', 'finetune', 'train', 'compare']
+           'HeadParams', 'ViewParams', 'LimitParams', 'KeepWeightsParams', 'CacheParams', 'TransferParams',
+           'FeatureLoader', 'FullBatchLoader', 'solve', 'LogisticLearner', 'Decays', 'norm_of', 'load_features',
+           'ToFloat', 'make_head_learner', 'predict_head', 'predictor', 'load_transfer_network', 'resolve_transfer',
+           'fit_head', 'finetune', 'train', 'compare']
 
 # %% ../nbs/20_transfer.ipynb #3
 from contextlib import nullcontext
@@ -22,13 +23,13 @@ from fastcore.basics import patch
 from .augment import augment_id, policy
 from .checkpoints import read_index, resume_position
 from .contents import table_id
-from .data import keep_subset
+from .data import keep_subset, limit_images
 from .errors import InputError
 from .evaluate import evaluate_test
 from .experiments import METRICS, Experiment
 from .cutting import cut
 from .features import View, features
-from .fit import fit
+from .fit import fit, parse_epochs
 from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, StatefulCallback, TrainEvalCallback, best_device,
     choose_precision, make_learner)
 from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
@@ -77,12 +78,19 @@ class ViewParams(Parameters, heading='augmentation'):
     augment: str = param('crop-flip', 'augmentation of views and fine-tuning: crop-flip, color, randaugment, trivial, '
                                       'autoaugment, or module:function')
 
+class LimitParams(Parameters, heading='data'):
+    max_images: str = param('', 'most images of train, valid and test (12000,3000,10000); empty keeps all',
+                            in_id='if set')
+
+class KeepWeightsParams(Parameters, heading='checkpoints'):
+    keep_weights: str = param('', 'comma-separated epochs whose weights alone are kept', in_id=False)
+
 class CacheParams(Parameters, heading='machine'):
     precision: str = param('auto', 'fp32, bf16, fp16, or what the device does best', PRECISION)
     cache_gb: float = param(20.0, 'disk space for all cached features, in GB', '(0, 1000000]', in_id=False)
 
-class TransferParams(DataParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams, CacheParams,
-                     LoadParams, RunParams):
+class TransferParams(DataParams, LimitParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams,
+                     KeepWeightsParams, CacheParams, LoadParams, RunParams):
     "Parameters of `imgexp transfer`."
 
 # %% ../nbs/20_transfer.ipynb #10
@@ -375,7 +383,7 @@ def fit_head(
 ) -> dict:     # the best checkpoint
     "Train the part that is not frozen, and load the weights of the best epoch."
     best = fit(run, learn, epochs=p.epochs, optimizer='adam', lr=p.lr, weight_decay=p.weight_decay, schedule='constant',
-               keep_best=1, seed=p.seed)
+               keep_best=1, keep_weights=p.keep_weights, seed=p.seed)
     if p.head == 'logistic':
         rank_zero_print(f"weight decay {DECAYS[best['epoch'] - 1]:.2g} is the best on validation images")
     return best
@@ -395,7 +403,8 @@ def finetune(
     rank_zero_print(f'fine-tuning all {sum(v.numel() for v in model.parameters()):,} parameters for '
                     f'{p.finetune_epochs} epochs')
     return learn, fit(run, learn, first_lr=FIRST_LR, after=p.epochs, epochs=p.finetune_epochs, optimizer='adam',
-                      lr=p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, seed=p.seed)
+                      lr=p.finetune_lr, weight_decay=p.weight_decay, keep_best=1, keep_weights=p.keep_weights,
+                      seed=p.seed)
 
 # %% ../nbs/20_transfer.ipynb #37
 def _run_experiment(
@@ -406,7 +415,8 @@ def _run_experiment(
     p = resolve_transfer(p)
     if launched_world_size() > 1:
         raise InputError('features are computed by one process: start `imgexp transfer` without torchrun')
-    table = load_images(p.data, p.classes, **source_options(p))
+    table = limit_images(load_images(p.data, p.classes, **source_options(p)), p.max_images)
+    parse_epochs(p.keep_weights)
     if p.finetune_epochs: table = prepare_images(table, p.size)
     subset = keep_subset(table, p.subset, seeds(p)['subset'])
     model = build_model(p.arch, len(table.classes), p.weights, 0, p.size, seed=seeds(p)['init'],

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Job', 'Result', 'find_function', 'work', 'visible_gpus', 'usable_cores', 'worker_environments', 'thread_count',
-           'Local', 'Interrupted', 'run_jobs']
+           'Local', 'InProcess', 'Interrupted', 'run_jobs']
 
 # %% ../nbs/05_workers.ipynb #79deb71b
-import importlib, json, os, queue, signal, subprocess, sys, tempfile, threading, time, traceback
+import importlib, io, json, os, queue, signal, subprocess, sys, tempfile, threading, time, traceback
 from collections import Counter, deque
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 
@@ -215,6 +216,31 @@ def close(self: Local):
         try: w.process.wait(5)
         except subprocess.TimeoutExpired: w.kill()
     self.workers = {}
+
+# %% ../nbs/05_workers.ipynb #05ip2
+class InProcess:
+    "Runs one job after the other in this process; a request to stop ends it with the job."
+    n = 1
+    def __init__(
+        self,
+        quiet: bool = False, # without what the jobs print to stdout
+    ): self.quiet, self.ended = quiet, None
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    @property
+    def running(self): return self.ended is not None
+    @property
+    def free(self): return not self.running
+    def start(self, job):
+        "Run a job to its end."
+        with redirect_stdout(io.StringIO()) if self.quiet else nullcontext(): outcome = _call(job.call, job.values)
+        if outcome['state'] == 'stopped': raise Stopped(outcome['error'])
+        self.ended = job, outcome
+    def wait(self, seconds):
+        "The job that has ended, and its outcome."
+        ended, self.ended = self.ended, None
+        return ended
+    def stop(self, hard=False): "Nothing is running between two jobs."
 
 # %% ../nbs/05_workers.ipynb #2d12b947
 class Interrupted(Stopped):
