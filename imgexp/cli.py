@@ -22,6 +22,7 @@ import typer
 
 from .cli_curve import curve_app, curve_arguments
 from .cli_data import SOURCE_TABLE, cache_app, data_app
+from .cli_store import search_command, snapshots_app, store_app
 from .cli_sweep import sweep_app
 from .environment import package_version
 from .errors import InputError, RunBusy, RunFailed
@@ -226,7 +227,9 @@ def _batch(
     if not dry_run and any(r.state == 'failed' for r in results): raise typer.Exit(1)
 
 # %% ../nbs/90c_cli.ipynb #a044137d
-for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep')): app.add_typer(_sub, name=_name)
+for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep'), (snapshots_app, 'snapshots'),
+                    (store_app, 'store')): app.add_typer(_sub, name=_name)
+app.command('search')(search_command)
 
 # %% ../nbs/90c_cli.ipynb #4a366252
 STOPPED = 75  # exit status: stopped, the same command continues (EX_TEMPFAIL in sysexits.h)

@@ -23,7 +23,7 @@ from .start import runs_dir
 
 # %% ../nbs/36_population.ipynb #5
 class PopulationOptions(Parameters, heading='population'):
-    snapshots: int = param(10, 'number of snapshots', (1, 100_000))
+    snapshots: int = param(6, 'number of snapshots', (1, 100_000))
     datasets: str = param('digits,shapes-sketch', 'comma-separated data sets, which the snapshots use in turn')
     distribution: str = param('25-percent', 'what is retrained: top-layers, 25-percent, 50-percent, last-one, uniform, or '
                                             'values of retrain (0,2,5)')
@@ -136,7 +136,8 @@ def find_population(
 # %% ../nbs/36_population.ipynb #13
 def _folder_of(p):
     folder = Path(p.folder or f'{p.arch}-{p.distribution.replace(",", "-")}')
-    return folder.absolute() if p.folder and len(folder.parts) > 1 else populations_dir()/folder
+    is_path = p.folder and (len(folder.parts) != 1 or folder.is_dir())
+    return folder.absolute() if is_path else populations_dir()/folder
 
 def make_population(
     p: PopulationParams,

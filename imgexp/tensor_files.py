@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import safetensors
 
 from .errors import InputError

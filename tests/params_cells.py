@@ -7,7 +7,7 @@ from imgexp.experiments import EXPERIMENTS, experiment_declarations, find_experi
 from imgexp.curve_folder import CurveParams
 from imgexp.look import LookParams
 from imgexp.population import PopulationParams
-from imgexp.search import SearchParams
+from imgexp.search_params import SearchParams
 tables = {'01k_look': LookParams, '30_curves': CurveParams, '40_snapshots': PopulationParams, '42_search': SearchParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
 print(json.dumps([{n: table.cell() for n, table in tables.items()}, experiment_declarations()]))'''
 

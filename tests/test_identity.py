@@ -13,7 +13,7 @@ TRAIN = dict(
     warmup=1.0, label_smoothing=0.1, clip=1.0, ema=0.99, patience=2, best_by='valid_loss', keep_best=1, keep_every=2, keep_weights='1', precision='fp32', compile=True,
     seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True, threads=2, steps=40, **SOURCE)
 TRANSFER = dict(
-    data='shapes', classes='0,1,2', subset=0.5, arch='compact_resnet', weights=None, retrain=1, head='mlp', size=48, normalize='half', views=2, augment='color', epochs=3,
+    data='shapes', classes='0,1,2', subset=0.5, arch='compact_resnet', weights=None, retrain=1, head='mlp', size=48, normalize='half', views=2, augment='color', epochs=3, max_images='50', keep_weights='1',
     batch_size=16, lr=0.01, weight_decay=0.1, finetune_epochs=1, finetune_lr=0.01, cache_gb=1.0, precision='fp32', seed=1, seed_subset=1, seed_order=1, seed_init=1,
     workers=1, bad='skip', resume='never', track='off', **SOURCE)
 KERAS = dict(

@@ -1,0 +1,108 @@
+"Populations of snapshots: continued after a kill, frozen where they should be, from features that are computed once."
+import csv, signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from launch import until
+from imgexp.population import PopulationParams, find_population, make_population
+from imgexp.runs import Run
+from imgexp.snapshots import generate
+from imgexp.trained import read_network
+
+pytestmark = pytest.mark.usefixtures('project')
+SMALL = '--arch compact_resnet --size 16 --epochs 2 --batch-size 64 --precision fp32 --workers 0 --track off'.split()
+
+@pytest.fixture
+def base(project):
+    from imgexp.models import build_model
+    model = build_model('compact_resnet', 7, size=16)
+    for m in model.modules():  # statistics that are not their initial ones
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean += 0.1
+    torch.save(model.state_dict(), project/'base.pth')
+    return model.state_dict()
+
+def table(folder): return list(csv.DictReader((folder/'snapshots.csv').open()))
+
+def test_plan_generate_status(base, project, launcher, monkeypatch):
+    "A kill loses at most one snapshot; more snapshots extend the plan; finished ones are never repeated."
+    def imgexp(*args): return launcher.imgexp('snapshots', *args, root=project, cwd=project)
+    plan = ['plan', *SMALL, '--weights', 'base.pth', '--datasets', 'digits,shapes', '--max-images', '300,100,100', '--folder', 'mine']
+    job = imgexp(*plan, '--snapshots', '4')
+    assert job.wait() == 0 and '4 snapshots; next: imgexp snapshots generate mine' in job.err, job.err
+    folder = project/'runs/snapshots/mine'
+    job = imgexp('generate', 'mine')
+    until(lambda: (folder/'snapshots.csv').exists() and any(r['state'] == 'done' for r in table(folder)), 'the first snapshot', 120)
+    job.send(signal.SIGKILL)
+    job.wait()
+    first = {r['run'] for r in table(folder) if r['state'] == 'done'}
+    assert imgexp(*plan, '--snapshots', '5').wait() == 0
+    job = imgexp('generate', '--jobs', '2')
+    assert job.wait() == 0, job.err
+    rows = table(folder)
+    assert [r['state'] for r in rows] == ['done']*5 and first <= {r['run'] for r in rows}
+    assert len([*(project/'runs').glob('2*-20_transfer-*')]) == 5
+    job = imgexp('status', 'mine', '--json')
+    assert job.wait() == 0 and '5 of 5 snapshots are finished' in job.err
+    for r in rows:
+        run = Run(project/'runs'/r['run'])
+        assert run.metrics['test']['top1']['n'] == 100 and run.params['max_images'] == '300,100,100'
+    monkeypatch.chdir(project)
+    again = find_population('mine')
+    again.table_path.unlink()
+    assert [r['run'] for r in generate(again, quiet=True)] == [r['run'] for r in rows]  # found again, not trained again
+
+def test_frozen_is_the_base_and_the_rest_is_not(base, project):
+    from imgexp.networks import block_tensors
+    p = PopulationParams.check(dict(arch='compact_resnet', weights=str(project/'base.pth'), size=16, epochs=1, datasets='digits', distribution='0,1,2,3',
+                                    snapshots=4, track='off', max_images='200,50,50'))
+    for r in generate(make_population(p), quiet=True):
+        model, _ = read_network(Run(project/'runs'/r['run']), 'best')
+        same = [all(torch.equal(model.state_dict()[k], base[k]) for k in keys) for keys in block_tensors(model).values()]
+        assert same == [True]*(4 - r['retrain']) + [False]*(1 + r['retrain'])
+        if r['retrain']:  # batch norm of a trained block moves, that of a frozen one does not
+            moved = [k for k in base if 'running' in k and not torch.equal(model.state_dict()[k], base[k])]
+            assert {k.split('.')[1] for k in moved} == {str(2 - k) for k in range(r['retrain'])}
+
+@pytest.mark.parametrize('views', [0, 2])
+def test_features_are_shared(base, project, views):
+    "Snapshots with the same base, data and frozen blocks compute no features again, with augmented views neither."
+    from imgexp.features import cached
+    p = PopulationParams.check(dict(arch='compact_resnet', weights=str(project/'base.pth'), size=16, epochs=2, datasets='digits', distribution='1', views=views,
+                                    snapshots=3, track='off', max_images='200,50,50', folder=f'views{views}'))
+    population = make_population(p)
+    generate(population, quiet=True)
+    tables = cached()
+    assert len(tables) == (3 if views else 1) and tables.images.sum() == (2*200 + 100 if views else 300)
+    seeds = {v['seed'] for v in population.plan.values()}
+    assert len(seeds) == 3
+
+def test_a_plan_by_hand(base, project, launcher):
+    "A failed row is named and tried again; the others go on."
+    (project/'plan.csv').write_text('snapshot,arch,weights,data,retrain,size,epochs,track,classes\n0,compact_resnet,base.pth,digits,0,16,1,off,"0,1"\n'
+                                    '7,compact_resnet,base.pth,nowhere,1,16,1,off,\n')
+    job = launcher.imgexp('snapshots', 'generate', 'plan.csv', root=project, cwd=project)
+    assert job.wait() == 1 and 'nowhere' in job.err and '1 of 2 snapshots are not finished: the same command tries them again' in job.err, job.err
+    rows = pd.read_csv(project/'snapshots.csv')
+    assert rows.state.tolist() == ['done', 'failed'] and rows.snapshot.tolist() == [0, 7]
+    job = launcher.imgexp('store', 'add', 'plan.csv', root=project, cwd=project)
+    assert job.wait() == 0 and 'is failed: left out' in job.err + job.out and job.out.count(' tensors, ') == 1, job.err
+
+@pytest.mark.parametrize('args, message', [
+    ((), "weights='': snapshots begin with a pretrained base"), (('--weights', 'none.pth'), 'none.pth'), (('--weights', 'base.pth', '--distribution', 'top'), 'allowed are top-layers'),
+    (('--weights', 'base.pth', '--distribution', '0,9'), '9 is not possible'), (('--weights', 'base.pth', '--snapshots', '0'), 'snapshots=0'),
+    (('--weights', 'base.pth', '--datasets', ','), 'at least one data set'), (('--weights', 'base.pth', '--folder', '.'), 'holds other files')])
+def test_bad_plans(base, project, launcher, args, message):
+    job = launcher.imgexp('snapshots', 'plan', '--arch', 'compact_resnet', *args, root=project, cwd=project)
+    assert job.wait() == 2 and job.err.count('\n') == 1 and message in job.err, job.err
+    assert not (project/'runs/snapshots').exists()
+
+def test_wrong_weights_fail_in_one_line(base, project, launcher):
+    args = ['--weights', 'base.pth', '--arch', 'resnet18', '--datasets', 'digits', '--snapshots', '1', '--size', '32', '--epochs', '1', '--track', 'off']
+    assert launcher.imgexp('snapshots', 'plan', *args, root=project, cwd=project).wait() == 0
+    job = launcher.imgexp('snapshots', 'generate', root=project, cwd=project)
+    assert job.wait() == 1 and 'are not those of arch=resnet18' in job.err and 'Traceback' not in job.err, job.err
+    for folder in ('nothing', 'base.pth'):
+        job = launcher.imgexp('snapshots', 'generate', folder, root=project, cwd=project)
+        assert job.wait() == 2 and job.err.count('\n') == 1, job.err
