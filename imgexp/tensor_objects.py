@@ -48,6 +48,7 @@ def from_planes(
     np.frombuffer(out, np.uint8).reshape(-1, itemsize)[:] = np.frombuffer(planes, np.uint8).reshape(itemsize, -1).T
 
 # %% ../nbs/38_tensor_objects.ipynb #13
+_PARAMS = zstandard.ZstdCompressionParameters.from_level(1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6)
 _SKIPPABLE = 0x184D2A50 # magic number of a frame that decoders skip (RFC 8878, section 3.1.2)
 
 class _Checked:
@@ -66,8 +67,12 @@ def encode(
     "Write a tensor: header, compressed planes, checksum."
     header, checked = json.dumps({'dtype': tensor.dtype, 'shape': tensor.shape}).encode(), _Checked(f)
     checked.write(struct.pack('<II', _SKIPPABLE, len(header)) + header)
-    with zstandard.ZstdCompressor(level=1).stream_writer(checked, size=tensor.nbytes, closefd=False) as out:
-        for at in range(0, tensor.nbytes, PIECE): out.write(to_planes(tensor.data[at:at + PIECE], tensor.itemsize))
+    compressor = zstandard.ZstdCompressor(compression_params=_PARAMS)
+    with compressor.stream_writer(checked, size=tensor.nbytes, closefd=False) as out:
+        for at in range(0, tensor.nbytes, PIECE):
+            for plane in to_planes(tensor.data[at:at + PIECE], tensor.itemsize):
+                out.write(plane)
+                out.flush(zstandard.FLUSH_BLOCK)
     f.write(_trailer(checked.crc))
 
 # %% ../nbs/38_tensor_objects.ipynb #14
