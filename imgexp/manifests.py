@@ -48,12 +48,17 @@ class Snapshot:
     metadata: dict # {str: str}, of its .safetensors file
     files: list    # identities of the weights files that hold these tensors, as returned by `weights_id`
     added: str = '' # time
+    single: dict = field(default_factory=dict) # {id of a half-precision tensor: its id in single precision}
     @property
     def id(self): return tensors_id(self.tensors)
     @property
     def specs(self): return {name: spec for name, (spec, _) in self.tensors.items()}
     @property
     def nbytes(self): return sum(spec.nbytes for spec, _ in self.tensors.values())
+    def value(self, key):
+        "Shape and id of a tensor by its numbers: half-precision ones as in single precision"
+        spec, id = self.tensors[key]
+        return spec.shape, self.single.get(id, id)
     @property
     def ids(self): return {id for _, id in self.tensors.values()}
     def __repr__(self): return f'snapshot {self.name} ({self.id}): {len(self.tensors)} tensors, {self.nbytes:,} bytes'
@@ -73,7 +78,8 @@ def _to_json(snapshot):
 def _from_json(v):
     specs = {name: (TensorSpec(dtype, tuple(shape)), id) for name, dtype, shape, id in v['tensors']}
     return Snapshot(v['name'], {k: specs[k] for k in file_order({k: s for k, (s, _) in specs.items()})},
-                    Origin(**v['origin']), v['metadata'], v['files'], v['added'])
+                    Origin(**v['origin']), v['metadata'], v['files'], v['added'],
+                    v['single'])
 
 # %% ../nbs/39_manifests.ipynb #9
 @contextmanager

@@ -85,8 +85,8 @@ def _add(tree, snapshot):
     node = tree.root
     node.names.add(snapshot.name)
     for k, part in enumerate(tree.parts):
-        tensors = {key: snapshot.tensors[key] for key in part.keys}
-        node = node.children.setdefault(tensors_id(tensors), Node(k, tensors))
+        values = {key: snapshot.value(key) for key in part.keys}
+        node = node.children.setdefault(tensors_id(values), Node(k, {key: snapshot.tensors[key] for key in part.keys}))
         node.names.add(snapshot.name)
 
 def _preprocessing(origin, size):

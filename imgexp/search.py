@@ -96,6 +96,8 @@ class Memory:
         finally: self.used -= n
 
 # %% ../nbs/42_search.ipynb #13
+def _decoded_bytes(spec): return spec.nbytes*(2 if spec.dtype in ('F16', 'BF16') else 1)
+
 class Weights:
     "Tensors read from a store; those used longest ago make room."
     def __init__(
@@ -110,13 +112,14 @@ class Weights:
     def _read(self, spec, id):
         out = empty_tensor(spec)
         get_object(self.store.objects, id, spec, tensor_bytes(out))
+        if out.is_floating_point(): out = out.float()
         if out.ndim == 4: out = out.contiguous(memory_format=torch.channels_last)
         return out.to(self.device)
     def get(self, chain):
         "[{name: tensor}] for a list of {name: (spec, id)}"
         start, ids = time.perf_counter(), {id: spec for tensors in chain for spec, id in tensors.values()}
         missing = {id: spec for id, spec in ids.items() if id not in self.tensors}
-        n_bytes, usage = sum(spec.nbytes for spec in missing.values()), self.memory.usage
+        n_bytes, usage = sum(map(_decoded_bytes, missing.values())), self.memory.usage
         self.make_room(n_bytes, keep=ids)
         self._account(n_bytes)
         self.tensors |= zip(missing, self.pool.map(self._read, missing.values(), missing))
@@ -244,7 +247,7 @@ def _kept(self: FeatureEngine, node, chain, source, n, uses):
     disk = n_bytes/1e6/DISK_MB_S
     if not chain: yield chain, source
     else:
-        needed = n_bytes + sum(spec.nbytes for c in chain for spec, _ in c.tensors.values())
+        needed = n_bytes + sum(_decoded_bytes(spec) for c in chain for spec, _ in c.tensors.values())
         self.weights.make_room(needed)
         if self.memory.free >= needed:
             with _keep_in_memory(self, chain, source, n_bytes) as kept: yield kept

@@ -22,7 +22,7 @@ from .runs import Run, timestamp
 from .start import find_run, runs_dir
 from .style import BLUE, GRAY, styled
 from .tensor_files import empty_tensor, read_tensor_file, tensor_bytes, write_tensor_file
-from .tensor_objects import Objects, get_object, is_intact, put_all, tensor_id
+from .tensor_objects import Objects, get_object, is_intact, put_all, single_precision_id, tensor_id
 from .text import file_size
 
 # %% ../nbs/41_store.ipynb #6
@@ -86,7 +86,9 @@ def add_tensors(
         ids = dict(zip(file.tensors, pool.map(tensor_id, file.tensors.values())))
     tensors = {ids[k]: t for k, t in file.tensors.items()}
     table = {k: (t.spec, ids[k]) for k, t in file.tensors.items()}
-    snapshot = Snapshot(name, table, origin, file.metadata, sorted({f'sha256:{file.sha256[:16]}', *file_ids}), timestamp())
+    single = {id: one for id, t in tensors.items() if (one := single_precision_id(t))}
+    snapshot = Snapshot(name, table, origin, file.metadata, sorted({f'sha256:{file.sha256[:16]}', *file_ids}), timestamp(),
+                        single)
     with self.locked():
         missing = sum(id not in self.objects for id in tensors)
         _check_room(self, tensors)
@@ -205,11 +207,11 @@ def add(
     return [self.add_run(find_run(str(source)), name, checkpoint)]
 
 # %% ../nbs/41_store.ipynb #18
-def _parent_tensors(store, snapshot):
-    "Tensors of the parent; raises `InputError` if it is not in the store"
+def _parent_values(store, snapshot):
+    "{name: value} of the parent's tensors; raises `InputError` if it is not in the store"
     snapshots = store.snapshots()
     parent = parents(snapshots)[snapshot.name]
-    if parent: return snapshots[parent].tensors
+    if parent: return {k: snapshots[parent].value(k) for k in snapshots[parent].tensors}
     raise InputError(f'the parent of snapshot {snapshot.name} is not in the store: add it, or leave out changed')
 
 @patch
@@ -222,9 +224,9 @@ def select(
     "Some tensors of a snapshot; raises `InputError` if there are none."
     from fnmatch import fnmatchcase
     patterns = [p.strip() for p in only.split(',') if p.strip()]
-    base = _parent_tensors(self, snapshot) if changed else {}
+    base = _parent_values(self, snapshot) if changed else {}
     out = {k: v for k, v in snapshot.tensors.items()
-           if (not patterns or any(fnmatchcase(k, p) for p in patterns)) and base.get(k) != v}
+           if (not patterns or any(fnmatchcase(k, p) for p in patterns)) and base.get(k) != snapshot.value(k)}
     if out or changed: return out
     raise InputError(f'only={only!r}: snapshot {snapshot.name} has no such tensor; the first are '
                      f'{", ".join([*snapshot.tensors][:4])}')
@@ -390,14 +392,15 @@ def show(
     import pandas as pd
     from imgexp.networks import block_tensors
     snapshot, snapshots = self.find(name), self.snapshots()
-    base = snapshots[p].tensors if (p := parents(snapshots)[snapshot.name]) else {}
+    parent = parents(snapshots)[snapshot.name]
+    base = _parent_values(self, snapshot) if parent else {}
     others = {id for n, s in snapshots.items() if n != snapshot.name for id in s.ids}
     groups = block_tensors(_skeleton(snapshot)) if snapshot.origin.arch else {'all': [*snapshot.tensors]}
     def row(block, keys):
         items = [snapshot.tensors[k] for k in keys]
         own = sum(self.objects.size(id) for _, id in items if id not in others)/1e6
         return {'block': block, 'tensors': len(keys), 'mb': sum(spec.nbytes for spec, _ in items)/1e6, 'own_mb': own,
-                'as_parent': all(base.get(k) == snapshot.tensors[k] for k in keys)}
+                'as_parent': all(base.get(k) == snapshot.value(k) for k in keys)}
     return pd.DataFrame([row(b, keys) for b, keys in groups.items()]).set_index('block')
 
 def _skeleton(snapshot):

@@ -185,6 +185,19 @@ def test_files(tmp_path):
     part = store.get('net', tmp_path/'part.safetensors', only='f,h')
     assert {*read_tensor_file(tmp_path/'part.safetensors').tensors} == {'f', 'h'} and part not in store.find('net').files
 
+def test_half_precision_bases(tmp_path):
+    "A base in half precision comes back in half precision; what was frozen in training counts as the base's."
+    store = Store(tmp_path/'store', create=True)
+    for name, dtype in (('half', torch.float16), ('bf16', torch.bfloat16)):
+        base = {k: v.to(dtype) for k, v in state(0).items()}
+        torch.save(base, tmp_path/f'{name}.pth')
+        store.add_file(tmp_path/f'{name}.pth')
+        tuned = {k: v.float() + k.startswith('own') for k, v in base.items()}
+        store.add_tensors(f'{name}-tuned', file_of(tuned), Origin(parent=store.find(name).files[0]))
+        assert all(torch.equal(v, base[k]) and v.dtype == dtype for k, v in store.load(name).items())
+        assert {*store.load(f'{name}-tuned', changed=True)} == {'own.0', 'own.1'}
+        assert torch.equal(store.load(f'{name}-tuned')['shared.0'], base['shared.0'].float())
+
 def test_reading_a_part_leaves_the_rest_alone(tmp_path, monkeypatch):
     store = Store(tmp_path/'store', create=True)
     add(store, 's0', 0)
