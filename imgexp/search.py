@@ -70,7 +70,7 @@ class Usage:
     multiply_adds: float = 0
     seconds: float = 0      # in the networks
     read_mb: float = 0      # weights read from the store, uncompressed
-    read_seconds: float = 0
+    read_seconds: float = 0 # waiting for them
     probe_seconds: float = 0
     spilled_mb: float = 0
     recomputed: int = 0     # activations that were computed again
@@ -107,23 +107,33 @@ class Weights:
         device: str = 'cpu',
     ):
         self.store, self.memory, self.device = store, memory, device
-        self.tensors = OrderedDict()
+        self.tensors, self.pending = OrderedDict(), {}
         self.pool = ThreadPoolExecutor(min(4, os.cpu_count()))
     def _read(self, spec, id):
         out = empty_tensor(spec)
         get_object(self.store.objects, id, spec, tensor_bytes(out))
+        self.memory.usage.read_mb += spec.nbytes/1e6
         if out.is_floating_point(): out = out.float()
         if out.ndim == 4: out = out.contiguous(memory_format=torch.channels_last)
         return out.to(self.device)
+    def prefetch(self, chain):
+        "Start to read tensors in this order, as far as half of the memory reaches"
+        for spec, id in (v for tensors in chain for v in tensors.values()):
+            if id in self.tensors or id in self.pending: continue
+            n = _decoded_bytes(spec)
+            if self.memory.free - n < self.memory.budget/2: return
+            self._account(n)
+            self.pending[id] = self.pool.submit(self._read, spec, id)
     def get(self, chain):
         "[{name: tensor}] for a list of {name: (spec, id)}"
         start, ids = time.perf_counter(), {id: spec for tensors in chain for spec, id in tensors.values()}
-        missing = {id: spec for id, spec in ids.items() if id not in self.tensors}
+        missing = {id: spec for id, spec in ids.items() if id not in self.tensors and id not in self.pending}
         n_bytes, usage = sum(map(_decoded_bytes, missing.values())), self.memory.usage
         self.make_room(n_bytes, keep=ids)
         self._account(n_bytes)
-        self.tensors |= zip(missing, self.pool.map(self._read, missing.values(), missing))
-        usage.read_mb, usage.read_seconds = usage.read_mb + n_bytes/1e6, usage.read_seconds + time.perf_counter() - start
+        self.pending |= {id: self.pool.submit(self._read, spec, id) for id, spec in missing.items()}
+        self.tensors |= {id: self.pending.pop(id).result() for id in ids if id in self.pending}
+        usage.read_seconds += time.perf_counter() - start
         for id in ids: self.tensors.move_to_end(id)
         return [{name: self.tensors[id] for name, (_, id) in tensors.items()} for tensors in chain]
     def _account(self, n):
@@ -185,7 +195,9 @@ class FeatureEngine:
                 for x in pixels.split(self.batch_size): yield to_input(x.to(self.device), self.tree.norm)
             groups = [{*names}] if self.p.share else [{n} for n in sorted(names)]
             with torch.inference_mode(), autocast(self.precision, self.device):
-                for group in groups: self._visit(self.tree.root, [], Activations(images), group, last - first, out)
+                for group in groups:
+                    self.weights.prefetch(n.tensors for n in self.tree.root.below() if n.names & group)
+                    self._visit(self.tree.root, [], Activations(images), group, last - first, out)
         return out
 
 # %% ../nbs/42_search.ipynb #17
