@@ -26,8 +26,8 @@ def _decompose(x):
 def probe(
     features, # float32 [n, d]
     labels,   # int [n]
-) -> float:   # fraction, 0 to 1
-    "Leave-one-out accuracy of a ridge classifier on standardized features, for the best of `PENALTIES`."
+) -> tuple:   # accuracy, a fraction; mean squared error of targets -1 and 1
+    "Leave-one-out results of a ridge classifier on standardized features, each for the best of `PENALTIES`."
     classes, y = np.unique(labels, return_inverse=True)
     if len(classes) < 2: raise InputError('a probe needs images of two classes: give more images')
     x = np.asarray(features, np.float64)
@@ -35,11 +35,12 @@ def probe(
     target = np.where(y[:, None] == np.arange(len(classes)), 1., -1.)
     residual, (u, s) = target - target.mean(0), _decompose(x)
     projected = u.T @ residual
-    def accuracy(penalty):
+    def results(penalty):
         shrink = s/(s + penalty*len(x))
         error = (residual - u @ (shrink[:, None]*projected))/(1 - 1/len(x) - (u*u) @ shrink)[:, None]
-        return float(((target - error).argmax(1) == y).mean())
-    return max(map(accuracy, PENALTIES))
+        return float(((target - error).argmax(1) == y).mean()), float((error*error).mean())
+    accuracies, errors = zip(*map(results, PENALTIES))
+    return max(accuracies), min(errors)
 
 # %% ../nbs/41c_halving.ipynb #11
 @dataclass
@@ -51,7 +52,7 @@ class Round:
 def schedule(
     snapshots: int, # to begin with
     images: int,    # that the last round sees
-    first: int = 125, # images of the first round
+    first: int = 250, # images of the first round
     survivors: int = 2, # snapshots of the last round
 ) -> list:          # of `Round`
     "Rounds of halving: twice the images, half the snapshots; the last round has all images."

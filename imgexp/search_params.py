@@ -17,7 +17,7 @@ class SearchOptions(Parameters, heading='search'):
     store: str = param('', 'folder of the store; empty is runs/store')
     images: int = param(2000, 'images that the best snapshots see in the end, of the training and validation images',
                         (10, 10**7))
-    first: int = param(125, 'images of the first round, at least', (10, 10**7))
+    first: int = param(250, 'images of the first round, at least', (10, 10**7))
     survivors: int = param(2, 'snapshots of the last round', (1, 10**6))
     exhaustive: bool = param(False, 'run every snapshot on all images')
     share: bool = param(True, 'compute once what snapshots share')
