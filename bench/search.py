@@ -60,10 +60,11 @@ def winner(runs, shared):
                 chosen = chosen[stratified_order(labels[chosen])]
                 def score(name, n): return probe(pool.features[name][chosen[:n]], labels[chosen[:n]])
                 alive = sorted(names)
+                full = {n: score(n, len(chosen))[0] for n in names}
                 for r in schedule(len(names), len(chosen)):
-                    scores = {n: score(n, r.images) for n in alive[:r.snapshots]}
-                    alive = sorted(scores, key=lambda n: (-scores[n], n))
-                full = {n: score(n, len(chosen)) for n in names}
+                    scores = {n: score(n, r.images)[1] for n in alive[:r.snapshots]}
+                    alive = sorted(scores, key=lambda n: (scores[n], n))
+                alive.sort(key=lambda n: (-full[n], n))  # the last round goes by the accuracy
                 best = min(full, key=lambda n: (-full[n], n))
                 yield dict(distribution=distribution, target=target, draw=draw, images=len(chosen), winner=alive[0], probe_top1=full[alive[0]], exhaustive_winner=best,
                            exhaustive_top1=full[best], behind=round(full[best] - full[alive[0]], 5), rank=1 + sum(v > full[alive[0]] for v in full.values()),

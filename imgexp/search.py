@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from fastcore.basics import patch
+from threadpoolctl import threadpool_limits
 
 from .data import stratified_order
 from .errors import InputError
@@ -308,15 +309,24 @@ def _counts(trees, rounds, alive_by_round, share=True):
     return sum((r.images - before)*sum(cost(t, t.names & {*alive}) for t in trees)
                for r, before, alive in zip(rounds, seen, alive_by_round))
 
-def _row(snapshot, score, images, kept):
-    low, high = wilson(round(score*images), images)
+def _row(snapshot, top1, loss, images, kept):
+    low, high = wilson(round(top1*images), images)
     o = snapshot.origin
-    return {'name': snapshot.name, 'images': images, 'probe_top1': score, 'low': float(low), 'high': float(high),
-            'arch': o.arch, 'data': os.path.basename(o.data), 'retrain': o.retrain, 'finalist': kept}
+    return {'name': snapshot.name, 'images': images, 'probe_top1': top1, 'low': float(low), 'high': float(high),
+            'probe_loss': loss, 'arch': o.arch, 'data': os.path.basename(o.data), 'retrain': o.retrain, 'finalist': kept}
 
 # %% ../nbs/42_search.ipynb #23
+def _probe_all(names, features, labels, usage):
+    "{name: (accuracy, error, images)}, one thread for each"
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1):
+        results = pool.map(lambda name: probe(features[name].numpy(), labels), names)
+        out = {name: (*r, len(labels)) for name, r in zip(names, results)}
+    usage.probe_seconds += time.perf_counter() - start
+    return out
+
 def _halve(engines, target, rounds, features, usage):
-    "Run the rounds; returns {name: (score, images)} in the order of elimination, the last first, and who took part"
+    "Run the rounds; returns {name: (accuracy, error, images)}, the best first, and who took part in each round"
     alive, scores, seen, alive_by_round = sorted(n for e in engines for n in e.tree.names), {}, 0, []
     for r in rounds:
         alive = alive[:r.snapshots]
@@ -325,12 +335,12 @@ def _halve(engines, target, rounds, features, usage):
             names = e.tree.names & {*alive}
             for name, f in (e.features(names, seen, r.images) if names else {}).items():
                 features[name] = torch.cat([features[name], f]) if name in features else f
-        start = time.perf_counter()
-        scores |= {name: (probe(features[name].numpy(), target.labels[:r.images]), r.images) for name in alive}
-        usage.probe_seconds += time.perf_counter() - start
-        alive, seen = sorted(alive, key=lambda name: (-scores[name][0], name)), r.images
-    order = sorted(scores, key=lambda name: (-scores[name][1], -scores[name][0], name))
-    return {name: scores[name] for name in order}, alive_by_round
+        scores |= _probe_all(alive, features, target.labels[:r.images], usage)
+        alive, seen = sorted(alive, key=lambda name: (scores[name][1], name)), r.images
+    def rank(name):
+        top1, loss, images = scores[name]
+        return (-images, -top1 if images == seen else 0, loss, name)
+    return {name: scores[name] for name in sorted(scores, key=rank)}, alive_by_round
 
 # %% ../nbs/42_search.ipynb #24
 def search(
@@ -353,7 +363,7 @@ def search(
         scores, alive_by_round = _halve(engines, target, rounds, features, usage)
     bounds = {'shared': _counts(trees, rounds, alive_by_round), 'halving': _counts(trees, rounds, alive_by_round, False),
               'exhaustive': n*sum(t.whole*len(t.names) for t in trees)}
-    rows = [{'rank': k, **_row(snapshots[name], *scores[name], scores[name][1] == n)} for k, name in enumerate(scores, 1)]
+    rows = [{'rank': k, **_row(snapshots[name], *scores[name], scores[name][2] == n)} for k, name in enumerate(scores, 1)]
     return SearchResult(p, rows, rounds, trees, usage, time.perf_counter() - start, bounds,
                         {k: v.numpy() for k, v in features.items()}, target.labels)
 
