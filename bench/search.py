@@ -1,6 +1,6 @@
 """Search over 36 ResNet-18 snapshots: exhaustive, successive halving, and halving with shared prefixes.
 
-    python bench/search.py time path/to/shared      # after bench/snapshots.py path/to/shared DISTRIBUTION; both are timed, ten minutes
+    python bench/search.py time path/to/shared      # after bench/snapshots.py make path/to/shared; four minutes
     python bench/search.py winner path/to/shared    # is the winner as good as the exhaustive one's? 10 draws of images
 
 2,000 images at 64 px, full precision, by the same code: exhaustive is `--exhaustive --share false`, halving is `--share false`.
@@ -48,7 +48,7 @@ def time_search(runs, shared, repetitions):
 def winner(runs, shared):
     "From cached features: draws of images, the winner of halving against that of all snapshots on all images"
     from imgexp.data import stratified_order
-    from imgexp.halving import probe, schedule
+    from imgexp.halving import halving_rounds, probe
     from imgexp.search import search
     for distribution in ('top-layers', '25-percent'):
         for target in TARGETS:
@@ -61,7 +61,7 @@ def winner(runs, shared):
                 def score(name, n): return probe(pool.features[name][chosen[:n]], labels[chosen[:n]])
                 alive = sorted(names)
                 full = {n: score(n, len(chosen))[0] for n in names}
-                for r in schedule(len(names), len(chosen)):
+                for r in halving_rounds(len(names), len(chosen)):
                     scores = {n: score(n, r.images)[1] for n in alive[:r.snapshots]}
                     alive = sorted(scores, key=lambda n: (scores[n], n))
                 alive.sort(key=lambda n: (-full[n], n))  # the last round goes by the accuracy

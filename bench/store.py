@@ -1,6 +1,6 @@
 """Size and speed of the store, on real and on drawn populations.
 
-    python bench/store.py path/to/shared        # after bench/snapshots.py path/to/shared 25-percent; about ten minutes
+    python bench/store.py path/to/shared        # after bench/snapshots.py make path/to/shared; a minute
 
 Bytes against plain safetensors files, and against a stand-in for the layout of Alsatian (Strassenburg et al. 2025): every block of
 every snapshot as a state file and as a pickled module, beside the full .pth. Speeds with one thread, files in the page cache.

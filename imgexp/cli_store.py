@@ -26,7 +26,8 @@ snapshots_app = typer.Typer(help='Populations of snapshots: networks fine-tuned 
 store_app = typer.Typer(help='The store of snapshots: equal tensors are kept once.', no_args_is_help=True,
                         rich_markup_mode=None)
 
-_Folder = Annotated[str, typer.Argument(help='Folder of the population, its name in runs/snapshots, or a plan (.csv); by '
+_Folder = Annotated[str,
+                    typer.Argument(help='Folder of the population, its name in runs/snapshots, or a plan (.csv); by '
                                              'default the newest.')]
 
 def _options(table, leave_out=()):
@@ -36,7 +37,8 @@ def _options(table, leave_out=()):
 
 def _show(population, as_json):
     table = population.table().drop(columns='name')
-    print_table(table if as_json else table.dropna(axis=1, how='all').loc[:, lambda t: (t != '').any()].round(4), as_json)
+    print_table(table if as_json else table.dropna(axis=1, how='all').loc[:, lambda t: (t != '').any()].round(4),
+                as_json)
 
 # %% ../nbs/90a_cli_store.ipynb #5
 def _plan(as_json=False, **values):
@@ -46,7 +48,8 @@ def _plan(as_json=False, **values):
         f'{population.name}')
 
 _plan.__signature__ = _options(PopulationParams, ('jobs',))
-snapshots_app.command('plan', help='Draw what is retrained and write the plan; with more snapshots, extend it. The first '
+snapshots_app.command('plan',
+                      help='Draw what is retrained and write the plan; with more snapshots, extend it. The first '
                                    'options are those of the population, the others those of `imgexp transfer`.')(_plan)
 
 @snapshots_app.command('generate')
@@ -101,7 +104,8 @@ def store_add(
 @store_app.command('get')
 def store_get(
     name: _Snapshot,
-    out: Annotated[Path, typer.Option('--out', help='File to write (.safetensors); by default NAME.safetensors.')] = None,
+    out: Annotated[Path,
+                   typer.Option('--out', help='File to write (.safetensors); by default NAME.safetensors.')] = None,
     only: _Only = '',
     changed: _Changed = False,
     store: _Store = '',
@@ -127,11 +131,13 @@ def store_show(name: _Snapshot, store: _Store = '', as_json: Json = False):
     opened = _open(store)
     snapshot, table = opened.find(name), opened.show(name)
     if as_json:
-        return print(json.dumps({'name': snapshot.name, 'id': snapshot.id, 'origin': vars(snapshot.origin), 'files': snapshot.files,
+        return print(json.dumps({'name': snapshot.name, 'id': snapshot.id, 'origin': vars(snapshot.origin),
+                                 'files': snapshot.files,
                                  'added': snapshot.added, 'blocks': table.reset_index().to_dict('records')}, indent=1))
     o = snapshot.origin
     facts = {'snapshot': f'{snapshot.name} ({snapshot.id})', 'parent': opened.ls().parent[snapshot.name] or o.parent,
-             'arch': o.arch, 'data': o.data, 'retrain': o.retrain, 'run': o.run, 'checkpoint': o.checkpoint, 'added': snapshot.added}
+             'arch': o.arch, 'data': o.data, 'retrain': o.retrain, 'run': o.run, 'checkpoint': o.checkpoint,
+             'added': snapshot.added}
     for k, v in facts.items():
         if v not in ('', None): print(f'{k:10}  {v}')
     print_table(table.round(3), False)
@@ -145,7 +151,8 @@ def store_stat(store: _Store = '', as_json: Json = False):
 # %% ../nbs/90a_cli_store.ipynb #9
 @store_app.command('verify')
 def store_verify(
-    drop: Annotated[bool, typer.Option('--drop', help='Remove damaged tensors: adding a snapshot that has them writes them '
+    drop: Annotated[bool,
+                    typer.Option('--drop', help='Remove damaged tensors: adding a snapshot that has them writes them '
                                                       'again.')] = False,
     store: _Store = '',
 ):

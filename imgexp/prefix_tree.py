@@ -36,7 +36,8 @@ def network_parts(
 ) -> list:      # of `Part`, from the images to the features before the head
     "Split an architecture between its blocks; raises `InputError` for a size that it cannot take."
     check_size(arch, size)
-    with torch.device('meta'): model, x = build_model(arch, 2, size=size, stem=stem).eval(), torch.empty(1, 3, size, size)
+    with torch.device('meta'):
+        model, x = build_model(arch, 2, size=size, stem=stem).eval(), torch.empty(1, 3, size, size)
     out = []
     for module in segments(model):
         with FlopCounterMode(display=False) as counter, torch.no_grad(): x = module(x)
@@ -77,7 +78,8 @@ class Tree:
         "Multiply-adds per image for the features of some snapshots, each shared part once."
         return sum(self.parts[n.part].multiply_adds for n in self.root.below() if n.part >= 0 and n.names & {*names})
     def __repr__(self):
-        return (f'{self.arch} at {self.size} px: {len(self.names)} snapshots, {sum(1 for _ in self.root.below()) - 1} parts '
+        return (f'{self.arch} at {self.size} px: {len(self.names)} snapshots, {sum(1 for _ in self.root.below()) - 1} '
+                'parts '
                 f'instead of {len(self.names)*len(self.parts)}')
 
 # %% ../nbs/41b_prefix_tree.ipynb #10

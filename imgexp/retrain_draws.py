@@ -34,7 +34,8 @@ def check_distribution(
         raise InputError(f'distribution={distribution!r}: allowed are {", ".join(DISTRIBUTIONS)}, or a list of numbers '
                          '(0,2,5)') from None
     if outside := [v for v in values if not 0 <= v < n_blocks]:
-        raise InputError(f'distribution={distribution!r}: {outside[0]} is not possible, the network takes 0 (the head) to '
+        raise InputError(f'distribution={distribution!r}: {outside[0]} is not possible, the network takes 0 (the head) '
+                         'to '
                          f'{n_blocks - 1} (all but the stem)')
     return values
 

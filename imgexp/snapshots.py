@@ -51,7 +51,8 @@ def generate(
         rows = {r['snapshot']: r for r in population.rows()}
         population.save_rows([*rows.values()])
         def features(k): return tuple(str(population.plan[k][n]) for n in ('weights', 'data', 'retrain'))
-        waiting = sorted((k for k, r in rows.items() if r['state'] != 'done'), key=features)  # those that share features together
+        # those that share features together
+        waiting = sorted((k for k, r in rows.items() if r['state'] != 'done'), key=features)
         if waiting: say(f'{short_path(population.path.parent)}: {len(waiting)} of {len(rows)} snapshots to train')
         queue = [Job('imgexp.snapshots:train_snapshot', {'values': population.plan[k]}, population.snapshot_name(k))
                  for k in waiting]

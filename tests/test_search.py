@@ -1,15 +1,14 @@
 "Searching a store: sharing, halving, spilling and recomputing change the time, never a score."
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from imgexp import search as module
+from imgexp import snapshot_features as module
 from imgexp.errors import InputError
 from imgexp.manifests import Origin
 from imgexp.models import build_model
 from imgexp.networks import block_tensors
-from imgexp.search import load_target, search
+from imgexp.prefix_tree import build_trees
+from imgexp.search import search
 from imgexp.search_params import SearchParams
 from imgexp.store import Store
 from imgexp.tensor_files import TensorFile, from_torch
@@ -35,8 +34,8 @@ def params(store, **given): return SearchParams.check({'store': str(store.dir), 
 def test_features_are_those_of_the_network(store):
     "To the last bits of single precision: each snapshot by itself, on the same images."
     p = params(store, exhaustive=True)
-    result, target = search(p, **QUIET), load_target(p)
-    x = module.to_input(target.pixels(32, 'cpu', 0, 400), module.build_trees(store.snapshots())[0].norm)
+    result, target = search(p, **QUIET), module.load_target(p)
+    x = module.to_input(target.pixels(32, 0, 400), build_trees(store.snapshots())[0].norm)
     for name, features in result.features.items():
         model = store.network(name)
         with torch.inference_mode(): logits = model(x)
@@ -81,10 +80,10 @@ def test_the_budget_is_kept(store):
 
 def test_test_images_are_not_touched(store):
     from imgexp.sources import load_images
-    table, target = load_images('digits'), load_target(params(store, images=10_000))
+    table, target = load_images('digits'), module.load_target(params(store, images=10_000))
     test = {*table.items[table.split('test')]}
     assert not test & {*target.table.items} and len(target) == len(table) - len(test)
-    smaller = load_target(params(store, images=100))
+    smaller = module.load_target(params(store, images=100))
     assert [*smaller.table.items] == [*target.table.items[:100]]
 
 def test_bad_input(store, tmp_path, launcher, project):

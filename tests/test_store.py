@@ -140,11 +140,11 @@ def test_a_full_disk_refuses_cleanly(tmp_path, monkeypatch):
     with pytest.raises(RunFailed, match='free some disk space, then the same command continues'): add(store, 's1', 1)
     monkeypatch.undo()
     import imgexp.tensor_objects as module
-    real, written = module.encode, []
+    real, written = module.encode_tensor, []
     def encode(tensor, f):
         if written: raise OSError(28, 'No space left on device')
         written.append(real(tensor, f))
-    monkeypatch.setattr(module, 'encode', encode)
+    monkeypatch.setattr(module, 'encode_tensor', encode)
     with pytest.raises(RunFailed, match='free some disk space'): add(store, 's1', 1)
     monkeypatch.undo()
     assert not [*store.dir.rglob('.*.part')] and whole(store, {'s0': 0}) == {'s0'}
