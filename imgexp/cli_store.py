@@ -190,7 +190,12 @@ def store_export(
     print(f'{len(paths)} snapshots and snapshots.csv in {display_path(folder)}')
 
 # %% ../nbs/90a_cli_store.ipynb #11
-def search_command(as_json=False, figure=None, **values):
+def search_command(
+    as_json=False, # print JSON instead of a table
+    figure=None,   # path of a picture to draw
+    **values,      # of `SearchParams`, as text
+):
+    "Rank the snapshots of a store for labeled images, by linear probes on their features."
     p = SearchParams.check({k: v for k, v in values.items() if v is not None})
     if figure: check_writable(figure, '.png')
     stop_on_sigterm()
@@ -206,4 +211,3 @@ _figure = inspect.Parameter('figure', inspect.Parameter.KEYWORD_ONLY, default=No
     Path, typer.Option('--figure', help='Draw the tree of what was computed (.png).')])
 _search_options = _options(SearchParams)
 search_command.__signature__ = _search_options.replace(parameters=[*_search_options.parameters.values(), _figure])
-search_command.__doc__ = 'Rank the snapshots of a store for labeled images, by linear probes on their features.'

@@ -65,9 +65,9 @@ def halving_rounds(
     return [Round(n, k) for n, k in zip(sizes, counts)]
 
 def exhaustive_rounds(
-    snapshots: int,
-    images: int,
-) -> list: # of `Round`
+    snapshots: int, # that take part
+    images: int,    # that each sees
+) -> list:          # of `Round`
     "One round with everything."
     return [Round(images, snapshots)]
 

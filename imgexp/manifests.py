@@ -144,7 +144,7 @@ def check_name(
 
 def read_manifest(
     manifests: Manifests,
-    name: str,
+    name: str, # of the snapshot
 ) -> Snapshot:
     "Read a manifest; raises `InputError` if it is damaged."
     path = manifests.path(name)
@@ -223,7 +223,7 @@ def parents(
     return {name: '' if parent == name else parent for name, parent in found.items()}
 
 def ancestry(
-    name: str,
+    name: str,    # of the snapshot
     parent: dict, # from `parents`
 ) -> list:        # names, the snapshot itself first
     "A snapshot, its parent, the parent's parent, and so on."

@@ -101,7 +101,7 @@ class Weights:
         self,
         store: Store,
         memory: Memory,
-        device: str = 'cpu',
+        device: str = 'cpu', # to which they are moved
     ):
         self.store, self.memory, self.device = store, memory, device
         self.tensors, self.pending = OrderedDict(), {}
