@@ -261,9 +261,8 @@ def rm(
 ):
     "Remove a snapshot; its tensors stay until `gc`."
     with self.locked():
-        path = self.path(name)
-        if not path.is_file(): path = self.path(self.find(name).name)
-        path.unlink(missing_ok=True)
+        name = name if name in snapshot_names(self) else self.find(name).name
+        self.path(name).unlink(missing_ok=True)
 
 @patch
 def gc(self: Store) -> tuple: # number of files removed, bytes freed

@@ -269,7 +269,7 @@ def test_bad_input_at_the_command_line(project, launcher):
             ('add', 'none.pth'): 'none.pth', ('add', 'text.pth'): 'damaged or not a weights file', ('add', 'r18.pth', '--name', 'x', '--arch', 'resnet34'): 'not the tensors of arch=resnet34',
             ('add', 'r18.pth', '--name', 'a/b'): 'letters, digits', ('add', 'r18.pth', '--arch', 'resnet19'): 'did you mean',
             ('get', 'r19'): "no snapshot 'r19': did you mean r18", ('get', 'r18', '--out', 'x.pth'): 'ends in .safetensors', ('get', 'r18', '--only', 'zz*'): 'no such tensor',
-            ('get', 'r18', '--changed'): 'parent', ('show', 'unknown'): 'imgexp store ls', ('rm', 'unknown'): 'no snapshot', ('ls', '--store', 'nowhere'): 'is not a store',
+            ('get', 'r18', '--changed'): 'parent', ('show', 'unknown'): 'imgexp store ls', ('rm', 'unknown'): 'no snapshot', ('rm', '../store'): 'no snapshot', ('get', '../store'): 'no snapshot', ('ls', '--store', 'nowhere'): 'is not a store',
             ('export', '.'): 'exists', ('add', 'r18.pth', '--store', '.'): 'holds other files'}.items():
         job = launcher.imgexp('store', *args, root=project, cwd=project)
         assert job.wait() == 2 and job.err.count('\n') == 1 and message in job.err, (args, job.err)
