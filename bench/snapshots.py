@@ -66,13 +66,13 @@ def ours(values):
     from imgexp.transfer import train
     return train(**values, resume='never')
 
-def speed(shared):
+def speed(shared, distributions):
     "Rows of ten snapshots of each distribution, both ways"
     from imgexp.retrain_draws import count_blocks, draw_retrain
-    from imgexp.models import build_model
     from imgexp.cost import summary
+    from imgexp.models import build_model
     shared = Path(shared).absolute()
-    for distribution in ('top-layers', '25-percent'):
+    for distribution in distributions:
         draws = [draw_retrain(distribution, count_blocks('resnet18'), SEED, k) for k in range(10)]
         times, top1 = {}, {}
         for way in (ours, plain):
@@ -99,8 +99,9 @@ def main():
     parser.add_argument('what', choices=['make', 'speed'])
     parser.add_argument('shared', help='folder with data/ and weights/')
     parser.add_argument('--jobs', type=int, default=2, help='snapshots trained at once (%(default)s)')
+    parser.add_argument('--distributions', nargs='*', default=['top-layers', '25-percent'], help='for speed')
     args = parser.parse_args()
-    if args.what == 'speed': return write(RESULTS/'snapshots-speed.csv', [*speed(args.shared)])
+    if args.what == 'speed': return write(RESULTS/'snapshots-speed.csv', [*speed(args.shared, args.distributions)])
     args.shared = str(Path(args.shared).absolute())
     for distribution in ('25-percent', 'top-layers'):
         store, population, found = make_store(args.shared, distribution, args.jobs)
