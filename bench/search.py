@@ -1,12 +1,14 @@
 """Search over 36 ResNet-18 snapshots: exhaustive, successive halving, and halving with shared prefixes.
 
     python bench/search.py time path/to/shared      # after bench/snapshots.py make path/to/shared; four minutes
+    python bench/search.py memory path/to/shared    # peak memory of a process beside what it had before, at several budgets
     python bench/search.py winner path/to/shared    # is the winner as good as the exhaustive one's? 10 draws of images
 
 2,000 images at 64 px, full precision, by the same code: exhaustive is `--exhaustive --share false`, halving is `--share false`.
-Writes `results/search.csv` and `results/search-winner.csv`. See bench/README.md.
+Writes `results/search.csv`, `results/search-memory.csv` and `results/search-winner.csv`. See bench/README.md.
 """
-import argparse, csv, gc, resource
+import argparse, csv, gc, json, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,35 @@ def time_search(runs, shared, repetitions):
                        of_bound=round(seconds/ours_seconds/(work/ours_work), 2), networks_s=round(r.usage.seconds, 2), read_s=round(r.usage.read_seconds, 2),
                        probe_s=round(r.usage.probe_seconds, 2), read_mb=round(r.usage.read_mb), accounted_mb=round(r.usage.peak_mb), best=r.best,
                        probe_top1=r.rows[0]['probe_top1'], repetitions=repetitions,
-                       max_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1000), **machine('cpu'))
+                       **machine('cpu'))
+
+MEMORY = """
+import json, sys, threading, time, psutil
+from imgexp.prefix_tree import build_trees
+from imgexp.search import search
+from imgexp.search_params import SearchParams
+from imgexp.sources import load_images
+from imgexp.store import Store
+p, process, peak = SearchParams.check(json.loads(sys.argv[1])), psutil.Process(), [0]
+build_trees(Store(p.store).snapshots(), p.size), load_images(p.data)
+before = process.memory_info().rss
+def watch():
+    while True:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+result = search(p, say=lambda text: None)
+print(json.dumps([before/1e6, (peak[0] - before)/1e6, result.usage.peak_mb, result.seconds]))"""
+
+def memory(runs, shared):
+    "Peak memory of a fresh process, beside what imports, index and images of the data set take"
+    for distribution in ('top-layers', '25-percent'):
+        for gb in (0.5, 1., 2.):
+            p = params(runs, distribution, shared, 'fashion-mnist', memory_gb=gb)
+            out = subprocess.run([sys.executable, '-c', MEMORY, json.dumps(dict(p))], capture_output=True, text=True, check=True).stdout
+            before, peak, accounted, seconds = json.loads(out)
+            yield dict(distribution=distribution, budget_mb=1000*gb, before_mb=round(before), peak_mb=round(peak), accounted_mb=round(accounted), within=peak <= 1000*gb,
+                       seconds=round(seconds, 1), **machine('cpu'))
 
 def winner(runs, shared):
     "From cached features: draws of images, the winner of halving against that of all snapshots on all images"
@@ -72,14 +102,15 @@ def winner(runs, shared):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('what', choices=['time', 'winner'])
+    parser.add_argument('what', choices=['time', 'memory', 'winner'])
     parser.add_argument('shared', help='folder with data/')
     parser.add_argument('--repetitions', type=int, default=1, help='of each search (%(default)s)')
     args = parser.parse_args()
     from imgexp.start import runs_dir
     runs, rows = runs_dir().absolute(), []
-    path = RESULTS/('search.csv' if args.what == 'time' else 'search-winner.csv')
-    for row in time_search(runs, args.shared, args.repetitions) if args.what == 'time' else winner(runs, args.shared):
+    path = RESULTS/{'time': 'search.csv', 'memory': 'search-memory.csv', 'winner': 'search-winner.csv'}[args.what]
+    measure = {'time': partial(time_search, repetitions=args.repetitions), 'memory': memory, 'winner': winner}[args.what]
+    for row in measure(runs, args.shared):
         rows.append(row)
         log({k: v for k, v in row.items() if k not in machine('cpu')})
         with path.open('w', newline='') as f:

@@ -36,7 +36,7 @@ def _options(table, leave_out=()):
     return inspect.Signature([*(parameter_option(f) for n, f in table.table().items() if n not in leave_out), as_json])
 
 def _show(population, as_json):
-    table = population.table().drop(columns='name')
+    table = population.table().drop(columns=['name', 'row_id'])
     print_table(table if as_json else table.dropna(axis=1, how='all').loc[:, lambda t: (t != '').any()].round(4),
                 as_json)
 
@@ -67,7 +67,8 @@ def snapshots_generate(
     if failed := sum(r['state'] != 'done' for r in rows):
         say(f'{failed} of {len(rows)} snapshots are not finished: the same command tries them again')
         raise typer.Exit(1)
-    say(f'next: imgexp store add {display_path(population.path.parent)}')
+    plan = population.path
+    say(f"next: imgexp store add {display_path(plan.parent if plan.name == 'plan.csv' else plan)}")
 
 @snapshots_app.command('status')
 def snapshots_status(folder: _Folder = '', as_json: Json = False):
@@ -89,7 +90,8 @@ def _open(folder, create=False):
 
 @store_app.command('add')
 def store_add(
-    sources: Annotated[List[str], typer.Argument(help='Weights files, runs, populations of snapshots.')],
+    sources: Annotated[List[str], typer.Argument(help='Weights files, runs, populations of snapshots; with --arch also '
+                                                      'imagenet.')],
     name: Annotated[str, typer.Option(help='Name of the snapshot; by default that of the file or run.')] = '',
     arch: Annotated[str, typer.Option(help='Architecture of a weights file.')] = '',
     checkpoint: Annotated[str, typer.Option(help='Checkpoint of a run: best, last, or a name.')] = 'best',

@@ -73,7 +73,7 @@ def tensors_id(
 def _to_json(snapshot):
     tensors = [[name, spec.dtype, list(spec.shape), id] for name, (spec, id) in snapshot.tensors.items()]
     return {k: v for k, v in vars(snapshot).items() if k not in ('tensors', 'origin')} | {
-        'format': 1, 'id': snapshot.id, 'origin': asdict(snapshot.origin), 'tensors': tensors}
+        'format': STORE_FORMAT, 'id': snapshot.id, 'origin': asdict(snapshot.origin), 'tensors': tensors}
 
 def _from_json(v):
     specs = {name: (TensorSpec(dtype, tuple(shape)), id) for name, dtype, shape, id in v['tensors']}
@@ -89,7 +89,7 @@ def shared_or_exclusive(
     wait: float,     # seconds to wait for it
     busy: Exception, # raised afterwards
 ):
-    "Context manager that holds a lock."
+    "Context manager that holds a lock of the operating system, shared or exclusive."
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666) if exclusive or not path.exists() else os.open(path, os.O_RDONLY)
     deadline = time.monotonic() + wait
     try:
@@ -103,7 +103,7 @@ def shared_or_exclusive(
     finally: os.close(fd)
 
 # %% ../nbs/39_manifests.ipynb #12
-STORE_FORMAT = 1 # of a store
+STORE_FORMAT = 1 # increased when older versions could not read a store
 
 class Manifests:
     "The manifests in a store's folder, and its locks; raises `InputError` if there is no store."
@@ -129,8 +129,11 @@ class Manifests:
     def path(self, name): return self.dir/'snapshots'/f'{name}.json'
     def locked(self, exclusive=False):
         "Context manager: shared by those who add and read; exclusive for removing tensors"
-        busy = RunBusy(f'store {display_path(self.dir)} is in use by another process: try again later')
-        return shared_or_exclusive(self.dir/'lock', exclusive, 60 if exclusive else 600, busy)
+        return shared_or_exclusive(self.dir/'lock', exclusive, 60 if exclusive else 600, self._busy())
+    def committing(self):
+        "Context manager: one process at a time changes manifests"
+        return hold_lock(self.dir/'commit.lock', 60, self._busy())
+    def _busy(self): return RunBusy(f'store {display_path(self.dir)} is in use by another process: try again later')
 
 # %% ../nbs/39_manifests.ipynb #13
 _NAME = re.compile(r'[A-Za-z0-9][\w.+@=-]{0,119}')
@@ -176,6 +179,9 @@ def find_snapshot(
     names = snapshot_names(manifests)
     if name in names: return read_manifest(manifests, name)
     same = [s for s in read_all(manifests).values() if len(name) >= 6 and s.id.startswith(name)]
+    if len(same) > 1:
+        raise InputError(f'id {name!r} is that of {len(same)} snapshots: choose one of '
+                         f'{", ".join(s.name for s in same)}')
     if same: return same[0]
     close = get_close_matches(name, names, 3, 0.5)
     raise InputError(f'store {display_path(manifests.dir)} has no snapshot {name!r}'
@@ -189,7 +195,7 @@ def commit(
     "Write a manifest in one step; raises `InputError` if another snapshot has its name."
     check_name(snapshot.name)
     path = manifests.path(snapshot.name)
-    with hold_lock(manifests.dir/'commit.lock', 60, RunBusy(f'store {display_path(manifests.dir)} is in use')):
+    with manifests.committing():
         if path.exists():
             if read_manifest(manifests, snapshot.name).id == snapshot.id: return False
             raise InputError(f'store {display_path(manifests.dir)} has another snapshot {snapshot.name!r}: give a new '
@@ -205,7 +211,7 @@ def add_file_id(
     file_id: str, # as returned by `weights_id`
 ):
     "Record that a weights file holds a snapshot's tensors."
-    with hold_lock(manifests.dir/'commit.lock', 60, RunBusy(f'store {display_path(manifests.dir)} is in use')):
+    with manifests.committing():
         snapshot = read_manifest(manifests, name)
         if file_id in snapshot.files: return
         snapshot.files.append(file_id)

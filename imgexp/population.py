@@ -7,15 +7,17 @@ __all__ = ['TransferOptions', 'SNAPSHOT_COLUMNS', 'PopulationOptions', 'Populati
            'populations_dir', 'Population', 'find_population', 'make_population', 'snapshot_row']
 
 # %% ../nbs/36_population.ipynb #2
-import csv
+import csv, hashlib, io, json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
 
+from .contents import size_and_time
 from .errors import InputError, RunBusy
 from .experiments import declared_experiment
-from .files import display_path, hold_lock, short_path, write_text
+from .files import display_path, file_sha256, hold_lock, short_path, write_text
 from .params import Parameters, from_declarations, param
 from .retrain_draws import check_distribution, count_blocks, draw_retrain
 from .runs import Run
@@ -25,9 +27,8 @@ from .start import runs_dir
 class PopulationOptions(Parameters, heading='population'):
     snapshots: int = param(6, 'number of snapshots', (1, 100_000))
     datasets: str = param('digits,shapes-sketch', 'comma-separated data sets, which the snapshots use in turn')
-    distribution: str = param('25-percent',
-                              'what is retrained: top-layers, 25-percent, 50-percent, last-one, uniform, or '
-                                            'values of retrain (0,2,5)')
+    distribution: str = param('25-percent', 'what is retrained: top-layers, 25-percent, 50-percent, last-one, uniform, '
+                                            'or values of retrain (0,2,5)')
     folder: str = param('', 'folder of the population, or its name in runs/snapshots; empty is named by arch and '
                             'distribution', in_id=False)
     jobs: int = param(1, 'snapshots trained at once', (1, 256), in_id=False)
@@ -62,7 +63,7 @@ def plan_rows(
     def row(k):
         values = {'snapshot': k, **common, 'data': datasets[k % len(datasets)], 'seed': p.seed + k,
                   'retrain': draw_retrain(p.distribution, n_blocks, p.seed, k)}
-        return {k: values[k] for k in (*_FIRST, *values.keys() - {*_FIRST})}
+        return {k: values[k] for k in dict.fromkeys([*_FIRST, *values])}
     return [row(k) for k in range(p.snapshots)]
 
 # %% ../nbs/36_population.ipynb #9
@@ -93,7 +94,7 @@ def read_plan(
     for line, row in enumerate(rows, 2):
         number = row['snapshot'] or ''
         if not number.isdecimal() or int(number) in out:
-            raise InputError(f'{display_path(path)}, line {line}: snapshot={number!r} must be a number of its own')
+            raise InputError(f'{display_path(path)}, line {line}: snapshot={number!r} must be a unique number')
         out[int(number)] = _values_of(row, line, path)
     return out
 
@@ -101,6 +102,9 @@ def read_plan(
 def populations_dir() -> Path: # runs/snapshots
     "Folder of all populations, which may not exist."
     return runs_dir()/'snapshots'
+
+@cache
+def _file_hash(path, size, time): return file_sha256(path) if Path(path).is_file() else ''
 
 @dataclass
 class Population:
@@ -114,6 +118,11 @@ class Population:
     @property
     def table_path(self): return self.path.with_name('snapshots.csv' if self.path.name == 'plan.csv'
                                                      else f'{self.path.stem}-snapshots.csv')
+    def row_id(self, k):
+        "Hash of a row's parameters and of the base's file"
+        values = self.plan[k]
+        base = _file_hash(values['weights'], *size_and_time(values['weights']) or (0, 0))
+        return hashlib.sha256(json.dumps([values, base], sort_keys=True).encode()).hexdigest()[:16]
     def snapshot_name(self, k): return f'{self.name}-{k:03d}'
     def locked(self):
         "Context manager that locks the folder; raises `RunBusy` if another process has locked it"
@@ -131,7 +140,7 @@ def find_population(
         raise InputError(f'there is no population in {short_path(populations_dir())}: `imgexp snapshots plan` makes '
                          'one')
     for path in (Path(folder), Path(folder)/'plan.csv', populations_dir()/folder/'plan.csv'):
-        if path.is_file(): return Population(path.absolute(), read_plan(path))
+        if path.is_file() and path.suffix == '.csv': return Population(path.absolute(), read_plan(path))
     raise InputError(f'{folder!r} is not a population: give the folder of one, its name in '
                      f'{short_path(populations_dir())}, or a plan (.csv)')
 
@@ -146,8 +155,7 @@ def make_population(
 ) -> Population:
     "Write a plan, or extend it; raises `InputError` if the folder holds another one."
     rows, path = plan_rows(p), _folder_of(p)/'plan.csv'
-    columns = [*dict.fromkeys(k for row in rows for k in row)]
-    text = '\n'.join([','.join(columns), *(','.join(_cell(row[c]) for c in columns) for row in rows)]) + '\n'
+    text = _to_csv(rows)
     old = path.read_text(encoding='utf-8') if path.is_file() else ''
     if old and not text.startswith(old) and not old.startswith(text):
         raise InputError(f'{display_path(path.parent)} holds another plan: give another folder (--folder)')
@@ -157,26 +165,32 @@ def make_population(
     if not old.startswith(text): write_text(path, text)
     return Population(path, read_plan(path))
 
-def _cell(value):
-    text = str(value)
-    return f'"{text}"' if ',' in text else text
+def _to_csv(rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*rows[0]], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 # %% ../nbs/36_population.ipynb #15
 SNAPSHOT_COLUMNS = ('snapshot', 'name', 'data', 'retrain', 'run', 'state', 'valid_top1', 'test_top1', 'seconds',
-                    'error')
+                    'error', 'row_id')
 
 def _recorded(path):
-    "{snapshot: (run, error)} of snapshots.csv; nothing if it is missing or damaged"
+    "{snapshot: (run, error, row_id)} of snapshots.csv; nothing if it is missing or damaged"
     try:
         rows = [*csv.DictReader(path.read_text(encoding='utf-8').splitlines())]
-        return {int(r['snapshot']): (r['run'], r['error']) for r in rows}
+        return {int(r['snapshot']): (r['run'], r['error'], r['row_id']) for r in rows}
     except (OSError, ValueError, KeyError, TypeError): return {}
 
 @patch
 def rows(self: Population) -> list: # of dicts with the keys `SNAPSHOT_COLUMNS`
     "The snapshots with their runs, whose states are read again."
     recorded = _recorded(self.table_path)
-    return [snapshot_row(self, k, *recorded.get(k, ('', ''))) for k in self.plan]
+    def row(k):
+        run, error, row_id = recorded.get(k, ('', '', ''))
+        return snapshot_row(self, k, run, error) if row_id == self.row_id(k) else snapshot_row(self, k)
+    return [row(k) for k in self.plan]
 
 def snapshot_row(
     population: Population,
@@ -186,8 +200,9 @@ def snapshot_row(
 ) -> dict:
     "Row of snapshots.csv."
     values, folder = population.plan[k], runs_dir()/run
-    row = dict.fromkeys(SNAPSHOT_COLUMNS) | {'snapshot': k, 'name': population.snapshot_name(k), 'data': values['data'],
-                                    'retrain': values['retrain'], 'run': run, 'error': error}
+    row = dict.fromkeys(SNAPSHOT_COLUMNS) | {
+        'snapshot': k, 'name': population.snapshot_name(k), 'data': values['data'], 'retrain': values['retrain'],
+        'run': run, 'error': error, 'row_id': population.row_id(k)}
     if not run or not folder.is_dir():
         return row | {'state': 'failed' if error else 'not trained', 'error': error or 'its run is gone'*bool(run)}
     run = Run(folder)

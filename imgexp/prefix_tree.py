@@ -16,14 +16,15 @@ from .cutting import segments
 from .errors import InputError
 from .loader import IMAGENET
 from .manifests import tensors_id
-from .models import build_model, check_size, default_size
+from .models import build_model, check_size
+from .origins import image_size
 
 # %% ../nbs/41b_prefix_tree.ipynb #5
 @dataclass
 class Part:
     "A part of a network, called with the tensors of a snapshot."
     module: torch.nn.Module # without memory
-    keys: list         # names of its tensors in the state dict
+    shapes: dict       # {name in the state dict: shape} of its tensors
     multiply_adds: int # per image
     out_bytes: int     # of its output in single precision, per image
     def __call__(self, x, tensors):
@@ -41,7 +42,8 @@ def network_parts(
     out = []
     for module in segments(model):
         with FlopCounterMode(display=False) as counter, torch.no_grad(): x = module(x)
-        out.append(Part(module, [*module.state_dict()], counter.get_total_flops()//2, prod(x.shape)*4))
+        shapes = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+        out.append(Part(module, shapes, counter.get_total_flops()//2, prod(x.shape)*4))
     return out
 
 # %% ../nbs/41b_prefix_tree.ipynb #8
@@ -52,11 +54,11 @@ class Node:
     tensors: dict  # {name: (`TensorSpec`, id of the tensor)}
     names: set = field(default_factory=set)      # snapshots that have it
     children: dict = field(default_factory=dict) # {hash of the tensors: `Node`}
-    def below(self):
-        "The node and all that follow, depth first"
+    def subtree(self):
+        "The node and its descendants, depth first"
         yield self
-        for child in self.children.values(): yield from child.below()
-    def live(self, names): return [c for c in self.children.values() if c.names & names]
+        for child in self.children.values(): yield from child.subtree()
+    def children_of(self, names): return [c for c in self.children.values() if c.names & names]
 
 # %% ../nbs/41b_prefix_tree.ipynb #9
 @dataclass
@@ -70,31 +72,35 @@ class Tree:
     @property
     def names(self): return self.root.names
     @property
-    def whole(self): return sum(p.multiply_adds for p in self.parts)
+    def multiply_adds_each(self): return sum(p.multiply_adds for p in self.parts)
     def multiply_adds(
         self,
         names, # of snapshots
     ) -> int:
         "Multiply-adds per image for the features of some snapshots, each shared part once."
-        return sum(self.parts[n.part].multiply_adds for n in self.root.below() if n.part >= 0 and n.names & {*names})
+        return sum(self.parts[n.part].multiply_adds for n in self.root.subtree() if n.part >= 0 and n.names & {*names})
     def __repr__(self):
-        return (f'{self.arch} at {self.size} px: {len(self.names)} snapshots, {sum(1 for _ in self.root.below()) - 1} '
-                'parts '
-                f'instead of {len(self.names)*len(self.parts)}')
+        n = sum(1 for _ in self.root.subtree()) - 1
+        return (f'{self.arch} at {self.size} px: {len(self.names)} snapshots, {n} parts instead of '
+                f'{len(self.names)*len(self.parts)}')
 
 # %% ../nbs/41b_prefix_tree.ipynb #10
 def _add(tree, snapshot):
     node = tree.root
     node.names.add(snapshot.name)
     for k, part in enumerate(tree.parts):
-        values = {key: snapshot.value(key) for key in part.keys}
-        node = node.children.setdefault(tensors_id(values), Node(k, {key: snapshot.tensors[key] for key in part.keys}))
+        tensors = {key: snapshot.tensors[key] for key in part.shapes}
+        if wrong := [key for key, (spec, _) in tensors.items() if spec.shape != part.shapes[key]]:
+            raise InputError(f'snapshot {snapshot.name} cannot take images of {tree.size} px ({wrong[0]} is made for '
+                             'another size): leave out size')
+        id = tensors_id({key: snapshot.value(key) for key in tensors})
+        node = node.children.setdefault(id, Node(k, tensors))
         node.names.add(snapshot.name)
 
 def _preprocessing(origin, size):
     "Architecture, stem, size and normalization of a snapshot; IMAGENET where it is unknown"
     norm = tuple(tuple(round(float(v), 6) for v in vs) for vs in origin.norm) if origin.norm else IMAGENET
-    return origin.arch, origin.stem, size or origin.size or default_size(origin.arch, 'file'), norm
+    return origin.arch, origin.stem, size or image_size(origin), norm
 
 # %% ../nbs/41b_prefix_tree.ipynb #11
 def build_trees(

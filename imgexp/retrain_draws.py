@@ -35,8 +35,7 @@ def check_distribution(
                          '(0,2,5)') from None
     if outside := [v for v in values if not 0 <= v < n_blocks]:
         raise InputError(f'distribution={distribution!r}: {outside[0]} is not possible, the network takes 0 (the head) '
-                         'to '
-                         f'{n_blocks - 1} (all but the stem)')
+                         f'to {n_blocks - 1} (all but the stem)')
     return values
 
 # %% ../nbs/35_retrain_draws.ipynb #10

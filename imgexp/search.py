@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from .errors import InputError
-from .halving import exhaustive_rounds, probe, halving_rounds, rounds_cost
+from .halving import Round, halving_rounds, probe, rounds_cost
 from .learner import autocast, best_device, choose_precision
 from .metrics import wilson
 from .prefix_tree import build_trees
@@ -56,7 +56,7 @@ class SearchResult:
 def _counts(trees, rounds, alive_by_round, share=True):
     "Multiply-adds of the rounds as they went"
     seen = [0, *(r.images for r in rounds)]
-    def cost(tree, names): return tree.multiply_adds(names) if share else len(names)*tree.whole
+    def cost(tree, names): return tree.multiply_adds(names) if share else len(names)*tree.multiply_adds_each
     return sum((r.images - before)*sum(cost(t, t.names & {*alive}) for t in trees)
                for r, before, alive in zip(rounds, seen, alive_by_round))
 
@@ -106,18 +106,17 @@ def search(
         snapshots = {s.name: s for s in map(store.find, names)} if names else store.snapshots()
         if not snapshots: raise InputError(f'{store!r}: add some first (`imgexp store add`)')
         trees, n = build_trees(snapshots, p.size), len(target)
-        rounds = (exhaustive_rounds if p.exhaustive else halving_rounds)(len(snapshots), n, *() if p.exhaustive
-                                                                     else (p.first, p.survivors))
+        rounds = [Round(n, len(snapshots))] if p.exhaustive else halving_rounds(len(snapshots), n, p.first, p.survivors)
         say(f'{len(snapshots)} snapshots, {n:,} images of {target.table.name}: {_predict(trees, rounds, p)}')
         usage, features = SearchUsage(), {}
-        weights = Weights(store, Memory(p.memory_gb*1e9 - RESERVED_MB*1e6, usage), best_device())
-        engines = [FeatureEngine(t, weights, target, p) for t in trees]
-        scores, alive_by_round = _halve(engines, target, rounds, features, usage)
+        with Weights(store, Memory(p.memory_gb*1e9 - RESERVED_MB*1e6, usage), best_device()) as weights:
+            engines = [FeatureEngine(t, weights, target, p) for t in trees]
+            scores, alive_by_round = _halve(engines, target, rounds, features, usage)
     bounds = {'shared': _counts(trees, rounds, alive_by_round),
               'halving': _counts(trees, rounds, alive_by_round, False),
-              'exhaustive': n*sum(t.whole*len(t.names) for t in trees)}
-    rows = [{'rank': k, **_row(snapshots[name], *scores[name], scores[name][2] == n)} for k,
-            name in enumerate(scores, 1)]
+              'exhaustive': n*sum(t.multiply_adds_each*len(t.names) for t in trees)}
+    rows = [{'rank': k, **_row(snapshots[name], *score, score[2] == n)} for k,
+            (name, score) in enumerate(scores.items(), 1)]
     return SearchResult(p, rows, rounds, trees, usage, time.perf_counter() - start, bounds,
                         {k: v.numpy() for k, v in features.items()}, target.labels)
 
@@ -126,7 +125,7 @@ def _predict(trees, rounds, p):
     "What the search will cost, as text"
     total = sum(len(t.names) for t in trees)
     def shared(k): return sum(t.multiply_adds(sorted(t.names)[:max(1, k*len(t.names)//total)]) for t in trees)
-    def apart(k): return k*sum(t.whole*len(t.names) for t in trees)/total
+    def apart(k): return k*sum(t.multiply_adds_each*len(t.names) for t in trees)/total
     work = rounds_cost(rounds, shared if p.share else apart)
     seconds = work/_speed(trees[0], p)
     return (f'{len(rounds)} round{"s"*(len(rounds) > 1)} of '
@@ -148,7 +147,7 @@ def _speed(tree, p):
         return time.perf_counter() - start
     with torch.inference_mode(), autocast(choose_precision(p.precision, device), device):
         once()
-        return tree.whole*len(x)/min(once() for _ in range(2))
+        return tree.multiply_adds_each*len(x)/min(once() for _ in range(2))
 
 # %% ../nbs/42_search.ipynb #16
 @styled

@@ -33,18 +33,18 @@ from .tensor_objects import get_object
 class Target:
     "The images of a search."
     table: object # `Images`, in the order in which they are used
-    n_left_out: int = 0 # images that were not needed
+    decoded: tuple = (None, None) # (size, first, last) and the pixels of these images: the last that were asked for
     @property
     def labels(self): return self.table.labels
     def __len__(self): return len(self.table)
     def pixels(self, size, first, last):
         "Images first to last, uint8 [n, size, size, 3]"
+        if self.decoded[0] == (size, first, last): return self.decoded[1]
         part = self.table.take(np.arange(first, last))
         loader = Loader(replace(part, splits=np.ones(len(part), np.int8)), 'valid', size, 256, device='cpu',
                         workers=min(8, os.cpu_count()))
-        out = torch.cat([images for images, _ in loader.at(0)])
-        if len(out) < len(part): raise InputError(f'{self.table.name}: {next(iter(loader.skipped))} cannot be decoded')
-        return out
+        self.decoded = (size, first, last), torch.cat([images for images, _ in loader.at(0)])
+        return self.decoded[1]
 
 def load_target(
     p: SearchParams,
@@ -54,8 +54,7 @@ def load_target(
     table = table.take(np.flatnonzero(table.splits != 2))
     if len(np.unique(table.labels)) < 2:
         raise InputError(f'data={p.data!r}: a search needs images of at least two classes')
-    order = stratified_order(table.labels, p.seed)
-    return Target(table.take(order[:p.images]), max(0, len(table) - p.images))
+    return Target(table.take(stratified_order(table.labels, p.seed)[:p.images]))
 
 # %% ../nbs/41e_snapshot_features.ipynb #7
 DISK_MB_S = 400 # assumed for a temporary file
@@ -76,7 +75,7 @@ class SearchUsage:
 
 # %% ../nbs/41e_snapshot_features.ipynb #8
 class Memory:
-    "Accounts for what is kept, in bytes."
+    "A memory budget and what is used of it, in bytes."
     def __init__(
         self,
         budget: float, # bytes
@@ -87,16 +86,19 @@ class Memory:
     @contextmanager
     def hold(self, n):
         "Context manager during which n bytes are in use"
+        self.take(n)
+        try: yield
+        finally: self.take(-n)
+    def take(self, n):
+        "Count n bytes as used; negative ones as free again"
         self.used += n
         self.usage.peak_mb = max(self.usage.peak_mb, self.used/1e6)
-        try: yield
-        finally: self.used -= n
 
 # %% ../nbs/41e_snapshot_features.ipynb #9
 def _decoded_bytes(spec): return spec.nbytes*(2 if spec.dtype in ('F16', 'BF16') else 1)
 
 class Weights:
-    "Tensors read from a store; those used longest ago make room."
+    "Least-recently-used cache of tensors read from a store; close it with `with`."
     def __init__(
         self,
         store: Store,
@@ -106,6 +108,12 @@ class Weights:
         self.store, self.memory, self.device = store, memory, device
         self.tensors, self.pending = OrderedDict(), {}
         self.pool, self.scratch = ThreadPoolExecutor(min(4, os.cpu_count())), threading.local()
+    def __enter__(self): return self
+    def __exit__(self, *_): self.pool.shutdown(cancel_futures=True)
+    def _submit(self, spec, id):
+        self.memory.take(_decoded_bytes(spec))
+        self.memory.usage.read_mb += spec.nbytes/1e6
+        self.pending[id] = self.pool.submit(self._read, spec, id)
     def _read(self, spec, id):
         # used again, because memory that is freed is not always given back
         scratch = getattr(self.scratch, 'data', None)
@@ -113,14 +121,10 @@ class Weights:
             scratch = self.scratch.data = torch.empty(spec.nbytes, dtype=torch.uint8)
         raw = scratch[:spec.nbytes]
         get_object(self.store.objects, id, spec, memoryview(raw.numpy()))
-        self.memory.usage.read_mb += spec.nbytes/1e6
         raw = raw.view(torch_dtype(spec)).reshape(spec.shape)
         layout = torch.channels_last if raw.ndim == 4 else torch.contiguous_format
         return torch.empty(raw.shape, dtype=torch.float32 if raw.is_floating_point() else raw.dtype, device=self.device,
                            memory_format=layout).copy_(raw)
-    def _account(self, n):
-        self.memory.used += n
-        self.memory.usage.peak_mb = max(self.memory.usage.peak_mb, self.memory.used/1e6)
 
 # %% ../nbs/41e_snapshot_features.ipynb #10
 @patch
@@ -131,10 +135,8 @@ def prefetch(
     "Start to read tensors in this order, as far as half of the memory reaches"
     for spec, id in (v for tensors in chain for v in tensors.values()):
         if id in self.tensors or id in self.pending: continue
-        n = _decoded_bytes(spec)
-        if self.memory.free - n < self.memory.budget/2: return
-        self._account(n)
-        self.pending[id] = self.pool.submit(self._read, spec, id)
+        if self.memory.free - _decoded_bytes(spec) < self.memory.budget/2: return
+        self._submit(spec, id)
 
 # %% ../nbs/41e_snapshot_features.ipynb #11
 @patch
@@ -145,34 +147,31 @@ def get(
     "Tensors of the parts of a chain, in single precision."
     start, ids = time.perf_counter(), {id: spec for tensors in chain for spec, id in tensors.values()}
     missing = {id: spec for id, spec in ids.items() if id not in self.tensors and id not in self.pending}
-    n_bytes, usage = sum(map(_decoded_bytes, missing.values())), self.memory.usage
-    self.make_room(n_bytes, keep=ids)
-    self._account(n_bytes)
-    self.pending |= {id: self.pool.submit(self._read, spec, id) for id, spec in missing.items()}
+    self.evict(sum(map(_decoded_bytes, missing.values())), keep=ids)
+    for id, spec in missing.items(): self._submit(spec, id)
     self.tensors |= {id: self.pending.pop(id).result() for id in ids if id in self.pending}
-    usage.read_seconds += time.perf_counter() - start
+    self.memory.usage.read_seconds += time.perf_counter() - start
     for id in ids: self.tensors.move_to_end(id)
     return [{name: self.tensors[id] for name, (_, id) in tensors.items()} for tensors in chain]
 
 @patch
-def make_room(
+def evict(
     self: Weights,
     n: int,  # bytes
     keep=(), # ids of tensors
 ):
-    "Drop weights, the least recently used first, until n bytes are free; never those in `keep`"
+    "Drop tensors, the least recently used first, until n bytes are free; never those in `keep`."
     for id in [*self.tensors]:
         if self.memory.free >= n: return
-        if id not in keep: self._account(-self.tensors.pop(id).nbytes)
+        if id not in keep: self.memory.take(-self.tensors.pop(id).nbytes)
 
 # %% ../nbs/41e_snapshot_features.ipynb #13
 class Activations:
-    "Activations of all images at a branch: computed when asked for."
-    seconds = 0. # to get them once more
+    "Activations of all images at a branch, batch by batch."
     def __init__(
         self,
         batches, # function that returns an iterator of tensors
-        seconds: float = 0., # that it takes
+        seconds: float = 0., # that it takes to get them once more
     ): self.batches, self.seconds = batches, seconds
     def __iter__(self): return self.batches()
 
@@ -196,7 +195,7 @@ class FeatureEngine:
     def __init__(
         self,
         tree: Tree,
-        weights: Weights,
+        weights: Weights, # whose memory budget holds for the activations too
         target: Target,
         p: SearchParams,
     ):
@@ -216,7 +215,7 @@ class FeatureEngine:
             groups = [{*names}] if self.p.share else [{n} for n in sorted(names)]
             with torch.inference_mode(), autocast(self.precision, self.device):
                 for group in groups:
-                    self.weights.prefetch(n.tensors for n in self.tree.root.below() if n.names & group)
+                    self.weights.prefetch(n.tensors for n in self.tree.root.subtree() if n.names & group)
                     self._visit(self.tree.root, [], Activations(images), group, last - first, out)
         return out
 
@@ -228,7 +227,7 @@ def _pooled(x):
 @patch
 def _visit(self: FeatureEngine, node, chain, source, names, n, out):
     "Compute the features below a node; `chain` has come since `source`"
-    chain, children = [*chain, node] if node.part >= 0 else chain, node.live(names)
+    chain, children = [*chain, node] if node.part >= 0 else chain, node.children_of(names)
     if node.part >= 0: self.usage.images[id(node)] = self.usage.images.get(id(node), 0) + n
     if not children:
         features = torch.cat([_pooled(x) for x in self._run(chain, source)])
@@ -274,17 +273,17 @@ def _keep_on_disk(engine, chain, source, n_bytes):
 @contextmanager
 def _kept(self: FeatureEngine, node, chain, source, n, uses):
     "Keep activations at a branch in memory or on the disk, or let each use compute them again"
-    n_bytes = n*self.tree.parts[node.part].out_bytes if chain else 0
-    again = self._seconds(chain, n) + source.seconds
-    disk = n_bytes/1e6/DISK_MB_S
-    if not chain: yield chain, source
+    if not chain:
+        yield chain, source
+        return
+    n_bytes = n*self.tree.parts[node.part].out_bytes
+    needed = n_bytes + sum(_decoded_bytes(spec) for c in chain for spec, _ in c.tensors.values())
+    self.weights.evict(needed)
+    compute, transfer = self._seconds(chain, n) + source.seconds, n_bytes/1e6/DISK_MB_S
+    if self.memory.free >= needed:
+        with _keep_in_memory(self, chain, source, n_bytes) as kept: yield kept
+    elif transfer*(1 + uses) < compute*(uses - 1):
+        with _keep_on_disk(self, chain, source, n_bytes) as kept: yield kept
     else:
-        needed = n_bytes + sum(_decoded_bytes(spec) for c in chain for spec, _ in c.tensors.values())
-        self.weights.make_room(needed)
-        if self.memory.free >= needed:
-            with _keep_in_memory(self, chain, source, n_bytes) as kept: yield kept
-        elif disk*(1 + uses) < again*(uses - 1):
-            with _keep_on_disk(self, chain, source, n_bytes) as kept: yield kept
-        else:
-            self.usage.recomputed += uses - 1
-            yield chain, source
+        self.usage.recomputed += uses - 1
+        yield chain, source

@@ -6,20 +6,19 @@
 __all__ = ['store_dir', 'Store', 'Added', 'StoreUsage', 'plot_tree']
 
 # %% ../nbs/41_store.ipynb #2
-import json, os
+import json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from .errors import InputError, RunFailed
 from .files import display_path, short_path
-from imgexp.manifests import (Manifests, Origin, Snapshot, add_file_id, ancestry, commit, find_snapshot, parents,
-                              read_all,
-    snapshot_names)
-from .origins import check_arch_tensors, network_of, run_origin
+from .manifests import (Manifests, Origin, Snapshot, add_file_id, ancestry, commit, find_snapshot, parents,
+    read_all, snapshot_names)
+from .origins import file_origin, network_of, run_origin
 from .runs import Run, timestamp
 from .start import find_run, runs_dir
 from .style import BLUE, GRAY, styled
@@ -60,10 +59,11 @@ class Added:
     new_bytes: int    # bytes written for them
     def __repr__(self):
         s = self.snapshot
-        if not self.is_new: return f'{s.name} ({s.id}) is in the store already'
-        return (f'{s.name} ({s.id}): {len(s.tensors)} tensors, {self.new_tensors} of them new; {file_size(s.nbytes)} '
-                'in '
-                f'{file_size(self.new_bytes)}')
+        if not self.is_new:
+            restored = f'; {self.new_tensors} tensors were missing and are written again'*(self.new_tensors > 0)
+            return f'{s.name} ({s.id}) is in the store already{restored}'
+        return (f'{s.name} ({s.id}): {len(s.tensors)} tensors, {self.new_tensors} of them new; '
+                f'{file_size(s.nbytes)} in {file_size(self.new_bytes)}')
 
 def _check_room(store, tensors):
     "Raise `RunFailed` if the disk has no room for the tensors that are missing"
@@ -97,11 +97,8 @@ def add_tensors(
         _check_room(self, tensors)
         n_bytes = put_all(self.objects, tensors, threads)
         is_new = commit(self, snapshot)
-    if not is_new: _add_files(self, snapshot)
+        for id in snapshot.files if not is_new else (): add_file_id(self, name, id)
     return Added(snapshot, is_new, missing, n_bytes)
-
-def _add_files(store, snapshot):
-    for id in snapshot.files: add_file_id(store, snapshot.name, id)
 
 # %% ../nbs/41_store.ipynb #11
 @patch
@@ -115,13 +112,10 @@ def add_file(
     "Add a weights file; raises `InputError` if it is none, or not one of this architecture."
     path = Path(path).expanduser()
     file = read_tensor_file(path)
-    if arch:
-        n = check_arch_tensors(arch, {k: t.spec for k, t in file.tensors.items()}, path.name)
-        origin.setdefault('classes', [str(k) for k in range(n)])
-        stem = file.tensors.get('conv1.weight')
-        if arch.startswith(('resnet', 'resnext', 'wide_resnet')) and stem.shape[-1] == 3:
-            origin.setdefault('stem', 'small')
-    return self.add_tensors(name or path.stem, file, Origin(arch, **origin))
+    known = file_origin(arch, {k: t.spec for k, t in file.tensors.items()}, path.name) if arch else Origin()
+    published = re.fullmatch(r'.+-([0-9a-f]{8,})\.\w+', path.name)
+    ids = [path.name] if published and file.sha256.startswith(published[1]) else []
+    return self.add_tensors(name or path.stem, file, replace(known, **origin), ids)
 
 # %% ../nbs/41_store.ipynb #13
 @patch
@@ -136,8 +130,7 @@ def add_run(
     from imgexp.trained import weights_path
     if not (run.dir/'checkpoints').is_dir() or run.notebook not in ('03_train', '20_transfer'):
         raise InputError(f'run {run.name} of {run.notebook or "an unknown notebook"} has no weights that a store can '
-                         'hold: '
-                         'choose a run of 03_train or 20_transfer')
+                         'hold: choose a run of 03_train or 20_transfer')
     if checkpoint == 'best' and not run.finished:
         raise InputError(f'run {run.name} is {run.state}: finish it first, or give checkpoint=last')
     path, kind = weights_path(run, checkpoint)
@@ -154,14 +147,17 @@ def add_run(
 @patch
 def add(
     self: Store,
-    source: str | Path, # a weights file, a run, or the folder of a population (40_snapshots)
+    source: str | Path, # a weights file, a run, a population (40_snapshots), or with `arch` the name of published weights
     name: str = '',   # of the snapshot
     arch: str = '',   # of a weights file
     checkpoint: str = 'best', # of a run
     say=print,        # called with a line for each snapshot of a population that is not finished
 ) -> list:            # `Added`
     "Add a weights file, a run, or all finished snapshots of a population; raises `InputError`."
+    from imgexp.weights import download_weights, is_published, published_weights
     path = Path(source).expanduser()
+    if arch and is_published(str(source)):
+        path = download_weights(published_weights(arch, str(source)).url, str(source))
     if path.is_file() and path.suffix != '.csv': return [self.add_file(path, name, arch)]
     if arch: raise InputError(f'arch={arch!r} is for weights files, {str(source)!r} is none: leave it out')
     if path.suffix == '.csv' or (path/'plan.csv').is_file():
@@ -260,9 +256,8 @@ def rm(
     name: str, # of a snapshot; an id, unless its manifest is damaged
 ):
     "Remove a snapshot; its tensors stay until `gc`."
-    with self.locked():
-        name = name if name in snapshot_names(self) else self.find(name).name
-        self.path(name).unlink(missing_ok=True)
+    with self.locked(), self.committing():
+        self.path(name if name in snapshot_names(self) else self.find(name).name).unlink(missing_ok=True)
 
 @patch
 def gc(self: Store) -> tuple: # number of files removed, bytes freed
@@ -302,8 +297,8 @@ def ls(self: Store):
     snapshots = self.snapshots()
     parent, uses = parents(snapshots), Counter(id for s in snapshots.values() for id in s.ids)
     rows = [{'name': name, 'id': s.id[:8], 'arch': s.origin.arch, 'parent': parent[name],
-             'data': Path(s.origin.data).name,
-             'retrain': s.origin.retrain, 'valid_top1': _top1(s, 'valid'), 'test_top1': _top1(s, 'test'),
+             'data': Path(s.origin.data).name, 'retrain': s.origin.retrain,
+             'valid_top1': _top1(s, 'valid'), 'test_top1': _top1(s, 'test'),
              'mb': s.nbytes/1e6, 'own_mb': sum(self.objects.size(id) for id in s.ids if uses[id] == 1)/1e6}
             for name, s in snapshots.items()]
     columns = ['name', 'id', 'arch', 'parent', 'data', 'retrain', 'valid_top1', 'test_top1', 'mb', 'own_mb']
@@ -321,9 +316,9 @@ class StoreUsage:
     @property
     def ratio(self): return self.plain/max(1, self.stored + self.manifests)
     def __repr__(self):
+        on_disk = file_size(self.stored + self.manifests)
         return (f'{self.snapshots} snapshots: {file_size(self.plain)} as plain files, {file_size(self.distinct)} of '
-                'different '
-                f'tensors, {file_size(self.stored + self.manifests)} on the disk ({self.ratio:.2f} times smaller)')
+                f'different tensors, {on_disk} on the disk ({self.ratio:.2f} times smaller)')
 
 @patch
 def stat(self: Store) -> StoreUsage:

@@ -54,7 +54,7 @@ def from_planes(
     out,    # memoryview of as many bytes, filled in place
     itemsize: int, # bytes of an element
 ):
-    "Put the elements together again."
+    "Restore elements from their planes."
     np.frombuffer(out, np.uint8).reshape(-1, itemsize)[:] = np.frombuffer(planes, np.uint8).reshape(itemsize, -1).T
 
 # %% ../nbs/38_tensor_objects.ipynb #16
@@ -176,7 +176,9 @@ def put_all(
                 list(pool.map(sync, parts.values()))
                 size = sum(p.stat().st_size for p in parts.values())
                 for id, part in parts.items(): os.replace(part, objects.path(id))
-                list(pool.map(sync, {objects.path(id).parent for id in parts}))
+                # also the folders of tensors that another process has just written
+                folders = {objects.path(id).parent for id in tensors}
+                list(pool.map(sync, [*folders, objects.dir, objects.dir.parent] if tensors else []))
             return size
         finally:
             for part in parts.values(): part.unlink(missing_ok=True)

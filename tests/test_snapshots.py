@@ -1,6 +1,5 @@
 "Populations of snapshots: continued after a kill, frozen where they should be, from features that are computed once."
 import csv, signal
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -24,6 +23,33 @@ def base(project):
     return model.state_dict()
 
 def table(folder): return list(csv.DictReader((folder/'snapshots.csv').open()))
+
+def test_a_plan_is_the_same_in_every_process(base, project, launcher):
+    args = ['snapshots', 'plan', *SMALL, '--weights', 'base.pth', '--views', '2', '--weight-decay', '0.1']
+    texts = set()
+    for seed in '123':
+        job = launcher.imgexp(*args, root=project, cwd=project, PYTHONHASHSEED=seed)
+        assert job.wait() == 0, job.err
+        texts.add((project/'runs/snapshots/compact_resnet-25-percent/plan.csv').read_text())
+    assert len(texts) == 1
+
+def test_a_changed_row_or_base_is_trained_again(base, project, launcher):
+    "A run is a row's only if the row and the base's file are what they were; the others stay."
+    plan = 'snapshot,arch,weights,data,retrain,size,epochs,track,max_images\n0,compact_resnet,base.pth,digits,0,16,1,off,"60,30,30"\n1,compact_resnet,base.pth,digits,1,16,1,off,"60,30,30"\n'
+    def generate():
+        job = launcher.imgexp('snapshots', 'generate', 'plan.csv', root=project, cwd=project)
+        assert job.wait() == 0, job.err
+        return [r['run'] for r in table(project)]
+    (project/'plan.csv').write_text(plan)
+    first = generate()
+    (project/'plan.csv').write_text(plan.replace('digits,1,', 'digits,2,'))
+    status = launcher.imgexp('snapshots', 'status', 'plan.csv', root=project, cwd=project)
+    assert status.wait() == 0 and '1 of 2 snapshots are finished' in status.err
+    second = generate()
+    assert second[0] == first[0] and Run(project/'runs'/second[1]).params['retrain'] == 2
+    torch.save({k: v + 0.01 if v.is_floating_point() else v for k, v in base.items()}, project/'base.pth')
+    third = generate()
+    assert not {*third} & {*second} and len({Run(project/'runs'/r).depends['weights'] for r in (*second, *third)}) == 2
 
 def test_plan_generate_status(base, project, launcher, monkeypatch):
     "A kill loses at most one snapshot; more snapshots extend the plan; finished ones are never repeated."

@@ -1,7 +1,6 @@
 "The store: nothing that was committed is ever lost, whatever dies; damage is found; what comes back is what went in."
 import fcntl, json, os, threading
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from imgexp.errors import InputError, RunBusy, RunFailed
 from imgexp.files import read_json, write_json
 from imgexp.manifests import Origin
 from imgexp.models import build_model
-from imgexp.runs import Run
 from imgexp.store import Store
 from imgexp.tensor_files import TensorFile, from_torch, read_tensor_file
 
@@ -151,6 +149,51 @@ def test_a_full_disk_refuses_cleanly(tmp_path, monkeypatch):
     add(store, 's1', 1)
     assert whole(store, {'s0': 0, 's1': 1}) == {'s0', 's1'}
 
+def test_published_weights_are_a_parent(tmp_path, monkeypatch):
+    "torchvision's files are known to runs by their name, which holds the beginning of their hash."
+    import hashlib, imgexp.weights as weights
+    torch.save(build_model('resnet18', 10).state_dict(), tmp_path/'net.pth')
+    digest = hashlib.sha256((tmp_path/'net.pth').read_bytes()).hexdigest()
+    path = (tmp_path/'net.pth').rename(tmp_path/f'resnet18-{digest[:8]}.pth')
+    monkeypatch.setattr(weights, 'download_weights', lambda url, name: path)
+    store = Store(tmp_path/'store', create=True)
+    base, = store.add('imagenet', 'base', 'resnet18')
+    assert path.name in base.snapshot.files and base.snapshot.origin.classes == [str(k) for k in range(10)]
+    add(store, 'other', 1)
+    store.add_tensors('tuned', file_of(state(2)), Origin(parent=path.name))
+    assert store.ls().parent.to_dict() == {'base': '', 'other': '', 'tuned': 'base'}
+    wrong = path.rename(tmp_path/'resnet18-00000000.pth')  # a name is no proof
+    assert store.add_file(wrong, 'wrong', 'resnet18').snapshot.files == [f'sha256:{digest[:16]}']
+
+def test_vision_transformers(tmp_path):
+    "Their size is in their position embedding; images of another size are refused in one line."
+    from imgexp.prefix_tree import build_trees
+    store = Store(tmp_path/'store', create=True)
+    torch.save(build_model('vit_b_32', 3, size=96).state_dict(), tmp_path/'vit.pth')
+    store.add_file(tmp_path/'vit.pth', arch='vit_b_32')
+    assert store.find('vit').origin.size == 96 and len(store.show('vit')) == 14
+    with torch.inference_mode(): assert store.network('vit')(torch.rand(1, 3, 96, 96)).shape == (1, 3)
+    assert build_trees(store.snapshots())[0].size == 96
+    with pytest.raises(InputError, match='snapshot vit cannot take images of 64 px .*: leave out size'): build_trees(store.snapshots(), 64)
+
+def test_adding_again_and_removing_at_once(tmp_path, monkeypatch):
+    "A snapshot that is removed while its file is added again does not half come back."
+    store = Store(tmp_path/'store', create=True)
+    add(store, 's0', 0)
+    import imgexp.manifests as module
+    real = module.write_json
+    waiting = []
+    def write(path, value):
+        if not waiting:  # between reading the manifest and writing it again
+            waiting.append(threading.Thread(target=Store(store.dir).rm, args=('s0',)))
+            waiting[0].start()
+            waiting[0].join(0.5)
+        real(path, value)
+    monkeypatch.setattr(module, 'write_json', write)
+    module.add_file_id(store, 's0', 'sha256:x')
+    waiting[0].join()
+    assert len(store) == 0
+
 def test_busy(tmp_path, monkeypatch):
     "Collecting garbage waits for those who read, and says so in the end."
     store = Store(tmp_path/'store', create=True)
@@ -247,8 +290,10 @@ def test_runs_and_lineage(project, launcher):
     assert first.snapshot.origin.metrics == {} and first.snapshot.id != added.snapshot.id
     reference, _ = read_network(tuned, 'best')
     for k, v in reference.state_dict().items(): assert torch.equal(v, store.network('tuned').state_dict()[k])
-    x = torch.rand(8, 3, 32, 32)
-    with torch.inference_mode(): assert torch.equal(reference.eval()(x), store.network('tuned')(x))
+    from imgexp.evaluate import load_run
+    trained = load_run(tuned.name)
+    trained.model = trained.net = store.network('tuned')
+    assert trained.evaluate('test')['top1'] == tuned.metrics['test']['top1']  # restored accuracy is trained accuracy
     id = store.get('tuned', project/'tuned.safetensors')
     child = transfer(data='shapes-sketch', arch='compact_resnet', weights=str(project/'tuned.safetensors'), size=32, epochs=1, track='off', subset=0.2)
     assert child.depends['weights'] == id

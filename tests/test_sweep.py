@@ -225,7 +225,7 @@ def test_three_failures_end_it_and_retry_repeats_them(place):
     from imgexp.errors import RunFailed
     from imgexp.sweep import retry_failed
     sweep = make(with_values(fails=True), trials=10)
-    with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; fix that'): quietly()
+    with pytest.raises(RunFailed, match='the first 3 trials failed, the last with: ValueError: nobody mended it; fix that'): quietly(jobs=1)
     assert [r['state'] for r in sweep.rows()] == ['failed']*3
     (place/'mended').touch()
     assert retry_failed(sweep) == 3 and retry_failed(sweep) == 0, 'each is repeated once'
