@@ -28,7 +28,7 @@ store_app = typer.Typer(help='The store of snapshots: equal tensors are kept onc
 
 _Folder = Annotated[str,
                     typer.Argument(help='Folder of the population, its name in runs/snapshots, or a plan (.csv); by '
-                                             'default the newest.')]
+                                        'default the newest.')]
 
 def _options(table, leave_out=()):
     "Options of a command for a table of parameters, and --json"
@@ -50,7 +50,7 @@ def _plan(as_json=False, **values):
 _plan.__signature__ = _options(PopulationParams, ('jobs',))
 snapshots_app.command('plan',
                       help='Draw what is retrained and write the plan; with more snapshots, extend it. The first '
-                                   'options are those of the population, the others those of `imgexp transfer`.')(_plan)
+                           'options are those of the population, the others those of `imgexp transfer`.')(_plan)
 
 @snapshots_app.command('generate')
 def snapshots_generate(
@@ -70,6 +70,7 @@ def snapshots_generate(
     plan = population.path
     say(f"next: imgexp store add {display_path(plan.parent if plan.name == 'plan.csv' else plan)}")
 
+# %% ../nbs/90a_cli_store.ipynb #6
 @snapshots_app.command('status')
 def snapshots_status(folder: _Folder = '', as_json: Json = False):
     "Show the snapshots of a population with their runs."
@@ -78,7 +79,7 @@ def snapshots_status(folder: _Folder = '', as_json: Json = False):
     done = sum(r['state'] == 'done' for r in population.rows())
     say(f'{population.name}: {done} of {len(population.plan)} snapshots are finished')
 
-# %% ../nbs/90a_cli_store.ipynb #7
+# %% ../nbs/90a_cli_store.ipynb #8
 _Store = Annotated[str, typer.Option('--store', help='Folder of the store; by default runs/store.')]
 _Snapshot = Annotated[str, typer.Argument(help='Name or id of a snapshot.')]
 _Only = Annotated[str, typer.Option(help="Only some tensors, by patterns of their names ('layer4.*,fc.*').")]
@@ -103,6 +104,7 @@ def store_add(
     for source in sources:
         for added in opened.add(source, name, arch, checkpoint, say): print(added)
 
+# %% ../nbs/90a_cli_store.ipynb #9
 @store_app.command('get')
 def store_get(
     name: _Snapshot,
@@ -120,7 +122,7 @@ def store_get(
     opened.get(snapshot.name, out, only, changed)
     print(display_path(out))
 
-# %% ../nbs/90a_cli_store.ipynb #8
+# %% ../nbs/90a_cli_store.ipynb #10
 @store_app.command('ls')
 def store_ls(store: _Store = '', as_json: Json = False):
     "List the snapshots: origin, accuracies, MB as a file, MB that only it needs."
@@ -150,7 +152,7 @@ def store_stat(store: _Store = '', as_json: Json = False):
     usage = _open(store).stat()
     print(json.dumps(vars(usage) | {'ratio': usage.ratio}, indent=1) if as_json else usage)
 
-# %% ../nbs/90a_cli_store.ipynb #9
+# %% ../nbs/90a_cli_store.ipynb #11
 @store_app.command('verify')
 def store_verify(
     drop: Annotated[bool,
@@ -191,7 +193,7 @@ def store_export(
     paths = _open(store).export(folder, names or ())
     print(f'{len(paths)} snapshots and snapshots.csv in {display_path(folder)}')
 
-# %% ../nbs/90a_cli_store.ipynb #11
+# %% ../nbs/90a_cli_store.ipynb #13
 def search_command(
     as_json=False, # print JSON instead of a table
     figure=None,   # path of a picture to draw

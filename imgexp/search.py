@@ -115,8 +115,8 @@ def search(
     bounds = {'shared': _counts(trees, rounds, alive_by_round),
               'halving': _counts(trees, rounds, alive_by_round, False),
               'exhaustive': n*sum(t.multiply_adds_each*len(t.names) for t in trees)}
-    rows = [{'rank': k, **_row(snapshots[name], *score, score[2] == n)} for k,
-            (name, score) in enumerate(scores.items(), 1)]
+    rows = [{'rank': rank, **_row(snapshots[name], *score, score[2] == n)}
+            for rank, (name, score) in enumerate(scores.items(), 1)]
     return SearchResult(p, rows, rounds, trees, usage, time.perf_counter() - start, bounds,
                         {k: v.numpy() for k, v in features.items()}, target.labels)
 
