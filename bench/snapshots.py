@@ -55,7 +55,7 @@ def make_store(shared, distribution, jobs):
 
 # ---- Speed
 
-SPEED = dict(arch='resnet18', size=64, epochs=20, batch_size=64, lr=0.001, seed_subset=0, subset=0.3, track='off', precision='fp32', workers=0)
+SPEED = dict(arch='resnet18', size=64, epochs=10, batch_size=128, lr=0.001, track='off', precision='fp32', workers=0)
 
 def plain(values):
     "The same snapshot by 03_train: the whole network in every epoch"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights', 'generators', 'set_generators',
            'Checkpoints', 'KeepParams', 'read_index', 'resume_position', 'restore', 'start_from_parent', 'parent_id',
-           'restore_best', 'weights_kind']
+           'restore_best', 'weights_kind', 'keep_weights_only']
 
-# %% ../nbs/02i_checkpoints.ipynb #fb264629
+# %% ../nbs/02i_checkpoints.ipynb #2
 import json, os, pickle, random, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +25,7 @@ from .parallel import all_max, from_rank_zero, rank, rank_zero_print
 from .params import Parameters, param
 from .callbacks import HIGHER, better
 
-# %% ../nbs/02i_checkpoints.ipynb #50a7c8fd
+# %% ../nbs/02i_checkpoints.ipynb #4
 def _save_weights(path, tensors, metadata):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     safetensors.torch.save_file(tensors, path, {'imgexp': json.dumps(metadata)})
@@ -39,7 +39,7 @@ def _save(path, write, *args):
     sync(path)
     return {'sha256': file_sha256(path), 'bytes': path.stat().st_size}
 
-# %% ../nbs/02i_checkpoints.ipynb #48e6c053
+# %% ../nbs/02i_checkpoints.ipynb #6
 def write_checkpoint(
     folder: Path,   # checkpoints/ of a run
     step: int,      # number of optimizer steps done
@@ -68,7 +68,7 @@ def write_checkpoint(
         raise
     return folder/name
 
-# %% ../nbs/02i_checkpoints.ipynb #4b14f8f4
+# %% ../nbs/02i_checkpoints.ipynb #7
 def damage(
     checkpoint: Path, # a checkpoint's directory
 ) -> str:             # the problem, e.g. 'state.pt is damaged'; '' if the checkpoint is intact
@@ -80,14 +80,14 @@ def damage(
         if file_sha256(checkpoint/name) != file['sha256']: return f'{name} is damaged'
     return ''
 
-# %% ../nbs/02i_checkpoints.ipynb #bb31601d
+# %% ../nbs/02i_checkpoints.ipynb #9
 def checkpoints(
     run, # a `Run`
 ) -> list: # paths, newest first
     "Paths of a run's committed checkpoints."
     return sorted((run.dir/'checkpoints').glob('step-*'), reverse=True)
 
-# %% ../nbs/02i_checkpoints.ipynb #c931358a
+# %% ../nbs/02i_checkpoints.ipynb #10
 def newest_checkpoint(
     run,       # a `Run`
     say=partial(print, file=sys.stderr), # called with a message for each damaged checkpoint
@@ -101,7 +101,7 @@ def newest_checkpoint(
     if paths: raise RunFailed(f'all {len(paths)} checkpoints of run {run.name} are damaged: restore them from a copy, '
                                'or give resume=never to start over')
 
-# %% ../nbs/02i_checkpoints.ipynb #e3c2b368
+# %% ../nbs/02i_checkpoints.ipynb #11
 def read_weights(
     checkpoint: Path,    # a checkpoint's directory, or a weights-only .safetensors file
     kind: str = 'model', # 'model', or 'ema' for the averaged weights
@@ -119,7 +119,7 @@ def read_weights(
         raise InputError(f'{short_path(path)} is missing, damaged, or not from a run: choose another '
                          'checkpoint') from None
 
-# %% ../nbs/02i_checkpoints.ipynb #42bc5145
+# %% ../nbs/02i_checkpoints.ipynb #14
 def generators() -> dict: # plain values and tensors
     "States of the random generators of Python, NumPy and torch."
     name, keys, *rest = np.random.get_state()
@@ -137,7 +137,7 @@ def set_generators(
     for k, s in zip(range(torch.cuda.device_count()), state['cuda']): torch.cuda.set_rng_state(s, k)
     if state['mps'] is not None and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'])
 
-# %% ../nbs/02i_checkpoints.ipynb #0625eafa
+# %% ../nbs/02i_checkpoints.ipynb #17
 class Checkpoints(StatefulCallback):
     "Callback that writes checkpoints, keeps the last and the best, and ends training on request."
     order, run_valid = 60, False
@@ -156,7 +156,9 @@ class Checkpoints(StatefulCallback):
         self.current_run, self.metadata, self.stop_requests, self.best_by = run, metadata, stop_requests, best_by
         self.minutes, self.keep_best, self.keep_every, self.keep_weights = minutes, keep_best, keep_every, keep_weights
         self.deadline, self.write_seconds = deadline, 0.
-    def before_fit(self): self.last_write = time.monotonic()
+    def before_fit(self):
+        self.last_write = time.monotonic()
+        self._keep_initial_weights()
 
     def after_batch(self):
         batch = self.dls.train.batch + 1
@@ -166,7 +168,7 @@ class Checkpoints(StatefulCallback):
         self._action()
         self.save(self.learn.epoch + 1, 0, self.history.row)
 
-# %% ../nbs/02i_checkpoints.ipynb #cb117399
+# %% ../nbs/02i_checkpoints.ipynb #18
 @patch
 def _action(self: Checkpoints, mid_epoch=False):
     "What to do now, the same in all processes: 0 continue, 1 write a checkpoint, 2 write a checkpoint and stop"
@@ -177,7 +179,7 @@ def _action(self: Checkpoints, mid_epoch=False):
     if action == 2 and not requests: requests.append('another process was asked to stop')
     return action
 
-# %% ../nbs/02i_checkpoints.ipynb #0a84e56a
+# %% ../nbs/02i_checkpoints.ipynb #20
 @patch
 def save(
     self: Checkpoints,
@@ -202,13 +204,13 @@ def save(
         all_max(0)  # wait until the checkpoint is written: the first process to exit may end the others
         raise CancelFitException
 
-# %% ../nbs/02i_checkpoints.ipynb #de0da61b
+# %% ../nbs/02i_checkpoints.ipynb #21
 @patch
 def _weights(self: Checkpoints):
     average = getattr(self.learn, 'average', None)
     return {'model': self.model.state_dict()} | ({'ema': average.tensors()} if average else {})
 
-# %% ../nbs/02i_checkpoints.ipynb #dc71194c
+# %% ../nbs/02i_checkpoints.ipynb #23
 @patch
 def finalize(
     self: Checkpoints,
@@ -219,30 +221,43 @@ def finalize(
     self._update_index(path.name, row)
     if not row: return
     weights = path.parent/f"weights-{row['epoch']:04d}.safetensors"
-    if row['epoch'] in self.keep_weights and not weights.exists(): _copy(path/'model.safetensors', weights)
+    if row['epoch'] in self.keep_weights:
+        _write_once(weights, lambda part: shutil.copyfile(path/'model.safetensors', part))
     history = self.current_run.history
     if len(history) and history.step.iloc[-1] >= row['step']: return
     mb = sum(f.stat().st_size for f in path.iterdir())/1e6
     self.current_run.log(row | {'checkpoint_mb': round(mb, 2), 'checkpoint_s': round(self.write_seconds, 3)})
     self.write_seconds = 0.
 
-# %% ../nbs/02i_checkpoints.ipynb #352c0e91
-def _copy(source, target):
-    "Copy a file atomically"
+# %% ../nbs/02i_checkpoints.ipynb #24
+def _write_once(target, write, *args):
+    "Write a file atomically unless it exists"
+    if target.exists(): return
     part = target.with_name(f'.{target.name}.part')
     with writing(target):
-        shutil.copyfile(source, part)
+        target.parent.mkdir(exist_ok=True)
+        write(part, *args)
         sync(part)
         os.replace(part, target)
 
-# %% ../nbs/02i_checkpoints.ipynb #59b2eafa
+@patch
+def _keep_initial_weights(self: Checkpoints):
+    "Keep the weights of epoch 0, unless the training goes on from a checkpoint or another run"
+    at_start = self.learn.first_epoch == self.learn.first_batch == self.learn.base == 0
+    if 0 in self.keep_weights and at_start and rank() == 0:
+        _write_once(self.current_run.dir/'checkpoints'/'weights-0000.safetensors', _save_weights,
+                    self.model.state_dict(), self.metadata)
+
+# %% ../nbs/02i_checkpoints.ipynb #26
 class KeepParams(Parameters, heading='checkpoints'):
     keep_best: int = param(3, 'number of best checkpoints to keep', (1, 1000), in_id=False)
     keep_every: int = param(0, "also keep every N-th epoch's checkpoint; 0 is off", (0, 10_000), in_id=False)
-    keep_weights: str = param('', 'comma-separated epochs whose weights alone are kept', in_id=False)
-    upload: bool = param(False, 'upload the best checkpoint to Weights & Biases as an artifact', in_id=False)
+    keep_weights: str = param('', 'comma-separated epochs whose weights alone are kept; 0 is before the first',
+                              in_id=False)
+    upload: bool = param(False, 'upload the best checkpoint and the kept weights to Weights & Biases as an artifact',
+                         in_id=False)
 
-# %% ../nbs/02i_checkpoints.ipynb #cc23bc6b
+# %% ../nbs/02i_checkpoints.ipynb #27
 def _best_first(rows, best_by):
     "Sort rows of epochs, best first; ties go to the earlier epoch"
     ranking = []
@@ -253,7 +268,7 @@ def _best_first(rows, best_by):
 
 def _entry(name, row): return {'name': name, 'epoch': row['epoch']} | {k: row[k] for k in HIGHER if k in row}
 
-# %% ../nbs/02i_checkpoints.ipynb #a78eabd9
+# %% ../nbs/02i_checkpoints.ipynb #28
 @patch
 def _update_index(self: Checkpoints, name, row):
     "Write index.json as of checkpoint `name`, then delete all checkpoints that are not in it"
@@ -272,7 +287,7 @@ def _update_index(self: Checkpoints, name, row):
         if path.name not in listed: shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob('.*.part'): _remove(path)  # leftovers of a killed process
 
-# %% ../nbs/02i_checkpoints.ipynb #876aad9b
+# %% ../nbs/02i_checkpoints.ipynb #29
 def _remove(path): shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 def read_index(
@@ -287,7 +302,7 @@ def read_index(
     return {'by': best_by, 'last': names[0] if names else None, 'before': names[1] if names[1:] else None,
             'best': _best_first(rows, best_by), 'kept': names}
 
-# %% ../nbs/02i_checkpoints.ipynb #6ee6b3c0
+# %% ../nbs/02i_checkpoints.ipynb #32
 def _read_state(path):
     "State of an intact checkpoint, without its weights"
     try: return torch.load(path/'state.pt', weights_only=True, map_location='cpu')
@@ -306,7 +321,7 @@ def _load(path, learn):
         learn.averages.mean = read_weights(path, 'ema', verified=True)[0]
     return state
 
-# %% ../nbs/02i_checkpoints.ipynb #3c996e2b
+# %% ../nbs/02i_checkpoints.ipynb #33
 def _rewind(run, path, learn, batch):
     "Rewind the run's files to the state at the checkpoint"
     step = learn.schedule.done
@@ -314,7 +329,7 @@ def _rewind(run, path, learn, batch):
     row = {k: v for k, v in read_sealed(path/'COMMITTED.json').items() if k not in ('files', 'sha256', 'by')}
     learn.checkpoints.finalize(path, row if batch == 0 else None)
 
-# %% ../nbs/02i_checkpoints.ipynb #6ee6b3c1
+# %% ../nbs/02i_checkpoints.ipynb #34
 def resume_position(
     run,    # a `Run`
 ) -> tuple: # epoch and batch, both from 0
@@ -330,7 +345,7 @@ def _restore_state(learn, state):
     learn.first_epoch, learn.first_batch = state['epoch'], state['batch']
     set_generators(state['generators'])
 
-# %% ../nbs/02i_checkpoints.ipynb #39a17579
+# %% ../nbs/02i_checkpoints.ipynb #35
 def _start_phase(run, learn, state):
     "Load the best weights so far; optimizer and schedule start afresh, step and epoch counts continue"
     restore_best(run, learn)
@@ -338,7 +353,7 @@ def _start_phase(run, learn, state):
     learn.schedule.done = learn.schedule.since = state['parts']['schedule']['done']
     learn.history.images, learn.history.seconds = (state['parts']['history'][k] for k in ('images', 'seconds'))
 
-# %% ../nbs/02i_checkpoints.ipynb #6ee6b3c2
+# %% ../nbs/02i_checkpoints.ipynb #36
 def restore(
     run,    # a `Run`
     learn,  # an `ImageLearner` with its optimizer and callbacks
@@ -361,7 +376,7 @@ def restore(
             + f", batch {state['batch'] + 1}"*(state['batch'] > 0))
     return True
 
-# %% ../nbs/02i_checkpoints.ipynb #ef65933a
+# %% ../nbs/02i_checkpoints.ipynb #41
 def start_from_parent(
     parent, # the finished `Run` to extend
     learn,  # an `ImageLearner` with its optimizer and callbacks
@@ -384,7 +399,7 @@ def start_from_parent(
     learn.history.images = callbacks['history']['images']
     if hasattr(learn, 'averages') and 'averages' in callbacks: learn.averages.load(callbacks['averages'])
 
-# %% ../nbs/02i_checkpoints.ipynb #97ad1d8a
+# %% ../nbs/02i_checkpoints.ipynb #42
 def parent_id(
     parent, # the finished `Run` to extend
 ) -> str:
@@ -395,7 +410,7 @@ def parent_id(
 
 def _shorten(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 
-# %% ../nbs/02i_checkpoints.ipynb #ef65933b
+# %% ../nbs/02i_checkpoints.ipynb #43
 def restore_best(
     run,    # a `Run`
     learn,  # an `ImageLearner`: receives the weights and the normalization they were trained with
@@ -404,7 +419,8 @@ def restore_best(
     index = read_index(run)
     for best in index['best']:
         path = run.dir/'checkpoints'/best['name']
-        if damage(path): continue
+        if 'sha256' in best: path = path.with_name(f'{path.name}.safetensors')
+        if not path.exists() or (file_sha256(path) != best['sha256'] if 'sha256' in best else damage(path)): continue
         weights, metadata = read_weights(path, weights_kind(index['by']), verified=True)
         learn.model.load_state_dict(weights)
         learn.norm = metadata['norm']
@@ -412,9 +428,28 @@ def restore_best(
     raise InputError(f'run {run.name} has no intact checkpoint of a finished epoch: restore one from a copy, or give '
                      'resume=never to start over')
 
-# %% ../nbs/02i_checkpoints.ipynb #55961f2c
+# %% ../nbs/02i_checkpoints.ipynb #44
 def weights_kind(
     best_by: str, # a name in `HIGHER`
 ) -> str:         # 'model' or 'ema'
     "Kind of weights that a column of the history describes: the raw weights or their average."
     return 'ema' if best_by.startswith('ema') else 'model'
+
+# %% ../nbs/02i_checkpoints.ipynb #46
+def keep_weights_only(
+    run, # a finished `Run`
+):
+    "Replace a run's checkpoints by its best and last weights: it can be evaluated, but no longer extended."
+    index, folder = read_index(run), run.dir/'checkpoints'
+    if index['last'] and index['last'].startswith('step-'):
+        if weights_kind(index['by']) == 'ema':
+            raise InputError(f'run {run.name} has averaged weights, whose checkpoints are kept whole')
+        def to_file(name, epoch):
+            path = folder/f'weights-{epoch:04d}.safetensors'
+            _write_once(path, lambda part: shutil.copyfile(folder/name/'model.safetensors', part))
+            return path
+        best = [b | {'name': path.stem, 'sha256': file_sha256(path)} for b in index['best'][:1]
+                if (path := to_file(b['name'], b['epoch']))]
+        last = to_file(index['last'], read_sealed(folder/index['last']/'COMMITTED.json')['epoch']).stem
+        write_json(folder/'index.json', seal({'by': index['by'], 'last': last, 'before': None, 'best': best, 'kept': []}))
+    for path in checkpoints(run): shutil.rmtree(path)

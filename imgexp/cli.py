@@ -24,6 +24,7 @@ from .cli_curve import curve_app, curve_arguments
 from .cli_data import SOURCE_TABLE, cache_app, data_app
 from .cli_store import search_command, snapshots_app, store_app
 from .cli_sweep import sweep_app
+from .cli_zoo import zoo_app
 from .environment import package_version
 from .errors import InputError, RunBusy, RunFailed
 from .experiments import commands, declared_experiment, find_experiment
@@ -228,7 +229,7 @@ def _batch(
 
 # %% ../nbs/90c_cli.ipynb #a044137d
 for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep'), (snapshots_app, 'snapshots'),
-                    (store_app, 'store')): app.add_typer(_sub, name=_name)
+                    (store_app, 'store'), (zoo_app, 'zoo')): app.add_typer(_sub, name=_name)
 app.command('search')(search_command)
 
 # %% ../nbs/90c_cli.ipynb #4a366252

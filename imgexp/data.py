@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VALID', 'Encoded', 'Files', 'Pixels', 'Images', 'class_ranks', 'nested_subset', 'with_valid', 'keep_classes',
-           'keep_subset', 'stratified_order', 'parse_limits', 'limit_images', 'from_arrays', 'read_idx', 'from_idx',
-           'read_stored', 'read']
+           'keep_subset', 'stratified_order', 'parse_limits', 'limit_images', 'parse_shares', 'resplit_images',
+           'from_arrays', 'read_idx', 'from_idx', 'read_stored', 'read']
 
-# %% ../nbs/01c_data.ipynb #d9c8446d
+# %% ../nbs/01c_data.ipynb #2
 import gzip, os, shlex, struct
 from dataclasses import dataclass, replace
 from html import escape
@@ -23,7 +23,7 @@ from .files import short_path
 from .randomness import hashes
 from .text import printable
 
-# %% ../nbs/01c_data.ipynb #c1104097
+# %% ../nbs/01c_data.ipynb #5
 class Encoded:
     "Base of sources whose `read(i)` returns the bytes of an image as published; `path(i)` is the file that holds it."
     origin = ''  # arguments that select these images on a command line, if `root` alone does not
@@ -47,14 +47,14 @@ class Files(Encoded):
             with open(self.path(i), 'rb') as f: return f.read()
         except OSError as e: raise BadImage(f'cannot be read ({e.strerror})') from None
 
-# %% ../nbs/01c_data.ipynb #e151b18c
+# %% ../nbs/01c_data.ipynb #6
 @dataclass(repr=False)
 class Pixels:
     "Images in memory; `read(i)` returns uint8 [h, w] or [h, w, 3]."
     pixels: np.ndarray # uint8 [n, h, w] or [n, h, w, 3]
     def read(self, i): return self.pixels[i]
 
-# %% ../nbs/01c_data.ipynb #9cee78c0
+# %% ../nbs/01c_data.ipynb #7
 @dataclass(repr=False)
 class Images:
     "Labeled images; image i is `items[i]`, of class `labels[i]`, in split `SPLITS[splits[i]]`."
@@ -85,13 +85,13 @@ class Images:
         np.add.at(out, (self.labels, self.splits), 1)
         return out
 
-# %% ../nbs/01c_data.ipynb #b2ba0f9a
+# %% ../nbs/01c_data.ipynb #8
 @patch
 def __repr__(self: Images):
     each = ', '.join(f'{n:,} {s}' for s, n in zip(SPLITS, self.counts().sum(0)) if n)
     return f'{self.name}: {len(self):,} images ({each}), {len(self.classes)} classes'
 
-# %% ../nbs/01c_data.ipynb #31601baa
+# %% ../nbs/01c_data.ipynb #9
 @patch
 def _repr_html_(self: Images):
     counts, max_rows = self.counts(), 12
@@ -103,7 +103,7 @@ def _repr_html_(self: Images):
     return (f'<div>{escape(repr(self))}<table><tr><th>class</th>{head}</tr>{rows}{more}'
             f'<tr><td><b>all</b></td>{total}</tr></table></div>')
 
-# %% ../nbs/01c_data.ipynb #f8e87bc2
+# %% ../nbs/01c_data.ipynb #11
 def class_ranks(
     labels,     # int [n]
     seed: int,  # 0 and up
@@ -119,7 +119,7 @@ def class_ranks(
     out[ranking] = np.arange(len(labels)) - starts[labels[ranking]]
     return out
 
-# %% ../nbs/01c_data.ipynb #91dc24d5
+# %% ../nbs/01c_data.ipynb #12
 def nested_subset(
     labels,           # int [n]
     fraction: float,  # more than 0, at most 1
@@ -132,7 +132,7 @@ def nested_subset(
     keep = np.maximum(1, np.floor(counts * fraction + 0.5))
     return class_ranks(labels, seed) < keep[labels]
 
-# %% ../nbs/01c_data.ipynb #06ae2b78
+# %% ../nbs/01c_data.ipynb #15
 VALID = 0.2  # fraction of the training images used for validation if the data have no validation split
 
 def with_valid(
@@ -151,7 +151,7 @@ def with_valid(
     splits[train[chosen]] = 1
     return replace(table, splits=splits)
 
-# %% ../nbs/01c_data.ipynb #4b7fdd2f
+# %% ../nbs/01c_data.ipynb #16
 def keep_classes(
     table: Images,
     classes: str,  # comma-separated names; '' keeps all
@@ -166,7 +166,7 @@ def keep_classes(
     table = table.take(new_labels[table.labels] >= 0)
     return replace(table, labels=new_labels[table.labels], classes=selected)
 
-# %% ../nbs/01c_data.ipynb #c5ff9989
+# %% ../nbs/01c_data.ipynb #17
 def keep_subset(
     table: Images,
     fraction: float,  # more than 0, at most 1
@@ -177,7 +177,7 @@ def keep_subset(
     drop = train[~nested_subset(table.labels[train], fraction, seed)]
     return table.take(np.setdiff1d(np.arange(len(table)), drop))
 
-# %% ../nbs/01c_data.ipynb #01cc0
+# %% ../nbs/01c_data.ipynb #18
 def stratified_order(
     labels, # int [n]
     seed: int = 0, # 0 and up
@@ -187,7 +187,7 @@ def stratified_order(
     ranks = class_ranks(labels, seed)
     return np.argsort(np.where(ranks == 0, -1, (ranks + 0.5)/np.bincount(labels)[labels]), kind='stable')
 
-# %% ../nbs/01c_data.ipynb #01cc2
+# %% ../nbs/01c_data.ipynb #21
 def parse_limits(
     max_images: str, # 'train,valid,test', each a number or empty
 ) -> list:           # int or None, for each split
@@ -210,7 +210,34 @@ def limit_images(
         keep[rows[stratified_order(table.labels[rows])[limit:]]] = False
     return table if keep.all() else table.take(np.flatnonzero(keep))
 
-# %% ../nbs/01c_data.ipynb #791b944e
+# %% ../nbs/01c_data.ipynb #23
+def parse_shares(
+    resplit: str, # '70/15/15': percent of train, valid and test
+) -> tuple:       # of int
+    "Parse the shares of the splits; raises `InputError`."
+    parts = resplit.split('/')
+    shares = tuple(int(t) if t.isdecimal() else -1 for t in parts)
+    if len(shares) == 3 and min(shares) >= 0 and sum(shares) == 100 and shares[0] and shares[1]: return shares
+    raise InputError(f'resplit={resplit!r} is not understood: give the percentages of train, valid and test, 100 in '
+                     'all (70/15/15)')
+
+def resplit_images(
+    table: Images,
+    resplit: str, # as for `parse_shares`; '' keeps the splits
+) -> Images:
+    "Divide each class by the places of its images alone; raises `InputError` for a class with too few."
+    if not resplit: return table
+    _, valid, test = parse_shares(resplit)
+    n = np.bincount(table.labels, minlength=len(table.classes))
+    n_valid, n_test = (np.floor(n*share/100 + 0.5).astype(int) for share in (valid, test))
+    for c in np.flatnonzero((n_valid + n_test >= n) | (n_valid == 0) | (n_test == 0) & (test > 0)):
+        raise InputError(f'resplit={resplit!r}: class {table.classes[c]} of {table.name} has only {n[c]} images: leave '
+                         'it out, or leave out resplit')
+    ranks = class_ranks(table.labels, seed=0)
+    splits = np.select([ranks < n_test[table.labels], ranks < (n_test + n_valid)[table.labels]], [2, 1], 0)
+    return replace(table, splits=splits.astype(np.int8))
+
+# %% ../nbs/01c_data.ipynb #25
 def from_arrays(
     pixels,         # uint8 [n, h, w] or [n, h, w, 3], RGB
     labels,         # int [n]
@@ -227,7 +254,7 @@ def from_arrays(
     splits = np.zeros(len(labels), np.int8) if splits is None else np.asarray(splits, np.int8)
     return Images(np.arange(len(labels)), labels, splits, classes, source=Pixels(pixels), **kw)
 
-# %% ../nbs/01c_data.ipynb #0a3ec3cf
+# %% ../nbs/01c_data.ipynb #31
 def read_idx(
     path: str | Path,  # a .gz file or a plain one
 ) -> np.ndarray:  # uint8
@@ -243,7 +270,7 @@ def read_idx(
 
 _IDX = {'train': 'train', 't10k': 'test', 'test': 'test', 'valid': 'valid'}
 
-# %% ../nbs/01c_data.ipynb #f577af05
+# %% ../nbs/01c_data.ipynb #32
 def from_idx(
     folder: str | Path,  # holds train-images-idx3-ubyte(.gz), train-labels-idx1-ubyte(.gz), t10k-…
 ) -> Images:
@@ -261,7 +288,7 @@ def from_idx(
     return from_arrays(np.concatenate(pixels), np.concatenate(labels), splits=np.concatenate(splits),
                        name=printable(Path(folder).resolve().name))
 
-# %% ../nbs/01c_data.ipynb #5b3345dd
+# %% ../nbs/01c_data.ipynb #34
 def read_stored(
     table: Images,
     row: int,       # row of the table
@@ -269,7 +296,7 @@ def read_stored(
     "Read an image as stored in its source (a file's bytes, or pixels); raises `BadImage` if it can't be read."
     return table.source.read(table.indices[row])
 
-# %% ../nbs/01c_data.ipynb #004ff379
+# %% ../nbs/01c_data.ipynb #35
 def read(
     table: Images,
     row: int,       # row of the table

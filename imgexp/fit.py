@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OptimizerParams', 'EMAParams', 'BudgetParams', 'FitParams', 'best_column', 'parse_epochs', 'fit']
 
-# %% ../nbs/02l_fit.ipynb #733b2d03
+# %% ../nbs/02l_fit.ipynb #2
 import gc, re, time
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ from .params import Parameters, SeedParams, param, set_seed, takes
 from .callbacks import EMA, HIGHER, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
 
-# %% ../nbs/02l_fit.ipynb #4199c53a
+# %% ../nbs/02l_fit.ipynb #5
 class OptimizerParams(Parameters, heading='training'):
     epochs: int = param(20, 'passes over the training images', (1, 10_000))
     lr: float = param(0.003, 'largest learning rate; 0 asks the LR finder', (0, 100))
@@ -36,7 +36,7 @@ class OptimizerParams(Parameters, heading='training'):
     best_by: str = param('auto', 'metric of the best epoch: valid_top1, valid_loss, ema_top1 or ema_loss; auto is '
                                  'ema_top1 with ema, else valid_top1', ['auto', *HIGHER])
 
-# %% ../nbs/02l_fit.ipynb #3f775c7f
+# %% ../nbs/02l_fit.ipynb #6
 class EMAParams(Parameters, heading='regularization'):
     ema: float = param(0.0, 'decay per step of the averaged weights, e.g. 0.999; 0 is off', '[0, 1)')
 
@@ -46,7 +46,7 @@ class BudgetParams(Parameters, heading='machine'):
 
 class FitParams(OptimizerParams, EMAParams, MixParams, KeepParams, SeedParams, BudgetParams): pass
 
-# %% ../nbs/02l_fit.ipynb #3beab83e
+# %% ../nbs/02l_fit.ipynb #8
 def best_column(
     best_by: str,     # 'auto', or a name in `HIGHER`
     ema: float = 0.,  # decay of the averaged weights; 0 is off
@@ -57,24 +57,24 @@ def best_column(
         raise InputError(f'best_by={best_by!r} needs averaged weights: give ema=0.999, or best_by=valid_top1')
     return best_by
 
-# %% ../nbs/02l_fit.ipynb #f6dc5544
+# %% ../nbs/02l_fit.ipynb #9
 def parse_epochs(
     text: str, # '1,2,5'
-) -> tuple:    # of int, 1 and up
+) -> tuple:    # of int, 0 and up
     "Parse the epochs in `keep_weights`; raises `InputError` for anything else."
     try: epochs = tuple(int(t) for t in str(text).split(',') if t.strip())
-    except ValueError: epochs = (0,)
-    if all(e > 0 for e in epochs): return epochs
-    raise InputError(f'keep_weights={text!r} is not understood: give epochs, from 1, separated by commas (1,2,5)')
+    except ValueError: epochs = (-1,)
+    if all(e >= 0 for e in epochs): return epochs
+    raise InputError(f'keep_weights={text!r} is not understood: give epochs separated by commas (1,2,5; 0 is before the first)')
 
-# %% ../nbs/02l_fit.ipynb #1c8b390a
+# %% ../nbs/02l_fit.ipynb #12
 def _weights_metadata(learn):
     "Metadata saved with the weights, enough to build the network again"
     report = learn.model.report
     return {'arch': learn.model.arch, 'classes': learn.table.classes, 'size': learn.size, 'norm': learn.norm,
             'stem': report.stem, 'head': report.head_kind}
 
-# %% ../nbs/02l_fit.ipynb #dc2917b3
+# %% ../nbs/02l_fit.ipynb #13
 def _callbacks(run, learn, p, requests):
     best_by, mix = best_column(p.best_by, p.ema), dict(MixParams.of(p))
     deadline = time.monotonic() + p.max_minutes*60 if p.max_minutes else float('inf')
@@ -87,7 +87,7 @@ def _callbacks(run, learn, p, requests):
     if p.ema: callbacks.append(EMA(p.ema))
     return callbacks
 
-# %% ../nbs/02l_fit.ipynb #5f27c19b
+# %% ../nbs/02l_fit.ipynb #14
 def _set_lr(run, learn, callbacks, requests):
     "Set the peak learning rate with the LR finder, which runs without the training callbacks"
     with learn.removed_cbs(callbacks): curve = find_lr(learn, stop_requests=requests)
@@ -106,7 +106,7 @@ def _loop(run, learn, p, requests, parent, after):
         for loader, names in zip((learn.dls.train, learn.dls.valid), learn.history.skipped()):
             loader.skipped.update(names)
 
-# %% ../nbs/02l_fit.ipynb #2160b320
+# %% ../nbs/02l_fit.ipynb #16
 _LOST_CONNECTION = re.compile('gloo|nccl|connection (closed|reset)|process group|socket', re.I)
 
 @contextmanager
@@ -125,7 +125,7 @@ def _record_early_end(run):
         run.fail(e)
         raise e from None if lost else e.__cause__
 
-# %% ../nbs/02l_fit.ipynb #93567d74
+# %% ../nbs/02l_fit.ipynb #17
 def _error_elsewhere(run):
     "The error message that another process of this training left; wait up to two seconds for it"
     deadline = time.monotonic() + 2
@@ -133,7 +133,7 @@ def _error_elsewhere(run):
     errors = [p.read_text().strip() for p in sorted(run.dir.glob('.error-*'))]
     return next((e for e in errors if e), '')
 
-# %% ../nbs/02l_fit.ipynb #7d7c2568
+# %% ../nbs/02l_fit.ipynb #19
 def _train(run, learn, p, parent, after, first_lr):
     if learn.used and not checkpoints(run):
         raise InputError('this learner has been trained already: make a new one, with new initial weights')
@@ -147,7 +147,7 @@ def _train(run, learn, p, parent, after, first_lr):
         _loop(run, learn, p, requests, parent, after)
         if requests: raise Stopped(f'{requests[0]}; the same command continues')
 
-# %% ../nbs/02l_fit.ipynb #bfaf0204
+# %% ../nbs/02l_fit.ipynb #20
 @takes(FitParams)
 def fit(
     run,                 # a `Run` of `start_run`; a finished one is not trained again

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HISTORY', 'RENAMED', 'ADDED', 'BEAT', 'STALE', 'Run', 'timestamp', 'seconds_since']
 
-# %% ../nbs/00g_runs.ipynb #237f30a7
+# %% ../nbs/00g_runs.ipynb #2
 import atexit, csv, io, math, os, secrets, socket, sys, threading, time, weakref
 from contextlib import suppress
 from datetime import datetime
@@ -21,18 +21,18 @@ from imgexp.files import (is_locked, project_root, read_json, seconds_since_writ
 from .text import accuracy_text
 from .tracker import Tracker
 
-# %% ../nbs/00g_runs.ipynb #a5a7fe36
+# %% ../nbs/00g_runs.ipynb #5
 HISTORY = ('epoch', 'step', 'images', 'seconds', 'lr', 'train_loss', 'train_top1', 'valid_loss', 'valid_top1',
            'valid_top5', 'img_per_s', 'peak_mem_mb')
 _NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack', 'recipe', 'max_minutes', 'keep_best', 'keep_every',
               'keep_weights', 'upload', 'cache_gb')  # for older runs, whose params.json does not list them
 RENAMED = {'03_train': {'crop': 'min_scale'}}  # {notebook: {name in older runs: current name}}
-_SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1}
+_SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1, 'resplit': ''}
 # {notebook: {parameter that older runs lack: its value in them}}
-ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0}, '10_keras_cnn': _SOURCE, 
+ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0, 'head_init': 'normal', 'states': False, 'figures': True}, '10_keras_cnn': _SOURCE,
          '20_transfer': _SOURCE | {'max_images': '', 'keep_weights': ''}}
 
-# %% ../nbs/00g_runs.ipynb #09a84332
+# %% ../nbs/00g_runs.ipynb #6
 class Run:
     "One experiment's directory: parameters, status, history, metrics, figures, checkpoints."
     def __init__(
@@ -64,7 +64,7 @@ class Run:
     @property
     def finished(self): return self.status.get('state') == 'done'
 
-# %% ../nbs/00g_runs.ipynb #b3a26292
+# %% ../nbs/00g_runs.ipynb #8
 @patch
 def __enter__(self: Run): return self
 
@@ -75,7 +75,7 @@ def __exit__(self: Run, error_type, error, traceback):
     elif isinstance(error, KeyboardInterrupt): self.stop('interrupted')
     else: self.fail(error)
 
-# %% ../nbs/00g_runs.ipynb #3c659122
+# %% ../nbs/00g_runs.ipynb #10
 BEAT, STALE = 10, 60  # seconds between heartbeats; seconds without one until another machine's run counts as dead
 
 def timestamp() -> str: # ISO 8601, with time zone
@@ -89,7 +89,7 @@ def seconds_since(
     try: return time.time() - datetime.fromisoformat(stamp).timestamp()
     except (TypeError, ValueError): return math.inf
 
-# %% ../nbs/00g_runs.ipynb #92f12811
+# %% ../nbs/00g_runs.ipynb #11
 @patch
 def alive(self: Run) -> bool:
     "Whether a process, on this or another machine, is working on this run."
@@ -105,7 +105,7 @@ def state(self: Run) -> str:
     state = self.status.get('state', 'unreadable')
     return 'died' if state == 'running' and not self.alive() else state
 
-# %% ../nbs/00g_runs.ipynb #2002296b
+# %% ../nbs/00g_runs.ipynb #13
 @patch
 def check_owner(self: Run):
     "Raise `RunBusy` if another process has taken over this open run."
@@ -122,7 +122,7 @@ def _set(self: Run, **status):
         self.check_owner()
         write_json(self.dir/'status.json', self.status | status, pad=2000)
 
-# %% ../nbs/00g_runs.ipynb #595414fa
+# %% ../nbs/00g_runs.ipynb #15
 def _heartbeat(ref, stop):
     "Write heartbeats until `stop` is set, the run ends or is taken over, or its directory is deleted"
     while not stop.wait(BEAT):
@@ -133,10 +133,10 @@ def _heartbeat(ref, stop):
         except (OSError, RunFailed): pass  # full disk or unresponsive network mount: the lock is still held
         del run
 
-# %% ../nbs/00g_runs.ipynb #51e8a4bf
+# %% ../nbs/00g_runs.ipynb #16
 _open_runs = weakref.WeakSet()
 
-# %% ../nbs/00g_runs.ipynb #c4e61c08
+# %% ../nbs/00g_runs.ipynb #17
 @patch
 def begin(
     self: Run,
@@ -164,7 +164,7 @@ def begin(
     _watch_cells()
     return self
 
-# %% ../nbs/00g_runs.ipynb #02a80436
+# %% ../nbs/00g_runs.ipynb #19
 _NUMERICAL = ('torch', 'torchvision', 'fastai', 'tensorflow', 'keras', 'numpy', 'scipy', 'opencv-python-headless',
               'simplejpeg', 'pillow', 'imgexp')
 
@@ -183,7 +183,7 @@ def attempts(self: Run) -> list:
         attempts.append(attempt | {'packages': {k: v for k, v in (previous | attempt['packages']).items() if v}})
     return attempts
 
-# %% ../nbs/00g_runs.ipynb #a04a4f7f
+# %% ../nbs/00g_runs.ipynb #20
 @patch
 def changes(self: Run) -> dict: # {name: [value in each attempt]}; empty if the result is exact
     "Changes between attempts that affect the last bits of the result."
@@ -191,7 +191,7 @@ def changes(self: Run) -> dict: # {name: [value in each attempt]}; empty if the 
     if not numerics: return {}
     return {k: [n[k] for n in numerics] for k in numerics[0] if len({n[k] for n in numerics}) > 1}
 
-# %% ../nbs/00g_runs.ipynb #9e229059
+# %% ../nbs/00g_runs.ipynb #21
 @patch
 def _record_attempt(self: Run):
     "Add this attempt to env.json, with only the packages that changed; warn if the result will not be bit-exact"
@@ -207,7 +207,7 @@ def _record_attempt(self: Run):
         print(f'run {self.name} continues, but its result will not be bit-identical to that of an uninterrupted run: '
               f'{changed}', file=sys.stderr)
 
-# %% ../nbs/00g_runs.ipynb #8765c18b
+# %% ../nbs/00g_runs.ipynb #22
 @patch
 def attempt_rows(self: Run) -> list: # (name, text) pairs; empty for a run with one attempt
     "Number of attempts and the changes between them, for display."
@@ -215,7 +215,7 @@ def attempt_rows(self: Run) -> list: # (name, text) pairs; empty for a run with 
     changed = ', '.join(f"{k} {' → '.join(map(str, v))}" for k, v in self.changes().items())
     return [('attempts', f'{len(self.attempts)}' + (f', not exact: {changed}' if changed else ''))]
 
-# %% ../nbs/00g_runs.ipynb #db6770f6
+# %% ../nbs/00g_runs.ipynb #24
 @patch
 def _end(self: Run, state, error=None, metrics=None):
     if not self.open: return self
@@ -230,7 +230,7 @@ def _end(self: Run, state, error=None, metrics=None):
         _open_runs.discard(self)
     return self
 
-# %% ../nbs/00g_runs.ipynb #b2ef2fe7
+# %% ../nbs/00g_runs.ipynb #25
 @patch
 def finish(
     self: Run,
@@ -242,7 +242,7 @@ def finish(
     write_json(self.dir/'metrics.json', metrics)
     return self._end('done', metrics=metrics)
 
-# %% ../nbs/00g_runs.ipynb #af182d23
+# %% ../nbs/00g_runs.ipynb #26
 @patch
 def fail(
     self: Run,
@@ -260,7 +260,7 @@ def stop(
     "End the run as stopped on request; the next start with the same parameters continues it."
     return self._end('stopped', error=reason)
 
-# %% ../nbs/00g_runs.ipynb #f32d5873
+# %% ../nbs/00g_runs.ipynb #28
 def _after_cell(result):
     error = getattr(result, 'error_in_exec', None) or getattr(result, 'error_before_exec', None)
     if error is None: return
@@ -278,7 +278,7 @@ def _watch_cells():
 def _close_runs():
     for run in list(_open_runs): run.stop('the process ended before the run was finished')
 
-# %% ../nbs/00g_runs.ipynb #0d403b91
+# %% ../nbs/00g_runs.ipynb #30
 @patch
 def history_rows(self: Run) -> tuple: # (header, rows), lists of strings
     "The complete rows of history.csv, as text."
@@ -294,12 +294,12 @@ def _write_rows(self: Run, header, rows):
     csv.writer(buffer, lineterminator='\n').writerows([header, *rows])
     write_text(self.dir/'history.csv', buffer.getvalue())
 
-# %% ../nbs/00g_runs.ipynb #3984ed22
+# %% ../nbs/00g_runs.ipynb #31
 @patch
 def _observe(self: Run, row):
     if self.observer: self.stop_reason = self.observer(self, row) or ''
 
-# %% ../nbs/00g_runs.ipynb #07676bd6
+# %% ../nbs/00g_runs.ipynb #32
 def _csv_text(value): return '' if value is None else repr(value) if isinstance(value, float) else str(value)
 
 @patch
@@ -317,7 +317,7 @@ def log(
     if self.tracker: self.tracker.log(row)
     self._observe(row)
 
-# %% ../nbs/00g_runs.ipynb #130f0bcd
+# %% ../nbs/00g_runs.ipynb #33
 @patch
 def rewind(
     self: Run,
@@ -333,7 +333,7 @@ def _number(text):
     "Parse a cell of history.csv; None if it is empty"
     return float(text) if '.' in text or 'e' in text or 'n' in text else int(text) if text else None
 
-# %% ../nbs/00g_runs.ipynb #3bce1fdd
+# %% ../nbs/00g_runs.ipynb #34
 @patch(as_prop=True)
 def history(self: Run):
     "The history as a pandas table, one row per epoch."
@@ -342,7 +342,7 @@ def history(self: Run):
     table = pd.DataFrame(rows, columns=header)
     return table.apply(pd.to_numeric, errors='coerce').dropna(axis=1, how='all') if rows else table
 
-# %% ../nbs/00g_runs.ipynb #911dc496
+# %% ../nbs/00g_runs.ipynb #36
 @patch
 def figure(
     self: Run,
@@ -357,7 +357,7 @@ def figure(
     if self.tracker: self.tracker.figure(name, path)
     return fig
 
-# %% ../nbs/00g_runs.ipynb #8382299a
+# %% ../nbs/00g_runs.ipynb #37
 @patch
 def headline(self: Run) -> list: # (name, text) pairs
     "Accuracies, seconds and images per second, for display."
@@ -374,11 +374,11 @@ def top1(
     "Top-1 accuracy of the finished run."
     return ((self.metrics.get(split) or {}).get('top1') or {}).get('value')
 
-# %% ../nbs/00g_runs.ipynb #bc5b5584
+# %% ../nbs/00g_runs.ipynb #38
 @patch
 def __repr__(self: Run): return f'Run {self.name}: {self.state}' + ''.join(f', {k} {v}' for k, v in self.headline())
 
-# %% ../nbs/00g_runs.ipynb #28dc287f
+# %% ../nbs/00g_runs.ipynb #39
 @patch
 def _repr_html_(self: Run):
     "State, main metrics with n and interval, and the directory"

@@ -23,7 +23,7 @@ class SearchOptions(Parameters, heading='search'):
     share: bool = param(True, 'compute once what snapshots share')
     size: int = param(0, 'side of the images in px; 0 is what each snapshot was trained at', (0, 1024))
     batch_size: int = param(128, 'images at once, if memory allows', (1, 65_536))
-    memory_gb: float = param(2.0, 'memory for images, weights and activations, in GB', '[0.4, 100000]')
+    memory_gb: float = param(2.0, 'memory for images, weights and activations, in GB', '[0.5, 100000]')
     precision: str = param('fp32', 'fp32, bf16, fp16, or auto, what the device does best', _PRECISION)
     seed: int = param(0, 'seed of the choice of images', (0, 2**32 - 1))
 

@@ -58,7 +58,7 @@ def load_target(
 
 # %% ../nbs/41e_snapshot_features.ipynb #7
 DISK_MB_S = 400 # assumed for a temporary file
-RESERVED_MB = 300 # of the budget, for what the libraries need themselves
+RESERVED_MB = 400 # of the budget, for what the libraries need themselves
 
 @dataclass
 class SearchUsage:

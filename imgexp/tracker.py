@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TRACK', 'track_mode', 'flatten', 'Tracker']
 
-# %% ../nbs/00e_tracker.ipynb #30e75579
+# %% ../nbs/00e_tracker.ipynb #2
 import importlib.util, os, re, sys
 from pathlib import Path
 
 from fastcore.basics import patch
 
-# %% ../nbs/00e_tracker.ipynb #36730b77
+# %% ../nbs/00e_tracker.ipynb #4
 TRACK = ['auto', 'online', 'offline', 'off']
 _WANDB_MODES = {'online': 'online', 'offline': 'offline', 'dryrun': 'offline', 'disabled': 'off'}
 
@@ -23,7 +23,7 @@ def _has_login():
     except (OSError, netrc.NetrcParseError): saved = None
     return bool(os.environ.get('WANDB_API_KEY') or saved)
 
-# %% ../nbs/00e_tracker.ipynb #580d3cba
+# %% ../nbs/00e_tracker.ipynb #5
 def track_mode(
     track: str, # one of `TRACK`
 ) -> str:       # online, offline or off
@@ -34,7 +34,7 @@ def track_mode(
     if importlib.util.find_spec('wandb') is None: return 'off'
     return 'online' if _has_login() else 'offline'
 
-# %% ../nbs/00e_tracker.ipynb #0513a9d7
+# %% ../nbs/00e_tracker.ipynb #7
 def flatten(
     value,        # nested dictionaries
     prefix: str = '', # prepended to each name
@@ -44,7 +44,7 @@ def flatten(
     return {k: v for key, sub in value.items()
             for k, v in flatten(sub, f'{prefix}/{key}' if prefix else str(key)).items()}
 
-# %% ../nbs/00e_tracker.ipynb #457c73ff
+# %% ../nbs/00e_tracker.ipynb #9
 class Tracker:
     "Logs a run's history, metrics and figures to Weights & Biases; an error ends the tracking, never the run."
     def __init__(
@@ -74,7 +74,7 @@ class Tracker:
         "Log a row of the history"
         if self.wandb_run: self._try(self.wandb_run.log, {k: v for k, v in row.items() if v is not None})
 
-# %% ../nbs/00e_tracker.ipynb #b1006e7e
+# %% ../nbs/00e_tracker.ipynb #10
 @patch
 def figure(
     self: Tracker,
@@ -87,21 +87,23 @@ def figure(
         self.wandb_run.log({f'figures/{name}': wandb.Image(str(path))})
     if self.wandb_run: self._try(send)
 
-# %% ../nbs/00e_tracker.ipynb #f7b9ab5b
+# %% ../nbs/00e_tracker.ipynb #11
 @patch
 def artifact(
     self: Tracker,
     folder: Path, # folder of a checkpoint
+    files=(),     # paths of further files
 ):
-    "Upload a checkpoint's files as an artifact named after the run."
+    "Upload a checkpoint's files, and others, as an artifact named after the run."
     def send():
         import wandb
         artifact = wandb.Artifact(f'{self.wandb_run.id}-checkpoint', 'model', metadata={'checkpoint': folder.name})
         artifact.add_dir(str(folder))
+        for path in files: artifact.add_file(str(path))
         self.wandb_run.log_artifact(artifact)
     if self.wandb_run: self._try(send)
 
-# %% ../nbs/00e_tracker.ipynb #7aa2222f
+# %% ../nbs/00e_tracker.ipynb #12
 @patch
 def finish(
     self: Tracker,

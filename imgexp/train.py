@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'train']
 
-# %% ../nbs/03_train.ipynb #5165774c
+# %% ../nbs/03_train.ipynb #2
 from .experiments import METRICS, Experiment
 from .parallel import distributed, rank_zero_print
 from .params import takes
@@ -15,7 +15,7 @@ from .setup import (TrainParams, fit_run, load_learner, load_table, resolve_trai
                           threads_note)
 from .trained import load_network
 
-# %% ../nbs/03_train.ipynb #41e830c6
+# %% ../nbs/03_train.ipynb #23
 def _run_experiment(
     p: TrainParams,
     observer=None, # called with the run and each row of its history; returns a reason to stop, or ''
@@ -28,10 +28,10 @@ def _run_experiment(
         messages += [repr(learn.table), *threads_note()]
         with start_training(p, table, learn, observer) as run:
             for line in messages: rank_zero_print(line)
-            finish_run(run, learn, fit_run(p, run, learn), p.upload)
+            finish_run(run, learn, fit_run(p, run, learn), p.upload, figures=p.figures, states=p.states)
     return run
 
-# %% ../nbs/03_train.ipynb #02637bfe
+# %% ../nbs/03_train.ipynb #24
 EXPERIMENT = Experiment('03_train', TrainParams, _run_experiment, load_network, (*METRICS, 'ema_top1', 'ema_loss'),
                         resolve_train)
 
