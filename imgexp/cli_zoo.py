@@ -19,11 +19,12 @@ from .zoo_params import RULES, ZooParams, read_config, resolve_zoo
 from .zoo_table import find_zoo, plan_zoo
 
 # %% ../nbs/90a_cli_zoo.ipynb #4
-zoo_app = typer.Typer(help='Populations of networks on subsets of classes, as data for research on weights.', no_args_is_help=True,
-                      rich_markup_mode=None)
+zoo_app = typer.Typer(help='Populations of networks on subsets of classes, as data for research on weights.',
+                      no_args_is_help=True, rich_markup_mode=None)
 
 _Path = Annotated[str, typer.Argument(help='The table of the zoo (sweep.csv), or its folder.')]
-_Config = Annotated[str, typer.Option('--config', help='YAML file with what all rows share, in place of the one beside the table.')]
+_Config = Annotated[str, typer.Option('--config',
+                                      help='YAML file with what all rows share, in place of the one beside the table.')]
 _Jobs = Annotated[int, typer.Option(min=1, max=256, help='Rows trained at once.')]
 _Rows = Annotated[str, typer.Option(help='Only these rows: 0-99, or 3,7,12.')]
 
@@ -33,7 +34,9 @@ def parse_rows(
 ):             # list of int, or None for all
     "Parse row numbers; raises `InputError`."
     if not text: return None
-    try: rows = [k for part in text.split(',') for a, _, b in [part.partition('-')] for k in range(int(a), int(b or a) + 1)]
+    try:
+        rows = [k for part in text.split(',') for a, _,
+                b in [part.partition('-')] for k in range(int(a), int(b or a) + 1)]
     except ValueError: raise InputError(f'rows={text!r} is not understood: give 0-99, or 3,7,12') from None
     missing = [k for k in rows if k not in known]
     if missing or not rows: raise InputError(f'rows={text!r}: there is no row {missing[0] if missing else text}')
@@ -62,7 +65,8 @@ _plan.__signature__ = inspect.Signature([
         '--config', help='YAML file of parameters; options take precedence.')]),
     *(parameter_option(f) for n, f in ZooParams.table().items() if n != 'jobs'),
     inspect.Parameter('as_json', inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
-zoo_app.command('plan', help='Draw the rows of a zoo, and write sweep.csv. The first options are those of the zoo, the others '
+zoo_app.command('plan',
+                help='Draw the rows of a zoo, and write sweep.csv. The first options are those of the zoo, the others '
                              'those of `imgexp train`, for all rows.')(_plan)
 
 # %% ../nbs/90a_cli_zoo.ipynb #6
@@ -73,7 +77,8 @@ def _run(path, config, jobs, rows, as_json, retry):
     states = run_zoo(zoo, jobs, retry, parse_rows(rows, zoo.inputs), True, say, config)
     _show(zoo, states, as_json)
     say(summarize(states))
-    if any(s['status'] == 'failed' for s in states.values()): say(f'next: imgexp zoo retry {zoo.name} repeats the rows that failed')
+    if any(s['status'] == 'failed' for s in states.values()):
+        say(f'next: imgexp zoo retry {zoo.name} repeats the rows that failed')
     else: say(f'next: imgexp zoo export {zoo.name} zoo-data')
 
 @zoo_app.command('run')
@@ -82,7 +87,8 @@ def zoo_run(path: _Path = 'sweep.csv', config: _Config = '', jobs: _Jobs = 1, ro
     _run(path, config, jobs, rows, as_json, False)
 
 @zoo_app.command('retry')
-def zoo_retry(path: _Path = 'sweep.csv', config: _Config = '', jobs: _Jobs = 1, rows: _Rows = '', as_json: Json = False):
+def zoo_retry(path: _Path = 'sweep.csv', config: _Config = '', jobs: _Jobs = 1, rows: _Rows = '',
+              as_json: Json = False):
     "Train the rows that failed once more."
     _run(path, config, jobs, rows, as_json, True)
 
@@ -119,4 +125,5 @@ def zoo_export(
     zoo = find_zoo(path, config)
     from imgexp.zoo_export import export_zoo
     folder = export_zoo(zoo, out, format)
-    for f in sorted(folder.iterdir()): print(f'{display_path(f)}  {file_size(f.stat().st_size) if f.is_file() else ""}'.rstrip())
+    for f in sorted(folder.iterdir()):
+        print(f'{display_path(f)}  {file_size(f.stat().st_size) if f.is_file() else ""}'.rstrip())

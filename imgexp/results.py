@@ -106,7 +106,8 @@ def evaluate_states(
             probs, labels, _ = predict_split(learn, split)
             if len(labels):
                 scores = score(probs, labels)
-                row |= {f'{split}_top1': scores['top1']['value'], f'{split}_loss': scores['loss'], f'{split}_n': len(labels)}
+                row |= {f'{split}_top1': scores['top1']['value'], f'{split}_loss': scores['loss'],
+                        f'{split}_n': len(labels)}
         rows.append(row)
     learn.model.load_state_dict(before)
     return rows

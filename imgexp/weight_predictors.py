@@ -19,7 +19,8 @@ def _numbers(metrics):
     out = pd.DataFrame({'log_lr': np.log10(metrics['config.learning_rate']), 'batch_size': metrics['config.batch_size'],
                         'log_decay': np.log10(metrics['config.l2reg'].clip(1e-9)), 'epochs': metrics['config.epochs'],
                         'epoch': metrics['step']})
-    for name in sorted(metrics['config.optimizer'].unique()): out[name] = (metrics['config.optimizer'] == name).astype(float)
+    for name in sorted(metrics['config.optimizer'].unique()):
+        out[name] = (metrics['config.optimizer'] == name).astype(float)
     return out
 
 def predictor_inputs(
@@ -42,12 +43,13 @@ def _ridge(n):
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import QuantileTransformer, StandardScaler
-    return make_pipeline(QuantileTransformer(n_quantiles=min(100, n), output_distribution='normal', random_state=0), StandardScaler(),
-                         RidgeCV(10.**np.arange(-2, 5)))
+    return make_pipeline(QuantileTransformer(n_quantiles=min(100, n), output_distribution='normal', random_state=0),
+                         StandardScaler(), RidgeCV(10.**np.arange(-2, 5)))
 
 def _boosting(n):
     from sklearn.ensemble import HistGradientBoostingRegressor
-    return HistGradientBoostingRegressor(max_iter=300, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=10, l2_regularization=1., random_state=0)
+    return HistGradientBoostingRegressor(max_iter=300, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=10,
+                                         l2_regularization=1., random_state=0)
 
 PREDICTORS = {'ridge': _ridge, 'boosting': _boosting}
 
@@ -81,8 +83,8 @@ def score_predictions(
         i = np.concatenate([of_row[r] for r in rng.choice(names, len(names))])
         values.append(_r2(y[i], predicted[i]))
     low, high = np.percentile(values, [2.5, 97.5])
-    return {'r2': _r2(y, predicted), 'r2_low': low, 'r2_high': high, 'tau': kendalltau(y, predicted).statistic, 'n': len(y),
-            'rows': len(names)}
+    return {'r2': _r2(y, predicted), 'r2_low': low, 'r2_high': high, 'tau': kendalltau(y, predicted).statistic,
+            'n': len(y), 'rows': len(names)}
 
 def compare_predictors(
     folder: str | Path, # an exported zoo
@@ -92,4 +94,5 @@ def compare_predictors(
     inputs, y, schemes, rows = predictor_inputs(folder)
     return pd.DataFrame([{'predictor': predictor, 'sees': sees, 'folds': scheme,
                           **score_predictions(y, cross_predict(predictor, x, y, folds), rows)}
-                         for scheme, folds in schemes.items() for sees, x in inputs.items() for predictor in PREDICTORS])
+                         for scheme, folds in schemes.items() for sees,
+                         x in inputs.items() for predictor in PREDICTORS])

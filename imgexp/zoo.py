@@ -42,7 +42,8 @@ def plot_hyperparameters(
     for name, marker, color in zip(sorted(metrics['config.optimizer'].unique()), 'osv', (BLUE, ORANGE, GREEN)):
         part = metrics[metrics['config.optimizer'] == name]
         for ax, column in zip(axes, ('config.learning_rate', 'config.epochs')):
-            ax.plot(part[column], part.test_accuracy, marker, color=color, alpha=0.7, ms=4, label=f'{name} ({len(part)})')
+            ax.plot(part[column], part.test_accuracy, marker, color=color, alpha=0.7, ms=4,
+                    label=f'{name} ({len(part)})')
     axes[0].set(xscale='log', xlabel='learning rate', ylabel='test top-1')
     axes[1].set(xlabel='epochs')
     axes[0].legend()
@@ -88,9 +89,11 @@ def agreement(
     ends = {m.row: i for i, m in enumerate(zoo.metrics.itertuples()) if last[i]}
     starts = {m.row: i for i, m in enumerate(zoo.metrics.itertuples()) if m.step == 0}
     rows = sorted(ends.keys() & starts.keys())
-    changes = np.stack([np.asarray(zoo.weights(ends[r]))[keep] - np.asarray(zoo.weights(starts[r]))[keep] for r in rows])
+    changes = np.stack([np.asarray(zoo.weights(ends[r]))[keep] - np.asarray(zoo.weights(starts[r]))[keep]
+                        for r in rows])
     changes /= np.linalg.norm(changes, axis=1, keepdims=True)
-    cosines, names = changes @ changes.T, {r: {*c.split(',')} for r, c in zip(zoo.metrics.row, zoo.metrics['config.classes'])}
+    cosines, names = changes @ changes.T, {r: {*c.split(',')} for r,
+                                           c in zip(zoo.metrics.row, zoo.metrics['config.classes'])}
     return pd.DataFrame([{'a': a, 'b': b, 'shared': len(names[a] & names[b]), 'cosine': float(cosines[i, j])}
                          for i, a in enumerate(rows) for j, b in enumerate(rows) if i < j])
 

@@ -9,13 +9,16 @@ __all__ = ['ZooDataset']
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
-from .errors import InputError
+from .errors import InputError, invalid_choice
 from .files import display_path, file_sha256
 from .zoo_export import read_layout, unflatten_state
 from .zoo_params import ZooParams, read_config
 
 # %% ../nbs/49b_zoo_dataset.ipynb #4
+_SPLITS, _STATES = ('', 'train', 'valid', 'test'), ('', 'init', 'early', 'best', 'last')
+
 class ZooDataset:
     "States of an exported zoo: `zoo[i]` is the weights (float32 [values]) and the metrics of state i."
     def __init__(
@@ -32,9 +35,9 @@ class ZooDataset:
             raise InputError(f'{display_path(folder)} is not an exported zoo: `imgexp zoo export` writes one')
         self.layout, self.p = read_layout(self.dir/'layout.csv'), ZooParams.check(read_config(self.dir/'sweep.yaml'))
         metrics, splits = pd.read_csv(self.dir/'metrics.csv.gz'), pd.read_csv(self.dir/'splits.csv')
-        for value, allowed, name in ((split, ('', 'train', 'valid', 'test'), 'split'), (by, ('row', 'subset'), 'by'),
-                                     (states, ('', 'init', 'early', 'best', 'last'), 'states')):
-            if value not in allowed: raise InputError(f"{name}={value!r}: choose from {', '.join(filter(None, allowed))}")
+        for name, value, allowed in (('split', split, _SPLITS), ('by', by, ('row', 'subset')),
+                                     ('states', states, _STATES)):
+            if value not in allowed: raise invalid_choice(name, value, allowed)
         keep = metrics.merge(splits, on='row', how='left')[f'by_{by}'].eq(split) if split else metrics.row >= 0
         if states: keep &= metrics.state.str.split().map(lambda names: states in names)
         if not diverged: keep &= ~metrics.diverged
@@ -42,29 +45,49 @@ class ZooDataset:
         path = self.dir/'weights.npy'
         self.matrix = np.load(path, mmap_mode='r') if path.is_file() else None
         if self.matrix is not None and len(self.matrix) != len(metrics):
-            raise InputError(f'{display_path(path)} has {len(self.matrix):,} states and metrics.csv.gz {len(metrics):,}: the zoo is '
+            raise InputError(f'{display_path(path)} has {len(self.matrix):,} states and metrics.csv.gz '
+                             f'{len(metrics):,}: the zoo is '
                              'damaged')
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.weights(i), self.metrics.iloc[i].to_dict()
-    def weights(self, i):
-        "float32 [values] of a state, mapped from the disk"
-        if self.matrix is not None: return self.matrix[self.rows[i]]
-        state = self.state_dict(i)
-        return np.concatenate([state[t.name].numpy().ravel().astype(np.float32) for t in self.layout])
-    def state_dict(self, i):
-        "State dict of a state"
-        if self.matrix is not None: return unflatten_state(self.matrix[self.rows[i]], self.layout)
-        import torch
-        return torch.load(self.dir/'states'/f'{self.rows[i]:06d}.pth', weights_only=True)
-    def network(self, i):
-        "Network of a state, in evaluation mode"
-        from imgexp.models import build_model
-        n_classes = self.metrics['config.classes'][i].count(',') + 1
-        model = build_model(self.p.arch, n_classes, size=self.p.size)
-        model.load_state_dict(self.state_dict(i))
-        return model.eval()
-    def damage(self):
-        "Names of the files whose hash is not that in sha256.txt"
-        lines = (line.split('  ', 1) for line in (self.dir/'sha256.txt').read_text().splitlines())
-        return [name for sha, name in lines if not (self.dir/name).is_file() or file_sha256(self.dir/name) != sha]
-    def __repr__(self): return f'{self.dir.name}: {len(self):,} states of {self.metrics.row.nunique():,} rows, {self.layout[-1].stop:,} values each'
+    def __repr__(self):
+        return f'{self.dir.name}: {len(self):,} states of {self.metrics.row.nunique():,} rows, {self.layout[-1].stop:,} values each'
+
+# %% ../nbs/49b_zoo_dataset.ipynb #5
+@patch
+def weights(
+    self: ZooDataset,
+    i: int, # number of a state in this data set
+): # float32 [values]
+    "Weights of a state, mapped from the disk."
+    if self.matrix is not None: return self.matrix[self.rows[i]]
+    state = self.state_dict(i)
+    return np.concatenate([state[t.name].numpy().ravel().astype(np.float32) for t in self.layout])
+
+@patch
+def state_dict(
+    self: ZooDataset,
+    i: int, # number of a state in this data set
+) -> dict:
+    "State dict of a state, copied."
+    if self.matrix is not None: return unflatten_state(self.matrix[self.rows[i]], self.layout)
+    import torch
+    return torch.load(self.dir/'states'/f'{self.rows[i]:06d}.pth', weights_only=True)
+
+@patch
+def network(
+    self: ZooDataset,
+    i: int, # number of a state in this data set
+): # a torch network
+    "Network of a state, in evaluation mode."
+    from imgexp.models import build_model
+    n_classes = self.metrics['config.classes'][i].count(',') + 1
+    model = build_model(self.p.arch, n_classes, size=self.p.size)
+    model.load_state_dict(self.state_dict(i))
+    return model.eval()
+
+@patch
+def damage(self: ZooDataset) -> list: # names
+    "Files whose hash is not that in sha256.txt."
+    lines = (line.split('  ', 1) for line in (self.dir/'sha256.txt').read_text().splitlines())
+    return [name for sha, name in lines if not (self.dir/name).is_file() or file_sha256(self.dir/name) != sha]

@@ -26,7 +26,8 @@ def _states_of_row(zoo, k, run, status):
     with open(run.dir/'states.csv', newline='') as f: scores = {int(r['epoch']): r for r in csv.DictReader(f)}
     for epoch, (path, kind) in kept_states(run).items():
         if epoch not in scores: continue
-        yield (path, kind), {'row': k, 'epoch': epoch, 'state': scores[epoch]['state'], 'diverged': status == 'failed'} | {
+        yield (path, kind), {'row': k, 'epoch': epoch, 'state': scores[epoch]['state'],
+                             'diverged': status == 'failed'} | {
             c: float(v) for c, v in scores[epoch].items() if c.endswith(('top1', 'loss')) and v}
 
 def zoo_states(
@@ -36,16 +37,19 @@ def zoo_states(
     states, records = zoo.states(), zoo.class_records()
     unfinished = [k for k, s in states.items() if s['status'] not in ('done', 'failed')]
     if unfinished:
-        raise InputError(f'{zoo.name} is not finished: {len(unfinished):,} rows are waiting or stopped, the first is row '
+        raise InputError(f'{zoo.name} is not finished: {len(unfinished):,} rows are waiting or stopped, the first is '
+                         'row '
                          f'{unfinished[0]}: `imgexp zoo run {zoo.name}` trains them')
     if len(sizes := {r['classes'].count(',') + 1 for r in zoo.inputs.values()}) > 1:
-        raise InputError(f'{zoo.name} has rows of {" and ".join(map(str, sorted(sizes)))} classes, whose networks differ in '
+        raise InputError(f'{zoo.name} has rows of {" and ".join(map(str, sorted(sizes)))} classes, whose networks '
+                         'differ in '
                          'size: export zoos of one size')
     out = []
     for k, s in states.items():
         run = zoo.run_of(k, zoo.row_id(k, records))
         if run and (run.dir/'states.csv').is_file(): out += _states_of_row(zoo, k, run, s['status'])
-        elif s['status'] == 'done': raise InputError(f'the run {s["run"]} of row {k} is damaged or gone: `imgexp zoo run` repairs it')
+        elif s['status'] == 'done':
+            raise InputError(f'the run {s["run"]} of row {k} is damaged or gone: `imgexp zoo run` repairs it')
     if not out: raise InputError(f'{zoo.name} has no states: all rows failed')
     return out
 
@@ -70,7 +74,8 @@ def _metrics(zoo, states, runs):
     for _, m in states:
         row = zoo.inputs[m['row']]
         rows.append({
-            'config.dataset': Path(zoo.p.data).name, 'config.dnn_architecture': zoo.p.arch, 'config.classes': row['classes'],
+            'config.dataset': Path(zoo.p.data).name, 'config.dnn_architecture': zoo.p.arch,
+            'config.classes': row['classes'],
             'config.epochs': row['max_epoch'], 'config.learning_rate': row['learning_rate'],
             'config.optimizer': row['optimizer'], 'config.l2reg': row['weight_decay'], 'config.w_init': zoo.p.head_init,
             'config.batch_size': row['batch_size'], 'config.random_seed': row['seed'], 'modeldir': runs[m['row']],
@@ -84,7 +89,8 @@ def index_dict(
     layout: list, # of `Tensor`
 ) -> dict:
     "Layers with weights, as ModelZoos describes them: a layer's bias follows its weight."
-    sizes, out = {t.name: t for t in layout}, {k: [] for k in ('layer', 'idx_start', 'idx_length', 'kernel_no', 'kernel_size', 'channels_in')}
+    sizes, out = {t.name: t for t in layout}, {k: [] for k in ('layer', 'idx_start', 'idx_length', 'kernel_no',
+                                                               'kernel_size', 'channels_in')}
     for t in layout:
         if not t.name.endswith('weight') or len(t.shape) < 2: continue
         bias = sizes.get(f"{t.name.removesuffix('weight')}bias")
@@ -129,7 +135,8 @@ def _write_weights(folder, states, layout):
 def _ordered(weights, layout):
     "State dict in the order of the layout: safetensors sorts by name"
     state = read_weights(*weights)[0]
-    return {t.name: state.get(t.name) for t in layout if t.name in state} | {k: v for k, v in state.items() if k not in {t.name for t in layout}}
+    return {t.name: state.get(t.name) for t in layout if t.name in state} | {k: v for k, v in state.items()
+                                                                             if k not in {t.name for t in layout}}
 
 def _write_pth(folder, states, layout):
     "Each state as a file of tensors, which torch loads with weights_only=True"
@@ -149,7 +156,8 @@ def read_layout(
 ) -> list:      # of `Tensor`
     "Read the layout of an exported zoo."
     with open(path, newline='') as f:
-        return [Tensor(r['name'], tuple(int(n) for n in r['shape'].split('x') if n), r['dtype'], r['kind'], int(r['start']))
+        return [Tensor(r['name'], tuple(int(n) for n in r['shape'].split('x') if n), r['dtype'], r['kind'],
+                       int(r['start']))
                 for r in csv.DictReader(f)]
 
 # %% ../nbs/49a_zoo_export.ipynb #12
@@ -158,19 +166,24 @@ def _card(zoo, metrics, layout):
     done, p = metrics[~metrics.diverged & metrics.laststep], zoo.p
     lines = [
         f'# A zoo of {metrics.row.nunique():,} networks ({p.arch}, {len(zoo.inputs):,} rows)', '',
-        f'Each network classifies {p.classes_per_model} classes of {Path(p.data).name} at {p.size} px; {len(metrics):,} states, '
-        f'{layout[-1].stop:,} values each. Trained from scratch with imgexp; images of a class are divided into train, valid and '
-        f'test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is one in every row.', '',
+        f'Each network classifies {p.classes_per_model} classes of {Path(p.data).name} at {p.size} px; '
+        f'{len(metrics):,} states, '
+        f'{layout[-1].stop:,} values each. Trained from scratch with imgexp; images of a class are divided into train, '
+        'valid and '
+        f'test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is one in '
+        'every row.', '',
         f'Test accuracy of the {len(done):,} networks that reached their last epoch: {done.test_accuracy.min():.1%} to '
-        f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. {metrics[metrics.diverged].row.nunique():,} rows '
+        f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. '
+        f'{metrics[metrics.diverged].row.nunique():,} rows '
         'diverged; their states until then are included and flagged.', '',
         '| file | contents |', '|---|---|',
         '| weights.npy | float32 [states, values]; `np.load(..., mmap_mode="r")` |',
         '| layout.csv | place of each tensor in a row |',
-        '| metrics.csv.gz | a line for each state: hyper-parameters, epoch, accuracy and loss on train, valid and test |',
-        '| stats.csv | mean, variance and percentiles of each parameter, a line for each state |',
+        '| metrics.csv.gz | a line for each state: hyper-parameters, epoch, accuracy and loss on train, valid and test '
+        '|', '| stats.csv | mean, variance and percentiles of each parameter, a line for each state |',
         '| splits.csv | fixed splits and folds of the rows: by row, and by subset of classes |',
-        '| index_dict.json | layers, as in ModelZoos |', '| sweep.csv, sweep.yaml | what was asked: rows and shared parameters |',
+        '| index_dict.json | layers, as in ModelZoos |',
+        '| sweep.csv, sweep.yaml | what was asked: rows and shared parameters |',
         '| sha256.txt | hash of each file; `sha256sum -c sha256.txt` |', '',
         'No file holds Python objects. `imgexp.zoo_dataset.ZooDataset(folder)` reads states lazily.', '']
     return '\n'.join(lines)

@@ -43,7 +43,15 @@ def zoo_classes(
 
 def _options(p): return {k: v for k, v in source_options(p).items() if k != 'resplit'}
 
-# %% ../nbs/46_zoo_images.ipynb #7
+# %% ../nbs/46_zoo_images.ipynb #6
+@patch(as_prop=True)
+def data(self: Zoo):
+    "Where the images are: the parameter `data`, or a folder of fetched classes"
+    entry = archive_of_classes(self.p)
+    if not entry: return self.p.data
+    return str(self.dir/'images'/f'{self.p.size}px' if self.p.drop_images else data_set_folder(entry, ''))
+
+# %% ../nbs/46_zoo_images.ipynb #8
 def _record_path(zoo, name): return zoo.dir/'classes'/f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
 def _record(zoo, name, **values):
@@ -55,35 +63,39 @@ def _record(zoo, name, **values):
 def _hash(table, label):
     "Hash of the images of a class, in their order"
     part = table.take(np.flatnonzero(table.labels == label))
-    if hasattr(part.source, 'pixels'): return hashlib.sha256(part.source.pixels[part.indices].tobytes()).hexdigest()[:16]
+    if hasattr(part.source, 'pixels'):
+        return hashlib.sha256(part.source.pixels[part.indices].tobytes()).hexdigest()[:16]
     items = [str(i).replace(os.sep, '/').encode() for i in part.items]
     return hashlib.sha256(b''.join(i + b'\0' + c for i, c in zip(items, contents(part)))).hexdigest()[:16]
 
 @patch
-def forget_class(self: Zoo, name):
-    "Forget why a class could not be had"
+def forget_class(
+    self: Zoo,
+    name: str, # of a class
+):
+    "Forget why a class could not be had."
     _record_path(self, name).unlink(missing_ok=True)
 
 @patch
-def give_up(self: Zoo, rows, reason):
-    "Record that the classes of rows that are not there yet will not come"
-    known = self.class_records()
-    for name in {c for k in rows for c in self.inputs[k]['classes'].split(',')} - known.keys(): _record(self, name, error=str(reason))
+def give_up(
+    self: Zoo,
+    rows,   # numbers of rows
+    reason, # converted with `str`
+):
+    "Record that the classes of rows that are not there yet will not come."
+    names = {c for k in rows for c in self.inputs[k]['classes'].split(',')}
+    for name in names - self.class_records().keys(): _record(self, name, error=str(reason))
 
 @patch
-def record_classes(self: Zoo, names):
-    "Hash the images of classes and record them"
+def record_classes(
+    self: Zoo,
+    names, # of classes
+):
+    "Hash the images of classes and record them."
     table = open_images(str(self.data), ','.join(names), **_options(self.p))
     for label, name in enumerate(table.classes): _record(self, name, id=_hash(table, label))
 
-# %% ../nbs/46_zoo_images.ipynb #9
-@patch(as_prop=True)
-def data(self: Zoo):
-    "Where the images are: the parameter `data`, or a folder of fetched classes"
-    entry = archive_of_classes(self.p)
-    if not entry: return self.p.data
-    return str(self.dir/'images'/f'{self.p.size}px' if self.p.drop_images else data_set_folder(entry, ''))
-
+# %% ../nbs/46_zoo_images.ipynb #12
 def shrink_class(
     source: Path, # folder of the images of a class
     target: Path, # folder, made when all images are written
@@ -103,7 +115,7 @@ def shrink_class(
         os.replace(part, target)
     return bad
 
-# %% ../nbs/46_zoo_images.ipynb #10
+# %% ../nbs/46_zoo_images.ipynb #13
 @patch
 def _fetch(self: Zoo, entry, names, net):
     "Fetch classes, and shrink them if the zoo drops images"
@@ -117,7 +129,7 @@ def _fetch(self: Zoo, entry, names, net):
         shrink_class(folder/'train'/name, target, self.p.size)
         shutil.rmtree(folder/'train'/name)
 
-# %% ../nbs/46_zoo_images.ipynb #11
+# %% ../nbs/46_zoo_images.ipynb #14
 @patch
 def prepare_classes(
     self: Zoo,
@@ -128,7 +140,8 @@ def prepare_classes(
     **net,         # for `fetch`: base_url, tries, timeout, pause
 ):
     "Record the classes of rows, after fetching those that are missing; a class that cannot be had is recorded with the reason."
-    names, entry = [*dict.fromkeys(c for k in rows for c in self.inputs[k]['classes'].split(','))], archive_of_classes(self.p)
+    names, entry = [*dict.fromkeys(c for k in rows
+                                   for c in self.inputs[k]['classes'].split(','))], archive_of_classes(self.p)
     if not entry: return self._record_or_explain(names)
     for i in range(0, len(names), at_once):
         if stop(): return
@@ -150,7 +163,7 @@ def _record_or_explain(self: Zoo, names):
             try: self.record_classes([name])
             except InputError as e: _record(self, name, error=str(e))
 
-# %% ../nbs/46_zoo_images.ipynb #13
+# %% ../nbs/46_zoo_images.ipynb #16
 def wait_for_classes(
     zoo: Zoo,
     names,       # of the classes of a row

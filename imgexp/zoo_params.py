@@ -38,8 +38,10 @@ _OF_ROW = ('epochs', 'lr', 'optimizer', 'batch_size', 'weight_decay', 'keep_weig
            'weights', 'ema', 'states', 'retrain', 'subset')
 _ARCHS = ['', *declared_experiment('03_train').params.table()['arch'].metadata['allowed']]
 _CHANGED = {'arch': {'default': '', 'allowed': _ARCHS,
-                     'help': 'small_cnn, resnet18, or another architecture; empty is small_cnn for embedded data, else resnet18'},
-            'size': {'default': 0, 'allowed': '[0, 1024]', 'help': 'side of the images in px; 0 is 28 for small_cnn, else 64'}}
+                     'help': 'small_cnn, resnet18, or another architecture; empty is small_cnn for embedded data, else '
+                             'resnet18'},
+            'size': {'default': 0, 'allowed': '[0, 1024]',
+                     'help': 'side of the images in px; 0 is 28 for small_cnn, else 64'}}
 _DEFAULTS = {'resplit': '70/15/15', 'head_init': 'kaiming', 'schedule': 'constant',
              'figures': False}
 SharedOptions = from_declarations([d | {'default': _DEFAULTS.get(d['name'], d['default'])} | _CHANGED.get(d['name'], {})
@@ -119,7 +121,8 @@ def draw_row(
         raise InputError(f'classes_per_model={p.classes_per_model}: there are only {len(classes)} classes: give fewer, '
                          'or other data')
     n_subsets = math.comb(len(classes), p.classes_per_model)
-    if n_subsets <= k < n_subsets*p.rows_per_subset: subset = class_subset(k % n_subsets, len(classes), p.classes_per_model, p.seed)
+    if n_subsets <= k < n_subsets*p.rows_per_subset:
+        subset = class_subset(k % n_subsets, len(classes), p.classes_per_model, p.seed)
     else: subset = class_subset(k, len(classes), p.classes_per_model, p.seed)
     optimizer = _choice(u[0], rules['optimizers'])
     max_epoch = _uniform_int(u[1], *rules['max_epoch'])

@@ -49,11 +49,13 @@ def check_room(
     "Raise `InputError` if the rows do not fit on the disk."
     needed, free = bytes_needed(zoo, rows, jobs), shutil.disk_usage(runs_dir()).free
     if needed > free:
-        raise InputError(f'{len(rows):,} rows need {file_size(needed)} in {short_path(runs_dir())}, and {file_size(free)} are '
+        raise InputError(f'{len(rows):,} rows need {file_size(needed)} in {short_path(runs_dir())}, and '
+                         f'{file_size(free)} are '
                          'free: free some disk space, or train a part of them (--rows 0-99)')
     epochs = sum(zoo.inputs[k]['max_epoch'] for k in rows)
     return f'{len(rows):,} rows, {epochs:,} epochs, {file_size(needed)} of disk space'
 
+# %% ../nbs/48_zoo_runs.ipynb #6
 def training_hours(
     zoo: Zoo,
     rows, # numbers of rows
@@ -71,7 +73,8 @@ def _seconds_per_image(zoo, batch_size=32, steps=4):
     model = build_model(zoo.p.arch, zoo.p.classes_per_model, size=zoo.p.size)
     x, y = torch.rand(batch_size, 3, zoo.p.size, zoo.p.size), torch.zeros(batch_size, dtype=torch.long)
     device = best_device()
-    model, x, y = model.to(device, memory_format=torch.channels_last), x.to(device, memory_format=torch.channels_last), y.to(device)
+    model, x, y = model.to(device, memory_format=torch.channels_last), x.to(device,
+                                                                            memory_format=torch.channels_last), y.to(device)
     def step():
         start = time.perf_counter()
         torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -80,7 +83,7 @@ def _seconds_per_image(zoo, batch_size=32, steps=4):
     step()
     return min(step() for _ in range(steps))/batch_size
 
-# %% ../nbs/48_zoo_runs.ipynb #7
+# %% ../nbs/48_zoo_runs.ipynb #8
 class _Keeper:
     "Writes the table when a row has trained an epoch; states that cannot change any more are not read again"
     def __init__(self, zoo): self.zoo, self.final, self.written, self.lock = zoo, {}, None, threading.Lock()
@@ -111,7 +114,7 @@ def _background(f, *args):
 def _keep_table(stopped, keeper, seconds):
     while not stopped.wait(seconds): keeper.update()
 
-# %% ../nbs/48_zoo_runs.ipynb #9
+# %% ../nbs/48_zoo_runs.ipynb #10
 class _Progress:
     "Records failures, and prints a line for each row"
     def __init__(self, zoo, keeper, rows, jobs, say):
@@ -139,7 +142,13 @@ class _Progress:
         if 'cannot be written' in error or self.n == 3 == len(self.errors) == self.errors.count(error):
             raise RunFailed(f'row {k}: {error}; `imgexp zoo retry` repeats rows that failed')
 
-# %% ../nbs/48_zoo_runs.ipynb #10
+# %% ../nbs/48_zoo_runs.ipynb #11
+def _prepare(stopped, zoo, rows, say, net):
+    try: zoo.prepare_classes(rows, stopped.is_set, say, **net)
+    except Exception as e:  # or the workers would wait for ever
+        zoo.give_up(rows, e)
+        raise
+
 def _mention_changed(zoo, rows, say):
     "Tell which rows were trained before they were changed"
     records = zoo.class_records()
@@ -149,6 +158,14 @@ def _mention_changed(zoo, rows, say):
         if others and not zoo.run_of(k, row_id):
             say(f'row {k} or its images have changed since it was trained: it becomes a new run, the old one stays')
 
+def _forget_errors(zoo, rows):
+    records = zoo.class_records()
+    for k in rows:
+        if row_id := zoo.row_id(k, records): zoo.row_path(k, row_id, 'error').unlink(missing_ok=True)
+        for c in zoo.inputs[k]['classes'].split(','):
+            if 'error' in records.get(c, {}): zoo.forget_class(c)
+
+# %% ../nbs/48_zoo_runs.ipynb #12
 def run_zoo(
     zoo: Zoo,
     jobs: int = 1,        # rows trained at once
@@ -162,8 +179,7 @@ def run_zoo(
 ) -> dict:                # {row: state}
     "Train the rows of a zoo; raises `RunBusy` if another process of this machine does so, `RunFailed` if no row can be trained."
     with zoo.locked():
-        wanted = [k for k in (zoo.inputs if rows is None else rows)]
-        local = not archive_of_classes(zoo.p)
+        wanted, local = [*(zoo.inputs if rows is None else rows)], not archive_of_classes(zoo.p)
         if local: zoo.prepare_classes(wanted, say=say)  # if images have changed, rows are known to be stale
         keeper = _Keeper(zoo)
         states = keeper.update()
@@ -172,31 +188,21 @@ def run_zoo(
         if not waiting: return states
         say(f'{zoo.name}: {check_room(zoo, waiting, jobs)}')
         _mention_changed(zoo, waiting, say)
-        queue = [Job('imgexp.zoo_rows:train_row', {'path': str(zoo.path), 'config': config, 'row': k}, f'row {k}') for k in waiting]
-        executor = Local(jobs) if jobs > 1 else InProcess(quiet)
-        def prepare(stopped):
-            if local: return
-            try: zoo.prepare_classes(waiting, stopped.is_set, say, **net)
-            except Exception as e:  # or the workers would wait for ever
-                zoo.give_up(waiting, e)
-                raise
+        queue = [Job('imgexp.zoo_rows:train_row', {'path': str(zoo.path), 'config': config, 'row': k}, f'row {k}')
+                 for k in waiting]
         try:
-            with _background(prepare), _background(_keep_table, keeper, seconds):
-                run_jobs(queue, jobs, executor, _Progress(zoo, keeper, waiting, jobs, say))
+            with _background(_prepare, zoo, [] if local else waiting, say, net), _background(_keep_table, keeper,
+                                                                                             seconds):
+                run_jobs(queue, jobs, Local(jobs) if jobs > 1 else InProcess(quiet),
+                         _Progress(zoo, keeper, waiting, jobs, say))
         finally: states = keeper.update()
         return states
 
-def _forget_errors(zoo, rows):
-    records = zoo.class_records()
-    for k in rows:
-        if row_id := zoo.row_id(k, records): zoo.row_path(k, row_id, 'error').unlink(missing_ok=True)
-        for c in zoo.inputs[k]['classes'].split(','):
-            if 'error' in records.get(c, {}): zoo.forget_class(c)
-
-# %% ../nbs/48_zoo_runs.ipynb #11
+# %% ../nbs/48_zoo_runs.ipynb #13
 def summarize(
     states: dict, # {row: state}
 ) -> str:
     "How many rows are in which state."
-    counts = {s: sum(r['status'] == s for r in states.values()) for s in ('done', 'running', 'stopped', 'waiting', 'failed')}
+    counts = {s: sum(r['status'] == s for r in states.values())
+              for s in ('done', 'running', 'stopped', 'waiting', 'failed')}
     return ', '.join(f'{n:,} {s}' for s, n in counts.items() if n) + f' of {len(states):,} rows'

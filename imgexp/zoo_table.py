@@ -25,7 +25,8 @@ from .zoo_params import RULES, ZooParams, config_text, draw_row, read_config, re
 INPUT = ('row', *RULES)
 DERIVED = ('status', 'epoch', 'valid_top1', 'test_top1', 'run', 'error')
 
-_PARAMETERS = {'seed': 'seed', 'max_epoch': 'epochs', 'early_epoch': 'epochs', 'learning_rate': 'lr', 'optimizer': 'optimizer',
+_PARAMETERS = {'seed': 'seed', 'max_epoch': 'epochs', 'early_epoch': 'epochs', 'learning_rate': 'lr',
+               'optimizer': 'optimizer',
                'batch_size': 'batch_size', 'weight_decay': 'weight_decay'} # of 03_train, whose ranges apply
 
 def _check(name, text):
@@ -33,15 +34,18 @@ def _check(name, text):
     if name == 'classes': return text.strip()
     if name == 'row': return check_value(name, text.strip(), int, (0, 10**9))
     declared = declared_experiment('03_train').params.table()[_PARAMETERS[name]]
-    return check_value(name, text.strip(), declared.type, '(0, 100]' if name == 'learning_rate' else declared.metadata['allowed'])
+    return check_value(name, text.strip(), declared.type,
+                       '(0, 100]' if name == 'learning_rate' else declared.metadata['allowed'])
 
 def _parse_row(row, classes):
     "Checked input of a row; InputError for anything that cannot be trained"
     out = {k: _check(k, row[k]) for k in INPUT}
     names = [c.strip() for c in out['classes'].split(',')]
-    if len(names) < 2 or not all(names): raise InputError(f"classes={row['classes']!r}: name at least two classes, separated by commas")
+    if len(names) < 2 or not all(names):
+        raise InputError(f"classes={row['classes']!r}: name at least two classes, separated by commas")
     if len({*names}) < len(names):
-        raise InputError(f"classes={row['classes']!r}: {next(c for c, n in Counter(names).items() if n > 1)} is named twice")
+        raise InputError(f"classes={row['classes']!r}: {next(c for c, n in Counter(names).items() if n > 1)} is named "
+                         "twice")
     for c in names:
         if classes and c not in classes: raise unknown_name(c, classes[:20], 'class')
     if out['early_epoch'] > out['max_epoch']:
@@ -100,10 +104,11 @@ class Zoo:
                          RunBusy(f'{self.name} is being trained by another process: wait for it, or stop it'))
     def values(self, k):
         "Parameters of 03_train of a row"
-        row, shared = self.inputs[k], {n: self.p[n] for n in declared_experiment('03_train').params.table() if n in self.p}
+        row, shared = self.inputs[k], {n: self.p[n] for n in declared_experiment('03_train').params.table()
+                                       if n in self.p}
         keep = ','.join(map(str, sorted({0, row['early_epoch'], row['max_epoch']})))
-        return shared | {'classes': row['classes'], 'seed': row['seed'], 'epochs': row['max_epoch'], 'lr': row['learning_rate'],
-                         'optimizer': row['optimizer'], 'batch_size': row['batch_size'],
+        return shared | {'classes': row['classes'], 'seed': row['seed'], 'epochs': row['max_epoch'],
+                         'lr': row['learning_rate'], 'optimizer': row['optimizer'], 'batch_size': row['batch_size'],
                          'weight_decay': row['weight_decay'], 'keep_weights': keep, 'keep_best': 1}
 
 # %% ../nbs/45_zoo_table.ipynb #11
@@ -160,7 +165,8 @@ def extend(
     classes = self.p.classes.split(',')
     for k in self.inputs:
         if self.inputs[k] != {'row': k} | draw_row(self.p, k, classes):
-            raise InputError(f'row {k} of {self.name} is not the one that was drawn: add rows to the table by hand, or plan a '
+            raise InputError(f'row {k} of {self.name} is not the one that was drawn: add rows to the table by hand, or '
+                             'plan a '
                              'new zoo')
     self.p = self.p.replace(models=models)
     rows = [{'row': k, **draw_row(self.p, k, classes)} for k in range(start, models)]
@@ -190,11 +196,22 @@ def row_id(
     return hashlib.sha256(json.dumps([values, ids], sort_keys=True).encode()).hexdigest()[:16]
 
 @patch
-def row_path(self: Zoo, k, row_id, suffix): return self.dir/'rows'/f'{k:06d}-{row_id}.{suffix}'
+def row_path(
+    self: Zoo,
+    k: int,      # number of a row
+    row_id: str, # from `row_id`
+    suffix: str, # 'runs' or 'error'
+) -> Path:
+    "File with the runs of a row, or with the reason why it failed."
+    return self.dir/'rows'/f'{k:06d}-{row_id}.{suffix}'
 
 @patch
-def run_of(self: Zoo, k, row_id):
-    "The newest run that was started for a row; None if there is none"
+def run_of(
+    self: Zoo,
+    k: int,      # number of a row
+    row_id: str, # from `row_id`
+): # `Run`, or None
+    "The newest run that was started for a row."
     try: lines = self.row_path(k, row_id, 'runs').read_text().splitlines()
     except OSError: return None
     run = Run(runs_dir()/Path(lines[-1].split('\t')[0]).name) if lines else None
@@ -264,7 +281,8 @@ def table(
     "The table with its states."
     import pandas as pd
     states = self.states() if states is None else states
-    return pd.DataFrame([row | states[k] for k, row in self.inputs.items()], columns=[*INPUT, *DERIVED]).set_index('row')
+    return pd.DataFrame([row | states[k] for k, row in self.inputs.items()],
+                        columns=[*INPUT, *DERIVED]).set_index('row')
 
 @patch
 def _repr_html_(self: Zoo): return self.table()._repr_html_()
