@@ -111,8 +111,8 @@ def published_weights(
 ):
     "torchvision's weights entry for an architecture (URL and metadata); by default its default weights."
     check_arch(arch)
-    if arch == 'compact_resnet':
-        raise InputError(f"weights={weights!r}: compact_resnet has no published weights; use weights='' or a file.")
+    if arch in ('compact_resnet', 'small_cnn'):
+        raise InputError(f"weights={weights!r}: {arch} has no published weights; use weights='' or a file.")
     published = torchvision.models.get_model_weights(arch)
     if weights == 'imagenet': return published.DEFAULT
     names = [w.name for w in published]

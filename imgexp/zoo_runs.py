@@ -7,7 +7,7 @@ __all__ = ['STATES', 'state_bytes', 'bytes_needed', 'check_room', 'training_hour
 
 # %% ../nbs/48_zoo_runs.ipynb #2
 import shutil, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -112,7 +112,8 @@ def _background(f, *args):
     if errors: raise errors[0]
 
 def _keep_table(stopped, keeper, seconds):
-    while not stopped.wait(seconds): keeper.update()
+    while not stopped.wait(seconds):
+        with suppress(InputError): keeper.update()  # the next time, or at the end
 
 # %% ../nbs/48_zoo_runs.ipynb #10
 class _Progress:
@@ -195,8 +196,10 @@ def run_zoo(
                                                                                              seconds):
                 run_jobs(queue, jobs, Local(jobs) if jobs > 1 else InProcess(quiet),
                          _Progress(zoo, keeper, waiting, jobs, say))
-        finally: states = keeper.update()
-        return states
+        except BaseException:
+            with suppress(InputError): keeper.update()
+            raise
+        return keeper.update()
 
 # %% ../nbs/48_zoo_runs.ipynb #13
 def summarize(

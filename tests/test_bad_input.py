@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number(launcher, project):
 
 def test_an_error_of_the_program_is_told_with_its_traceback(launcher, project):
     args = ['train', *SMALL, '--data', tree(project/'data', 10)]
-    before = 'def broken(*a): raise RuntimeError("first line\\nwhat went wrong")\nimgexp.train.finish_run = broken'
+    before = 'def broken(*a, **kw): raise RuntimeError("first line\\nwhat went wrong")\nimgexp.train.finish_run = broken'
     job = launcher.imgexp(*args, root=project, before=before)
     failed(job, project, 'what went wrong')
     assert 'Traceback' in job.err

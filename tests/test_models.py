@@ -37,9 +37,11 @@ def shapes(*args, **kwargs):
 
 def published(arch): return w.published_weights(arch).meta
 
+OWN = ('compact_resnet', 'small_cnn')
+
 def size_of(arch):
     "The image size that torchvision counted at."
-    if arch == 'compact_resnet': return 28
+    if arch in OWN: return 28
     return getattr(w.published_weights(arch).transforms, 'keywords', {}).get('crop_size', 224)
 
 def one_line(message):
@@ -330,10 +332,11 @@ def test_imagenet_offline(tmp_path, monkeypatch):
 
 def test_every_published_name_has_a_hash():
     for arch in archs():
-        if arch == 'compact_resnet': continue
+        if arch in OWN: continue
         assert torch.hub.HASH_REGEX.search(weights_id(arch, 'imagenet')), arch
 
-def test_compact_has_no_published_weights(): refused('no published weights', 'compact_resnet', 10, 'imagenet', size=32)
+@pytest.mark.parametrize('arch', ['compact_resnet', 'small_cnn'])
+def test_own_networks_have_no_published_weights(arch): refused('no published weights', arch, 10, 'imagenet', size=32)
 
 # --- frozen means frozen ---------------------------------------------------------------------------------------------
 
