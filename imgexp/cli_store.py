@@ -170,12 +170,19 @@ def store_verify(
         '`imgexp store verify --drop` removes them; then add one of the snapshots again from its run or file')
     raise typer.Exit(1)
 
+# %% ../nbs/90a_cli_store.ipynb #12
 @store_app.command('rm')
 def store_rm(names: Annotated[List[str], typer.Argument(help='Names or ids of snapshots.')], store: _Store = ''):
     "Remove snapshots; their tensors stay until `imgexp store gc`."
+    from imgexp.manifests import parents
     opened = _open(store)
-    for name in names: opened.rm(name)
-    say('their tensors stay until `imgexp store gc`')
+    for name in names:
+        try: children = [c for c, parent in parents(opened.snapshots()).items() if parent == name]
+        except InputError: children = []  # a damaged manifest, perhaps this one
+        opened.rm(name)
+        say(f'{name} is removed'
+            + f'; {len(children)} snapshots that came from it stay whole, without a parent'*bool(children))
+    say('the tensors stay until `imgexp store gc`')
 
 @store_app.command('gc')
 def store_gc(store: _Store = ''):
@@ -193,7 +200,7 @@ def store_export(
     paths = _open(store).export(folder, names or ())
     print(f'{len(paths)} snapshots and snapshots.csv in {display_path(folder)}')
 
-# %% ../nbs/90a_cli_store.ipynb #13
+# %% ../nbs/90a_cli_store.ipynb #14
 def search_command(
     as_json=False, # print JSON instead of a table
     figure=None,   # path of a picture to draw
@@ -209,7 +216,9 @@ def search_command(
     print_table(table if as_json else table.drop(columns='finalist').round(4), as_json)
     say(result)
     if figure: plot_search(result).savefig(figure)
-    say(f'next: imgexp store get {result.best}, then imgexp transfer --weights {result.best}.safetensors')
+    arch = result.rows[0]['arch']
+    say(f'next: imgexp store get {result.best}, then imgexp transfer --data {p.data} --arch {arch} --weights '
+        f'{result.best}.safetensors')
 
 _figure = inspect.Parameter('figure', inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
     Path, typer.Option('--figure', help='Draw the tree of what was computed (.png).')])

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .errors import InputError
-from .files import display_path
+from .files import disk_usage, display_path
 from .output import Json, parameter_option, print_table, say, stop_on_sigterm
 from .text import file_size
 from .zoo_params import RULES, ZooParams, read_config, resolve_zoo
@@ -43,10 +43,19 @@ def parse_rows(
     return rows
 
 # %% ../nbs/90a_cli_zoo.ipynb #5
-def _show(zoo, states, as_json):
-    table = zoo.table(states).drop(columns=['seed'])
+def _show(zoo, states, as_json, rows=None):
+    table = zoo.table(states).loc[[*zoo.inputs] if rows is None else rows]
     if as_json: return print_table(table, True)
-    print_table(table.loc[:, (table != '').any()].head(20), False)
+    shown = table.head(20)
+    def percent(v): return '' if v == '' else f'{v:.1%}'
+    shown = shown.assign(epoch=[f'{e or 0}/{m}' for e, m in zip(shown.epoch, shown.max_epoch)],
+                         learning_rate=[f'{v:.2g}' for v in shown.learning_rate],
+                         valid_top1=shown.valid_top1.map(percent),
+                         test_top1=shown.test_top1.map(percent), error=shown.error.str.slice(0, 60))
+    shown = shown[['classes', 'optimizer', 'learning_rate', 'batch_size', 'epoch', 'status', 'valid_top1', 'test_top1',
+                   'error']]
+    shown = shown.loc[:, (shown != '').any()].rename(columns={'learning_rate': 'lr', 'batch_size': 'batch'})
+    print_table(shown.reset_index().set_index('row').rename_axis(None), False)
     if len(table) > 20: say(f'… and {len(table) - 20:,} more rows in {zoo.name}')
 
 def _plan(config='', as_json=False, **values):
@@ -74,12 +83,15 @@ def _run(path, config, jobs, rows, as_json, retry):
     stop_on_sigterm()
     zoo = find_zoo(path, config)
     from imgexp.zoo_runs import run_zoo, summarize
-    states = run_zoo(zoo, jobs, retry, parse_rows(rows, zoo.inputs), True, say, config)
-    _show(zoo, states, as_json)
+    numbers = parse_rows(rows, zoo.inputs)
+    states = run_zoo(zoo, jobs, retry, numbers, True, say, config)
+    _show(zoo, states, as_json, numbers)
     say(summarize(states))
-    if any(s['status'] == 'failed' for s in states.values()):
-        say(f'next: imgexp zoo retry {zoo.name} repeats the rows that failed')
-    else: say(f'next: imgexp zoo export {zoo.name} zoo-data')
+    left = {s['status'] for s in states.values()} - {'done'}
+    if left & {'waiting', 'stopped'}: say(f'next: imgexp zoo run {zoo.name} trains the other rows')
+    elif 'failed' in left:
+        say(f'next: imgexp zoo retry {zoo.name} repeats the rows that failed; imgexp zoo export keeps them as they are')
+    elif not left: say(f'next: imgexp zoo export {zoo.name} zoo-data')
 
 @zoo_app.command('run')
 def zoo_run(path: _Path = 'sweep.csv', config: _Config = '', jobs: _Jobs = 1, rows: _Rows = '', as_json: Json = False):
@@ -126,4 +138,6 @@ def zoo_export(
     from imgexp.zoo_export import export_zoo
     folder = export_zoo(zoo, out, format)
     for f in sorted(folder.iterdir()):
-        print(f'{display_path(f)}  {file_size(f.stat().st_size) if f.is_file() else ""}'.rstrip())
+        print(f'{display_path(f)}  {file_size(disk_usage(f) if f.is_dir() else f.stat().st_size)}')
+    from imgexp.zoo_dataset import ZooDataset
+    say(f'{ZooDataset(folder)}; next: from imgexp.zoo_dataset import ZooDataset; zoo = ZooDataset({str(out)!r})')

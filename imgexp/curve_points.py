@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETUP_SECONDS', 'measure_speed', 'CurvePlan', 'plan_curve', 'train_curve', 'evaluate_curve']
 
-# %% ../nbs/29_curve_points.ipynb #29x002
+# %% ../nbs/29_curve_points.ipynb #2
 import statistics, time
 from dataclasses import dataclass
 from html import escape
@@ -23,7 +23,7 @@ from .start import runs_dir
 from .text import duration
 from .workers import InProcess, Job, Local, run_jobs, thread_count, worker_environments
 
-# %% ../nbs/29_curve_points.ipynb #29x005
+# %% ../nbs/29_curve_points.ipynb #5
 SETUP_SECONDS = 4  # of a run, beside its images: loading, checkpoints, figures
 
 def measure_speed(
@@ -60,7 +60,7 @@ def measure_speed(
         valid = seconds(learn.dls.valid, lambda x, y: learn.forward(learn.model, to_input(x, learn.norm)))
     return {'train': train, 'valid': valid, 'epochs': p.epochs, 'batch_size': p.batch_size}
 
-# %% ../nbs/29_curve_points.ipynb #29x006
+# %% ../nbs/29_curve_points.ipynb #6
 @dataclass(repr=False)
 class CurvePlan:
     "What training a curve will do."
@@ -86,7 +86,7 @@ class CurvePlan:
     def __repr__(self): return f'{self.table()}\n{self}'
     def _repr_html_(self): return self.table()._repr_html_() + escape(str(self))
 
-# %% ../nbs/29_curve_points.ipynb #29x007
+# %% ../nbs/29_curve_points.ipynb #7
 def plan_curve(
     curve: Curve,
     table,        # its `Images`
@@ -117,7 +117,7 @@ def _speed(values, jobs):
     if result.state != 'done': raise InputError(result.error)
     return result.value
 
-# %% ../nbs/29_curve_points.ipynb #29x010
+# %% ../nbs/29_curve_points.ipynb #9
 class _Recorder:
     "Record each point when it ends, and print a line"
     def __init__(self, curve, plan, say):
@@ -129,15 +129,15 @@ class _Recorder:
         self.waiting.remove(key)
         self.done += self.seconds[key[0]]
         left = self._speed()*sum(self.seconds[size] for size, _ in self.waiting)
-        top1 = [row[k] for k in ('test_top1', 'valid_top1') if row.get(k) is not None]
+        top1 = [f'{s} top-1 {row[f"{s}_top1"]:.1%}' for s in ('test', 'valid') if row.get(f'{s}_top1') is not None]
         self.say(f'point {self.n - len(self.waiting)}/{self.n}, size {key[0]:g}, seed {row["seed"]}: '
-                 + (error or f'top-1 {top1[0]:.1%}') + f'; about {duration(left)} to go'*bool(self.waiting))
+                 + (error or top1[0]) + f'; about {duration(left)} to go'*bool(self.waiting))
     def _speed(self):
         "Seconds per planned second; at first, while workers are starting, mostly as planned"
         jobs, prior = min(self.jobs, self.n), 60
         return (time.monotonic() - self.start + prior)/(self.done + prior*jobs)
 
-# %% ../nbs/29_curve_points.ipynb #29x011
+# %% ../nbs/29_curve_points.ipynb #10
 def _train(curve, waiting, jobs, record, quiet):
     "Train points, in worker processes if several at once"
     queue = [Job('imgexp.experiments:train_or_reuse', {'notebook': '03_train', 'values': curve.point_values(*key)},
@@ -148,7 +148,7 @@ def _train(curve, waiting, jobs, record, quiet):
         elif result.state == 'failed': record(waiting[k], error=result.error)
     run_jobs(queue, jobs, None if jobs > 1 else InProcess(quiet), on_result)
 
-# %% ../nbs/29_curve_points.ipynb #29x900
+# %% ../nbs/29_curve_points.ipynb #11
 def train_curve(
     p: CurveParams,
     dry: bool = False, # only plan, train and write nothing
@@ -171,7 +171,7 @@ def train_curve(
         _train(curve, plan.waiting, p.jobs, record, quiet)
     return curve
 
-# %% ../nbs/29_curve_points.ipynb #29x013
+# %% ../nbs/29_curve_points.ipynb #13
 def _checkpoint_hash(run):
     "Name of the best checkpoint and the hash of its weights; ('', '') if its record is missing"
     best = ((read_json(run.dir/'checkpoints'/'index.json') or {}).get('best') or [{}])[0].get('name', '')
@@ -188,7 +188,7 @@ def _evaluate_point(row, split):
     return {'size': row['size'], 'n': row['n'], 'seed': row['seed'], 'run': run.name, 'checkpoint': checkpoint,
             'sha256': sha256, **{k: scores[k] for k in ('top1', 'top5', 'loss')}}
 
-# %% ../nbs/29_curve_points.ipynb #29x014
+# %% ../nbs/29_curve_points.ipynb #14
 def evaluate_curve(
     curve: Curve,
     split: str = 'test', # or 'valid'

@@ -209,12 +209,15 @@ def add_file_id(
     manifests: Manifests,
     name: str,    # of the snapshot
     file_id: str, # as returned by `weights_id`
+    origin: Origin | None = None, # what is known of it, if its architecture was not known before
 ):
     "Record that a weights file holds a snapshot's tensors."
     with manifests.committing():
         snapshot = read_manifest(manifests, name)
-        if file_id in snapshot.files: return
-        snapshot.files.append(file_id)
+        described = bool(origin and origin.arch and not snapshot.origin.arch)
+        if file_id in snapshot.files and not described: return
+        if described: snapshot.origin = origin
+        if file_id not in snapshot.files: snapshot.files.append(file_id)
         write_json(manifests.path(name), seal(_to_json(snapshot)))
 
 # %% ../nbs/39_manifests.ipynb #19

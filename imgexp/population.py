@@ -21,6 +21,7 @@ from .files import display_path, file_sha256, hold_lock, short_path, write_text
 from .params import Parameters, from_declarations, param
 from .retrain_draws import check_distribution, count_blocks, draw_retrain
 from .runs import Run
+from .sources import find_source
 from .start import runs_dir
 
 # %% ../nbs/36_population.ipynb #5
@@ -35,7 +36,9 @@ class PopulationOptions(Parameters, heading='population'):
 
 _PER_SNAPSHOT = ('data', 'retrain', 'resume', 'classes', 'label_from', 'classes_at', 'columns', 'valid_fold')
 _DEFAULTS = {'epochs': 20, 'batch_size': 128, 'max_images': '12000,3000,10000'}
-TransferOptions = from_declarations([d | {'default': _DEFAULTS.get(d['name'], d['default'])}
+_HELP = {'weights': "the base: imagenet (torchvision's default), IMAGENET1K_V1, or a .pth or .safetensors file"}
+TransferOptions = from_declarations([d | {'default': _DEFAULTS.get(d['name'], d['default']),
+                                          'help': _HELP.get(d['name'], d['help'])}
                                      for d in declared_experiment('20_transfer').params.declarations()
                                      if d['name'] not in _PER_SNAPSHOT])
 
@@ -49,13 +52,16 @@ def plan_rows(
     p: PopulationParams,
 ) -> list: # of dicts: snapshot, and parameters of 20_transfer
     "The rows of a plan; raises `InputError` if something does not fit together."
-    from imgexp.weights import weights_id
+    from imgexp.models import build_model, default_size
+    from imgexp.weights import is_published, weights_id
     if not p.weights:
         raise InputError("weights='': snapshots begin with a pretrained base: give weights=imagenet, or a .pth or "
                          ".safetensors file")
     weights_id(p.arch, p.weights)  # raises for a missing file
     datasets, n_blocks = [d.strip() for d in p.datasets.split(',') if d.strip()], count_blocks(p.arch)
     if not datasets: raise InputError(f'datasets={p.datasets!r}: name at least one data set')
+    for data in datasets: find_source(data)  # raises for one that is not there
+    if not is_published(p.weights): build_model(p.arch, 2, p.weights, size=p.size or default_size(p.arch, p.weights))
     check_distribution(p.distribution, n_blocks)
     defaults = declared_experiment('20_transfer').params()
     common = {k: p[k] for k in TransferOptions.table() if k in _FIRST or p[k] != defaults[k]}
@@ -158,8 +164,12 @@ def make_population(
     text = _to_csv(rows)
     old = path.read_text(encoding='utf-8') if path.is_file() else ''
     if old and not text.startswith(old) and not old.startswith(text):
-        raise InputError(f'{display_path(path.parent)} holds another plan: give another folder (--folder)')
-    if not old and path.parent.is_dir() and any(path.parent.iterdir()):
+        if Population(path, {}).table_path.exists():
+            raise InputError(f'{display_path(path.parent)} holds another plan, whose snapshots are being trained: give '
+                             'another folder (--folder), or delete it')
+        old = ''  # nothing was begun
+        path.unlink()
+    if not old and path.parent.is_dir() and any(f.suffix != '.lock' for f in path.parent.iterdir()):
         raise InputError(f'{display_path(path.parent)} holds other files: name a new folder')
     path.parent.mkdir(parents=True, exist_ok=True)
     if not old.startswith(text): write_text(path, text)

@@ -26,9 +26,10 @@ class _Recorder:
         self.population.save_rows([*self.rows.values()])
         self.seconds.append(result.seconds)
         left = len(self.waiting) - len(self.seconds)
-        top1 = next((row[f'{s}_top1'] for s in ('test', 'valid') if row[f'{s}_top1'] is not None), None)
+        top1 = next((f'{s} top-1 {row[f"{s}_top1"]:.1%}' for s in ('test', 'valid') if row[f'{s}_top1'] is not None),
+                    '')
         self.say(f'{row["name"]}, {row["data"]}, retrain {row["retrain"]}: '
-                 + (result.error or f'top-1 {top1:.1%}')
+                 + (result.error or top1)
                  + f'; about {duration(left*statistics.mean(self.seconds)/self.jobs)} to go'*bool(left))
 
 # %% ../nbs/40_snapshots.ipynb #14

@@ -59,11 +59,12 @@ class Added:
     new_bytes: int    # bytes written for them
     def __repr__(self):
         s = self.snapshot
+        unknown = '; its architecture is unknown, so it cannot be searched: add the file again with --arch'*(not s.origin.arch)
         if not self.is_new:
-            restored = f'; {self.new_tensors} tensors were missing and are written again'*(self.new_tensors > 0)
-            return f'{s.name} ({s.id}) is in the store already{restored}'
+            restored = f'; tensors that were missing are written again: {self.new_tensors}'*(self.new_tensors > 0)
+            return f'{s.name} ({s.id}) is in the store already{restored}{unknown}'
         return (f'{s.name} ({s.id}): {len(s.tensors)} tensors, {self.new_tensors} of them new; '
-                f'{file_size(s.nbytes)} in {file_size(self.new_bytes)}')
+                f'{file_size(s.nbytes)} in {file_size(self.new_bytes)}{unknown}')
 
 def _check_room(store, tensors):
     "Raise `RunFailed` if the disk has no room for the tensors that are missing"
@@ -97,8 +98,8 @@ def add_tensors(
         _check_room(self, tensors)
         n_bytes = put_all(self.objects, tensors, threads)
         is_new = commit(self, snapshot)
-        for id in snapshot.files if not is_new else (): add_file_id(self, name, id)
-    return Added(snapshot, is_new, missing, n_bytes)
+        for id in snapshot.files if not is_new else (): add_file_id(self, name, id, origin)
+    return Added(snapshot if is_new else self.find(name), is_new, missing, n_bytes)
 
 # %% ../nbs/41_store.ipynb #11
 @patch
@@ -156,6 +157,8 @@ def add(
     "Add a weights file, a run, or all finished snapshots of a population; raises `InputError`."
     from imgexp.weights import download_weights, is_published, published_weights
     path = Path(source).expanduser()
+    if is_published(str(source)) and not arch and not path.exists():
+        raise InputError(f'{source} names published weights: give their architecture too (--arch resnet18)')
     if arch and is_published(str(source)):
         path = download_weights(published_weights(arch, str(source)).url, str(source))
     if path.is_file() and path.suffix != '.csv': return [self.add_file(path, name, arch)]

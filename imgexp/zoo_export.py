@@ -175,7 +175,7 @@ def _card(zoo, metrics, layout):
         f'Test accuracy of the {len(done):,} networks that reached their last epoch: {done.test_accuracy.min():.1%} to '
         f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. '
         f'{metrics[metrics.diverged].row.nunique():,} rows '
-        'diverged; their states until then are included and flagged.', '',
+        'diverged (their loss became infinite or NaN); their states until then are included and flagged.', '',
         '| file | contents |', '|---|---|',
         '| weights.npy | float32 [states, values]; `np.load(..., mmap_mode="r")` |',
         '| layout.csv | place of each tensor in a row |',
@@ -185,7 +185,9 @@ def _card(zoo, metrics, layout):
         '| index_dict.json | layers, as in ModelZoos |',
         '| sweep.csv, sweep.yaml | what was asked: rows and shared parameters |',
         '| sha256.txt | hash of each file; `sha256sum -c sha256.txt` |', '',
-        'No file holds Python objects. `imgexp.zoo_dataset.ZooDataset(folder)` reads states lazily.', '']
+        'No file holds Python objects. `imgexp.zoo_dataset.ZooDataset(folder, split="train", by="subset")` reads '
+        'states lazily: `zoo[i]` is '
+        'a pair of weights and metrics, `zoo.network(i)` the network.', '']
     return '\n'.join(lines)
 
 # %% ../nbs/49a_zoo_export.ipynb #13

@@ -86,6 +86,7 @@ def give_up(
     names = {c for k in rows for c in self.inputs[k]['classes'].split(',')}
     for name in names - self.class_records().keys(): _record(self, name, error=str(reason))
 
+# %% ../nbs/46_zoo_images.ipynb #9
 @patch
 def record_classes(
     self: Zoo,
@@ -95,7 +96,7 @@ def record_classes(
     table = open_images(str(self.data), ','.join(names), **_options(self.p))
     for label, name in enumerate(table.classes): _record(self, name, id=_hash(table, label))
 
-# %% ../nbs/46_zoo_images.ipynb #12
+# %% ../nbs/46_zoo_images.ipynb #13
 def shrink_class(
     source: Path, # folder of the images of a class
     target: Path, # folder, made when all images are written
@@ -115,7 +116,7 @@ def shrink_class(
         os.replace(part, target)
     return bad
 
-# %% ../nbs/46_zoo_images.ipynb #13
+# %% ../nbs/46_zoo_images.ipynb #14
 @patch
 def _fetch(self: Zoo, entry, names, net):
     "Fetch classes, and shrink them if the zoo drops images"
@@ -129,7 +130,7 @@ def _fetch(self: Zoo, entry, names, net):
         shrink_class(folder/'train'/name, target, self.p.size)
         shutil.rmtree(folder/'train'/name)
 
-# %% ../nbs/46_zoo_images.ipynb #14
+# %% ../nbs/46_zoo_images.ipynb #15
 @patch
 def prepare_classes(
     self: Zoo,
@@ -163,7 +164,7 @@ def _record_or_explain(self: Zoo, names):
             try: self.record_classes([name])
             except InputError as e: _record(self, name, error=str(e))
 
-# %% ../nbs/46_zoo_images.ipynb #16
+# %% ../nbs/46_zoo_images.ipynb #17
 def wait_for_classes(
     zoo: Zoo,
     names,       # of the classes of a row

@@ -53,20 +53,20 @@ def check_room(
                          f'{file_size(free)} are '
                          'free: free some disk space, or train a part of them (--rows 0-99)')
     epochs = sum(zoo.inputs[k]['max_epoch'] for k in rows)
-    return f'{len(rows):,} rows, {epochs:,} epochs, {file_size(needed)} of disk space'
+    return f'{len(rows):,} row{"s"*(len(rows) != 1)}, {epochs:,} epochs, {file_size(needed)} of disk space'
 
 # %% ../nbs/48_zoo_runs.ipynb #6
 def training_hours(
     zoo: Zoo,
     rows, # numbers of rows
 ) -> str: # about how long they will take one after the other, in words; '' if their images are not here yet
-    "Time a few steps of a network on this machine."
+    "Time a few steps of a network on this machine; evaluation takes a third more, and each row two seconds."
     if archive_of_classes(zoo.p): return ''
     table = open_images(str(zoo.data), **{k: v for k, v in source_options(zoo.p).items() if k != 'resplit'})
     per_class = dict(zip(table.classes, table.counts().sum(1)))
     images = {k: sum(int(per_class[c]) for c in zoo.inputs[k]['classes'].split(',')) for k in rows}
     n = sum(images[k]*zoo.inputs[k]['max_epoch'] for k in rows)
-    return f', {n:,} images in all epochs, about {duration(n*_seconds_per_image(zoo))} at one row at a time'
+    return f', {n:,} images in all epochs, about {duration(n*_seconds_per_image(zoo)*1.3 + 2*len(rows))} at one row at a time'
 
 def _seconds_per_image(zoo, batch_size=32, steps=4):
     "Seconds of a training step, for each image"
@@ -186,7 +186,9 @@ def run_zoo(
         states = keeper.update()
         waiting = [k for k in wanted if states[k]['status'] in (('failed',) if retry else ('waiting', 'stopped'))]
         if retry: _forget_errors(zoo, waiting)
-        if not waiting: return states
+        if not waiting:
+            if retry: say('no row has failed')
+            return states
         say(f'{zoo.name}: {check_room(zoo, waiting, jobs)}')
         _mention_changed(zoo, waiting, say)
         queue = [Job('imgexp.zoo_rows:train_row', {'path': str(zoo.path), 'config': config, 'row': k}, f'row {k}')

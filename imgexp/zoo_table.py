@@ -67,8 +67,12 @@ def parse_table(
     for line, cells in enumerate(lines[1:], 2):
         if not cells: continue
         try:
+            if tuple(header[:len(INPUT)]) == INPUT and len(cells) == len(INPUT):
+                cells += ['']*(len(header) - len(INPUT))
             if len(cells) != len(header):
-                raise InputError(f'{len(cells)} columns, the first line has {len(header)}')
+                raise InputError(f'{len(cells)} columns, the first line has {len(header)}: the line is torn, or has '
+                                 'too many or '
+                                 f'too few commas (its first {len(INPUT)} columns are enough)')
             row = _parse_row(dict(zip(header, cells)), classes)
             if row['row'] in out: raise InputError(f"row {row['row']} is there twice")
         except InputError as e: raise InputError(f'{name}, line {line}: {e}') from None
@@ -119,6 +123,9 @@ def find_zoo(
     "Open a zoo; raises `InputError` if it is missing or damaged."
     path = Path(path)
     if path.is_dir() and (path/'sweep.csv').is_file(): path = path/'sweep.csv'
+    if path.suffix == '.csv' and not path.exists():
+        raise InputError(f'{display_path(path)} does not exist: `imgexp zoo plan` writes it, or give the path of '
+                         'another table')
     if path.suffix != '.csv' or not path.is_file():
         raise InputError(f'{display_path(path)} is not a zoo: give the path of its sweep.csv; `imgexp zoo plan` writes '
                          'one')
@@ -133,6 +140,7 @@ def find_zoo(
 
 def _lasting(data): return str(Path(data).absolute()) if Path(data).exists() else data
 
+# %% ../nbs/45_zoo_table.ipynb #12
 def plan_zoo(
     path: str | Path, # of sweep.csv, which must not exist
     p: ZooParams,
@@ -143,8 +151,8 @@ def plan_zoo(
     if path.suffix != '.csv': raise InputError(f'{display_path(path)}: give a name that ends in .csv')
     for existing in (path, path.with_suffix('.yaml'), path.with_suffix('')):
         if existing.exists():
-            raise InputError(f'{display_path(existing)} is there already: give another name (--out), or '
-                             f'`imgexp zoo extend {display_path(path)}` adds rows')
+            raise InputError(f'{display_path(existing)} is there already: give another name (--out), or delete '
+                             f'{path.name}, {path.stem}.yaml and {path.stem}/; `imgexp zoo extend` adds rows')
     rows = [{'row': k, **draw_row(p, k, classes)} for k in range(p.models)]
     path.parent.mkdir(parents=True, exist_ok=True)
     p = resolve_zoo(p).replace(classes=','.join(classes), data=_lasting(p.data))
@@ -152,7 +160,7 @@ def plan_zoo(
     write_text(path, table_text(rows))
     return find_zoo(path)
 
-# %% ../nbs/45_zoo_table.ipynb #12
+# %% ../nbs/45_zoo_table.ipynb #13
 @patch
 def extend(
     self: Zoo,
@@ -175,7 +183,7 @@ def extend(
     write_text(self.path, table_text([*old, *rows]))
     self.inputs |= {r['row']: r for r in rows}
 
-# %% ../nbs/45_zoo_table.ipynb #16
+# %% ../nbs/45_zoo_table.ipynb #17
 @patch
 def class_records(self: Zoo) -> dict: # {class: {'id': hash of its images} or {'error': why they are not there}}
     "What is known of the classes."
@@ -217,7 +225,7 @@ def run_of(
     run = Run(runs_dir()/Path(lines[-1].split('\t')[0]).name) if lines else None
     return run if run and run.id else None
 
-# %% ../nbs/45_zoo_table.ipynb #17
+# %% ../nbs/45_zoo_table.ipynb #18
 def _top1(metrics, split): return ((metrics.get(split) or {}).get('top1') or {}).get('value', '')
 
 def _complete(run):
@@ -228,6 +236,7 @@ def _read(path):
     try: return path.read_text()
     except OSError: return ''
 
+# %% ../nbs/45_zoo_table.ipynb #19
 @patch
 def state_of(
     self: Zoo,
@@ -247,7 +256,7 @@ def state_of(
     return out | {'run': run.name, 'status': state, 'epoch': int(history.epoch.iloc[-1]) if len(history) else 0,
                   **{f'{s}_top1': _top1(metrics, s) for s in ('valid', 'test')}, 'error': error*(state == 'failed')}
 
-# %% ../nbs/45_zoo_table.ipynb #18
+# %% ../nbs/45_zoo_table.ipynb #20
 @patch
 def states(
     self: Zoo,

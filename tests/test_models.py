@@ -418,7 +418,7 @@ def test_summary_leaves_the_model_as_it_was():
 
 # --- stochastic depth ------------------------------------------------------------------------------------------------
 
-PLAIN = 'alexnet', 'densenet', 'googlenet', 'inception', 'shufflenet', 'squeezenet', 'vgg' # nothing is added to a shortcut
+PLAIN = 'alexnet', 'small_cnn', 'densenet', 'googlenet', 'inception', 'shufflenet', 'squeezenet', 'vgg' # nothing is added to a shortcut
 
 def hooked(model): return [h.p for m in model.modules() for h in m._forward_hooks.values() if hasattr(h, 'p')]
 

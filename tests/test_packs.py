@@ -242,10 +242,10 @@ def test_a_training_on_a_pack_that_is_packed_again(launcher, project, photos):
     assert launcher.imgexp(*args, root=project).wait() == 0
     job = launcher.imgexp(*args, root=project, before="""import imgexp.train as t, time, pathlib
 real = t.finish_run
-def finish_run(*args):
+def finish_run(*args, **kw):
     pathlib.Path('trained').touch()
     while not pathlib.Path('packed').exists(): time.sleep(0.01)
-    return real(*args)
+    return real(*args, **kw)
 t.finish_run = finish_run""")
     until((project/'trained').exists, 'the end of the training')
     negatives(project/'data')
@@ -322,7 +322,7 @@ import imgexp.write_packs, time
 real = imgexp.write_packs._packed_image
 def slow(*args):
     time.sleep(0.05)
-    return real(*args)
+    return real(*args, **kw)
 imgexp.write_packs._packed_image = slow
 imgexp.write_packs._images_per_shard = lambda *args: 3
 ''' + OLD
