@@ -203,6 +203,7 @@ def row_id(
               and n != 'data'} | {'keep_weights': self.values(k)['keep_weights']}
     return hashlib.sha256(json.dumps([values, ids], sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../nbs/45_zoo_table.ipynb #18
 @patch
 def row_path(
     self: Zoo,
@@ -225,7 +226,7 @@ def run_of(
     run = Run(runs_dir()/Path(lines[-1].split('\t')[0]).name) if lines else None
     return run if run and run.id else None
 
-# %% ../nbs/45_zoo_table.ipynb #18
+# %% ../nbs/45_zoo_table.ipynb #19
 def _top1(metrics, split): return ((metrics.get(split) or {}).get('top1') or {}).get('value', '')
 
 def _complete(run):
@@ -236,7 +237,7 @@ def _read(path):
     try: return path.read_text()
     except OSError: return ''
 
-# %% ../nbs/45_zoo_table.ipynb #19
+# %% ../nbs/45_zoo_table.ipynb #20
 @patch
 def state_of(
     self: Zoo,
@@ -256,7 +257,7 @@ def state_of(
     return out | {'run': run.name, 'status': state, 'epoch': int(history.epoch.iloc[-1]) if len(history) else 0,
                   **{f'{s}_top1': _top1(metrics, s) for s in ('valid', 'test')}, 'error': error*(state == 'failed')}
 
-# %% ../nbs/45_zoo_table.ipynb #20
+# %% ../nbs/45_zoo_table.ipynb #21
 @patch
 def states(
     self: Zoo,
@@ -266,6 +267,7 @@ def states(
     records = self.class_records()
     return {k: (known or {}).get(k) or self.state_of(k, records) for k in self.inputs}
 
+# %% ../nbs/45_zoo_table.ipynb #22
 @patch
 def save(
     self: Zoo,
