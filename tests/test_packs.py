@@ -322,7 +322,7 @@ import imgexp.write_packs, time
 real = imgexp.write_packs._packed_image
 def slow(*args):
     time.sleep(0.05)
-    return real(*args, **kw)
+    return real(*args)
 imgexp.write_packs._packed_image = slow
 imgexp.write_packs._images_per_shard = lambda *args: 3
 ''' + OLD
