@@ -37,13 +37,11 @@ def zoo_states(
     states, records = zoo.states(), zoo.class_records()
     unfinished = [k for k, s in states.items() if s['status'] not in ('done', 'failed')]
     if unfinished:
-        raise InputError(f'{zoo.name} is not finished: {len(unfinished):,} rows are waiting or stopped, the first is '
-                         'row '
-                         f'{unfinished[0]}: `imgexp zoo run {zoo.name}` trains them')
+        raise InputError(f'{zoo.name} is not finished: {len(unfinished):,} rows are waiting or stopped, the first '
+                         f'is row {unfinished[0]}: `imgexp zoo run {zoo.name}` trains them')
     if len(sizes := {r['classes'].count(',') + 1 for r in zoo.inputs.values()}) > 1:
         raise InputError(f'{zoo.name} has rows of {" and ".join(map(str, sorted(sizes)))} classes, whose networks '
-                         'differ in '
-                         'size: export zoos of one size')
+                         'differ in size: export zoos of one size')
     out = []
     for k, s in states.items():
         run = zoo.run_of(k, zoo.row_id(k, records))
@@ -63,7 +61,7 @@ def zoo_splits(
     def of(key, stream):
         u = uniforms(seed, stream, [int(hashlib.sha256(str(key).encode()).hexdigest()[:15], 16)], 2)[0]
         return ('train', 'valid', 'test')[int(np.searchsorted([0.7, 0.85], u[0], 'right'))], int(u[1]*5)
-    rows = [(k, *of(k, 3), *of(row['classes'], 4)) for k, row in inputs.items()]
+    rows = [(k, *of(k, 3), *of(sorted(row['classes'].split(',')), 4)) for k, row in inputs.items()]
     table = pd.DataFrame(rows, columns=['row', 'by_row', 'fold_by_row', 'by_subset', 'fold_by_subset'])
     return table[['row', 'by_row', 'by_subset', 'fold_by_row', 'fold_by_subset']]
 
@@ -169,8 +167,7 @@ def _card(zoo, metrics, layout):
         f'Each network classifies {p.classes_per_model} classes of {Path(p.data).name} at {p.size} px; '
         f'{len(metrics):,} states, '
         f'{layout[-1].stop:,} values each. Trained from scratch with imgexp; images of a class are divided into train, '
-        'valid and '
-        f'test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is one in '
+        f'valid and test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is one in '
         'every row.', '',
         f'Test accuracy of the {len(done):,} networks that reached their last epoch: {done.test_accuracy.min():.1%} to '
         f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. '

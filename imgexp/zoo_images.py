@@ -61,12 +61,14 @@ def _record(zoo, name, **values):
     write_json(path, {'name': name, **values})
 
 def _hash(table, label):
-    "Hash of the images of a class, in their order"
+    "Hash of the images of a class, in their order, and of the splits that they come with"
     part = table.take(np.flatnonzero(table.labels == label))
-    if hasattr(part.source, 'pixels'):
-        return hashlib.sha256(part.source.pixels[part.indices].tobytes()).hexdigest()[:16]
-    items = [str(i).replace(os.sep, '/').encode() for i in part.items]
-    return hashlib.sha256(b''.join(i + b'\0' + c for i, c in zip(items, contents(part)))).hexdigest()[:16]
+    digest = hashlib.sha256(part.splits.tobytes())
+    if hasattr(part.source, 'pixels'): digest.update(part.source.pixels[part.indices].tobytes())
+    else:
+        items = [str(i).replace(os.sep, '/').encode() for i in part.items]
+        digest.update(b''.join(i + b'\0' + c for i, c in zip(items, contents(part))))
+    return digest.hexdigest()[:16]
 
 @patch
 def forget_class(

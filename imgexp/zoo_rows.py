@@ -30,12 +30,13 @@ def _recorded_runs(path):
         os.environ.pop('IMGEXP_RUN_LOG')
         if before: os.environ['IMGEXP_RUN_LOG'] = before
 
-def _finish(run, learn=None):
+def _finish(run):
     "Evaluate the kept states of a run that has ended, and drop what only serves resuming if it is finished"
     if not (run.dir/'states.csv').is_file():
         p = TrainParams.of(run.params)
         write_states(run, evaluate_states(run, load_learner(p, load_table(p, lambda line: None))))
     if run.finished: keep_weights_only(run)
+
 def _train(values):
     "Train a run; one that was trained before without keeping the same epochs does not count"
     experiment = find_experiment('03_train')

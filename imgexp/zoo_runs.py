@@ -62,19 +62,20 @@ def training_hours(
 ) -> str: # about how long they will take one after the other, in words; '' if their images are not here yet
     "Time a few steps of a network on this machine; evaluation takes a third more, and each row two seconds."
     if archive_of_classes(zoo.p): return ''
-    table = open_images(str(zoo.data), **{k: v for k, v in source_options(zoo.p).items() if k != 'resplit'})
-    per_class = dict(zip(table.classes, table.counts().sum(1)))
+    table = open_images(zoo.data, **source_options(zoo.p))
+    per_class = dict(zip(table.classes, table.counts()[:, 0]))
     images = {k: sum(int(per_class[c]) for c in zoo.inputs[k]['classes'].split(',')) for k in rows}
     n = sum(images[k]*zoo.inputs[k]['max_epoch'] for k in rows)
-    return f', {n:,} images in all epochs, about {duration(n*_seconds_per_image(zoo)*1.3 + 2*len(rows))} at one row at a time'
+    time_text = duration(n*_seconds_per_image(zoo)*1.3 + 2*len(rows))
+    return f', {n:,} training images in all epochs, about {time_text} at one row at a time'
 
 def _seconds_per_image(zoo, batch_size=32, steps=4):
     "Seconds of a training step, for each image"
     model = build_model(zoo.p.arch, zoo.p.classes_per_model, size=zoo.p.size)
-    x, y = torch.rand(batch_size, 3, zoo.p.size, zoo.p.size), torch.zeros(batch_size, dtype=torch.long)
-    device = best_device()
-    model, x, y = model.to(device, memory_format=torch.channels_last), x.to(device,
-                                                                            memory_format=torch.channels_last), y.to(device)
+    device, layout = best_device(), torch.channels_last
+    x = torch.rand(batch_size, 3, zoo.p.size, zoo.p.size, device=device).to(memory_format=layout)
+    y = torch.zeros(batch_size, dtype=torch.long, device=device)
+    model = model.to(device, memory_format=layout)
     def step():
         start = time.perf_counter()
         torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -120,13 +121,12 @@ class _Progress:
     "Records failures, and prints a line for each row"
     def __init__(self, zoo, keeper, rows, jobs, say):
         self.zoo, self.keeper, self.rows, self.jobs, self.say = zoo, keeper, rows, jobs, say
-        self.start, self.n, self.errors, self.busy = time.monotonic(), 0, [], 0
+        self.start, self.n, self.errors = time.monotonic(), 0, []
     def __call__(self, result, i):
         k = self.rows[i]
         if result.state not in ('done', 'failed'): return
         self.n += 1
-        if (result.value or {}).get('busy'): self.busy += 1
-        elif result.state == 'failed': self._failed(k, result.error)
+        if result.state == 'failed': self._failed(k, result.error)
         else: self.errors = []
         row = self.keeper.update()[k]
         left = (time.monotonic() - self.start)/self.n*(len(self.rows) - self.n)

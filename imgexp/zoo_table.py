@@ -173,9 +173,8 @@ def extend(
     classes = self.p.classes.split(',')
     for k in self.inputs:
         if self.inputs[k] != {'row': k} | draw_row(self.p, k, classes):
-            raise InputError(f'row {k} of {self.name} is not the one that was drawn: add rows to the table by hand, or '
-                             'plan a '
-                             'new zoo')
+            raise InputError(f'row {k} of {self.name} is not the one that was drawn: add rows to the table by hand, '
+                             'or plan a new zoo')
     self.p = self.p.replace(models=models)
     rows = [{'row': k, **draw_row(self.p, k, classes)} for k in range(start, models)]
     old = [*csv.DictReader(io.StringIO(self.path.read_text(encoding='utf-8').lstrip('\ufeff')))]

@@ -119,6 +119,18 @@ def test_replaced_images_are_noticed(project):
     changed = [k for k in before if before[k]['run'] != after[k]['run']]
     assert changed == [k for k in before if 'a' in zoo.inputs[k]['classes'].split(',')] and len(changed) == 3
 
+def test_another_split_is_noticed(project):
+    "A table that moves an image of a class to another split makes new rows of that class."
+    image_folder(project/'photos', 'abc', n=8)
+    def labels(moved): (project/'photos/labels.csv').write_text('file,label,split\n' + ''.join(
+        f"{c}/{i:03d}.png,{c},{'test' if i == 0 or (c, i) == moved else 'valid' if i == 1 else 'train'}\n" for c in 'abc' for i in range(8)))
+    labels(None)
+    zoo = plan(project/'sweep.csv', data=str(project/'photos'), models=3, max_epoch='1', classes_per_model=2, resplit='')
+    before = run_zoo(zoo, **QUIET)
+    labels(('a', 7))
+    after = run_zoo(find_zoo(zoo.path), **QUIET)
+    assert [k for k in before if before[k]['run'] != after[k]['run']] == [k for k in before if 'a' in zoo.inputs[k]['classes'].split(',')]
+
 def test_the_same_split_in_every_row(project):
     "An image is a test image in every row that has its class."
     from imgexp.trained import run_data
