@@ -125,9 +125,12 @@ def test_bad_plans(base, project, launcher, args, message):
     assert not (project/'runs/snapshots').exists()
 
 def test_wrong_weights_fail_in_one_line(base, project, launcher):
-    args = ['--weights', 'base.pth', '--arch', 'resnet18', '--datasets', 'digits', '--snapshots', '1', '--size', '32', '--epochs', '1', '--track', 'off']
-    assert launcher.imgexp('snapshots', 'plan', *args, root=project, cwd=project).wait() == 0
-    job = launcher.imgexp('snapshots', 'generate', root=project, cwd=project)
+    "When the plan is made; and, with a plan by hand, when it is trained."
+    args = '--weights base.pth --arch resnet18 --datasets digits --snapshots 1 --size 32'.split()
+    job = launcher.imgexp('snapshots', 'plan', *args, root=project, cwd=project)
+    assert job.wait() == 2 and job.err.count('\n') == 1 and 'are not those of arch=resnet18' in job.err, job.err
+    (project/'plan.csv').write_text('snapshot,arch,weights,data,retrain,size,epochs,track\n0,resnet18,base.pth,digits,0,32,1,off\n')
+    job = launcher.imgexp('snapshots', 'generate', 'plan.csv', root=project, cwd=project)
     assert job.wait() == 1 and 'are not those of arch=resnet18' in job.err and 'Traceback' not in job.err, job.err
     for folder in ('nothing', 'base.pth'):
         job = launcher.imgexp('snapshots', 'generate', folder, root=project, cwd=project)
