@@ -47,7 +47,7 @@ def drawn(values):
 def usual(folder, values):
     top1 = []
     for k, row in enumerate(drawn(values)):
-        command = [sys.executable, str(HERE/'usual_zoo.py'), str(Path(values['data'])/'train'), str(folder/str(k)), '--classes', row['classes']]
+        command = [sys.executable, str(HERE/'usual_zoo.py'), values['data'], str(folder/str(k)), '--classes', row['classes']]
         for option, value in (('seed', row['seed']), ('epochs', row['max_epoch']), ('early', row['early_epoch']), ('batch-size', row['batch_size']),
                               ('lr', row['learning_rate']), ('weight-decay', row['weight_decay']), ('optimizer', row['optimizer'])):
             command += [f'--{option}', str(value)]
@@ -67,7 +67,7 @@ def papermill(folder, values):
 
 def speed(shared, rounds):
     from imgexp.learner import choose_precision
-    values = SPEED | dict(data=str(shared/'data/clothing'))
+    values = SPEED | dict(data=str(shared/'data/clothing/train'))
     contenders = {'usual script, a process for each row, fp32': lambda f: usual(f, values),
                   'papermill of 03_train, fp32': lambda f: papermill(f, values),
                   'imgexp zoo run --jobs 1, fp32': lambda f: in_process(f, values, 1),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'runs_app', 'Name', 'STOPPED', 'ls', 'show', 'diff', 'rm', 'prune', 'main']
 
-# %% ../nbs/90c_cli.ipynb #74fb1446
+# %% ../nbs/90c_cli.ipynb #3
 import sys
 _safe = getattr(sys.flags, 'safe_path', False) or sys.flags.isolated
 if __name__ == '__main__' and '__file__' in globals() and not _safe:
     sys.path.append(sys.path.pop(0))
 
-# %% ../nbs/90c_cli.ipynb #35b88a54
+# %% ../nbs/90c_cli.ipynb #4
 import atexit, inspect, json, os, traceback
 from collections import deque
 from contextlib import redirect_stdout
@@ -22,6 +22,7 @@ import typer
 
 from .cli_curve import curve_app, curve_arguments
 from .cli_data import SOURCE_TABLE, cache_app, data_app
+from .cli_explain import explain_command
 from .cli_store import search_command, snapshots_app, store_app
 from .cli_sweep import sweep_app
 from .cli_zoo import zoo_app
@@ -36,7 +37,7 @@ from .run_table import list_runs, prune_runs, remove_run
 from .seeds import summarize_seeds, train_seeds
 from .start import diff_params, find_run
 
-# %% ../nbs/90c_cli.ipynb #b6bb3a32
+# %% ../nbs/90c_cli.ipynb #7
 app = typer.Typer(name='imgexp', help='Image-classification experiments: train, evaluate, manage runs. '
                                       '`imgexp --version` prints the version.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -45,7 +46,7 @@ for _sub, _name in ((runs_app, 'runs'), (data_app, 'data')): app.add_typer(_sub,
 
 Name = Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory.")]
 
-# %% ../nbs/90c_cli.ipynb #706abd50
+# %% ../nbs/90c_cli.ipynb #8
 @runs_app.command()
 def ls(
     sort: Annotated[str, typer.Option(help='Column or parameter to sort by.')] = 'run',
@@ -65,7 +66,7 @@ def ls(
         print(to_csv(table.reset_index()), end='') if csv else print_table(table, True)
     elif runs.groups: print(runs)
 
-# %% ../nbs/90c_cli.ipynb #1474f97c
+# %% ../nbs/90c_cli.ipynb #9
 @runs_app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A run's name, an unambiguous part of it, or its directory; the newest by "
@@ -86,7 +87,7 @@ def show(
     for k, v in rows: print(f'{k:<11}{v}')
     print('parameters ' + '\n           '.join(f'{k}={v!r}' for k, v in run.params.items()))
 
-# %% ../nbs/90c_cli.ipynb #6835fca4
+# %% ../nbs/90c_cli.ipynb #10
 @runs_app.command()
 def diff(a: Name, b: Name, as_json: Json = False):
     "Show the parameters in which two runs differ, and both results."
@@ -97,7 +98,7 @@ def diff(a: Name, b: Name, as_json: Json = False):
     print(f"{'':<{width}}  {run_a.name}  {run_b.name}")
     for k, (x, y) in differences.items(): print(f'{k:<{width}}  {str(x):<{len(run_a.name)}}  {y}')
 
-# %% ../nbs/90c_cli.ipynb #9af96d59
+# %% ../nbs/90c_cli.ipynb #11
 @runs_app.command()
 def rm(
     names: Annotated[List[str], typer.Argument(help='Names of runs, unambiguous parts of them, or their directories.')],
@@ -109,7 +110,7 @@ def rm(
     if not yes: typer.confirm('delete ' + ', '.join(map(str, runs)) + '?', abort=True, err=True)
     for path, run in runs.items(): say(f'deleted {short_path(path)}, {remove_run(run)/1e6:.1f} MB')
 
-# %% ../nbs/90c_cli.ipynb #4c6d5dd5
+# %% ../nbs/90c_cli.ipynb #12
 @runs_app.command()
 def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; otherwise they are only listed.')] = False):
     "Delete runs that ended without an epoch or a checkpoint."
@@ -119,7 +120,7 @@ def prune(yes: Annotated[bool, typer.Option('--yes', help='Delete them; otherwis
     if not names: say('nothing to prune')
     else: say(f'{n} deleted' if yes else f'{n}: `imgexp runs prune --yes` deletes them')
 
-# %% ../nbs/90c_cli.ipynb #ddc53f0b
+# %% ../nbs/90c_cli.ipynb #14
 def _experiment_command(name, notebook):
     "Return a command with the parameters of an experiment as options, and --seeds"
     declared = declared_experiment(notebook).params
@@ -138,7 +139,7 @@ def _experiment_command(name, notebook):
     command.__name__, command.__doc__, command.__signature__ = name, commands()[name][1], inspect.Signature(options)
     return command
 
-# %% ../nbs/90c_cli.ipynb #01e47dcb
+# %% ../nbs/90c_cli.ipynb #15
 def _report_runs(runs):
     if int(os.environ.get('RANK') or 0): return  # the first process reports
     if len(runs) > 1: return print(summarize_seeds(runs).to_string(na_rep=''))
@@ -148,7 +149,7 @@ def _report_runs(runs):
 for _name, (_notebook, _about) in commands().items():
     app.command(_name, help=f'{_about} `imgexp {_name} --help` lists the parameters.')(lambda: None)
 
-# %% ../nbs/90c_cli.ipynb #e36c355b
+# %% ../nbs/90c_cli.ipynb #16
 @app.command('eval')
 @with_options(*SOURCE_TABLE)
 def _evaluate(
@@ -169,7 +170,7 @@ def _evaluate(
         print('{split} {k:<6}{value:.1%} ({low:.1%} to {high:.1%}, n = {n})'.format(split=split, k=k, **results[k]))
     for k in ('loss', 'ece'): print(f'{split} {k:<6}{results[k]:.4f}')
 
-# %% ../nbs/90c_cli.ipynb #c083453b
+# %% ../nbs/90c_cli.ipynb #17
 _PREDICT_HELP = ('Label a folder of images: CSV on stdout. A name that a spreadsheet would read as a formula (it '
                  'begins with =, +, -, @, a tab or an apostrophe) is prefixed with an apostrophe, and bytes that are '
                  'not UTF-8 are written like \\xe9; --json leaves '
@@ -191,7 +192,7 @@ def _predict(
     if failed: say(f'{failed} of {len(table)} images could not be read: see the error column')
     if failed == len(table): raise typer.Exit(1)
 
-# %% ../nbs/90c_cli.ipynb #fd7851cb
+# %% ../nbs/90c_cli.ipynb #19
 def _join_pairs(args):
     "Rewrite each `-p NAME V1,V2` in the arguments of `batch` as `-p NAME=V1,V2`"
     joined, remaining = [], deque(args)
@@ -206,7 +207,7 @@ def _grid(texts):
         if not t.partition('=')[2]: raise InputError(f'-p {t}: give a name and its values: -p seed 0,1,2')
     return {k: v for k, _, v in (t.partition('=') for t in texts)}
 
-# %% ../nbs/90c_cli.ipynb #8e8942b8
+# %% ../nbs/90c_cli.ipynb #20
 @app.command('batch')
 def _batch(
     notebook: Annotated[str, typer.Argument(help='An experiment, like 03_train, or the path of a notebook.')],
@@ -227,16 +228,17 @@ def _batch(
     print_table(results.table() if dry_run else results_table(results), as_json)
     if not dry_run and any(r.state == 'failed' for r in results): raise typer.Exit(1)
 
-# %% ../nbs/90c_cli.ipynb #a044137d
+# %% ../nbs/90c_cli.ipynb #21
 for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep'), (snapshots_app, 'snapshots'),
                     (store_app, 'store'), (zoo_app, 'zoo')): app.add_typer(_sub, name=_name)
 app.command('search')(search_command)
+app.command('explain')(explain_command)
 
-# %% ../nbs/90c_cli.ipynb #4a366252
+# %% ../nbs/90c_cli.ipynb #23
 STOPPED = 75  # exit status: stopped, the same command continues (EX_TEMPFAIL in sysexits.h)
 _UsageError = typer.BadParameter.__base__  # click's, or typer's own copy of it
 
-# %% ../nbs/90c_cli.ipynb #b4455d96
+# %% ../nbs/90c_cli.ipynb #24
 def _fail(e):
     "Print an exception to stderr and return the exit status"
     if isinstance(e, KeyboardInterrupt):
@@ -252,7 +254,7 @@ def _fail(e):
     say(''.join(traceback.format_exception(e)).rstrip())
     return 1
 
-# %% ../nbs/90c_cli.ipynb #5898f3fc
+# %% ../nbs/90c_cli.ipynb #25
 def main(
     args: Optional[list] = None,  # command-line arguments; by default from sys.argv
 ) -> int:  # exit status
@@ -284,7 +286,7 @@ def main(
         if isinstance(e, SystemExit): return e.code or 0
         return _fail(e)
 
-# %% ../nbs/90c_cli.ipynb #a0d13c58
+# %% ../nbs/90c_cli.ipynb #27
 def process():
     "Run the `imgexp` command and exit with its status."
     status = main()
@@ -294,5 +296,5 @@ def process():
     sys.stderr.flush()
     os._exit(status)
 
-# %% ../nbs/90c_cli.ipynb #4d9ee1d2
+# %% ../nbs/90c_cli.ipynb #28
 if __name__ == '__main__' and '__file__' in globals(): process()

@@ -39,7 +39,8 @@ def parse_rows(
                 b in [part.partition('-')] for k in range(int(a), int(b or a) + 1)]
     except ValueError: raise InputError(f'rows={text!r} is not understood: give 0-99, or 3,7,12') from None
     missing = [k for k in rows if k not in known]
-    if missing or not rows: raise InputError(f'rows={text!r}: there is no row {missing[0] if missing else text}')
+    if not rows: raise InputError(f'rows={text!r} names no row: give the smaller number first (0-99)')
+    if missing: raise InputError(f'rows={text!r}: there is no row {missing[0]}')
     return rows
 
 # %% ../nbs/90a_cli_zoo.ipynb #5
@@ -92,6 +93,8 @@ def _run(path, config, jobs, rows, as_json, retry):
     elif 'failed' in left:
         say(f'next: imgexp zoo retry {zoo.name} repeats the rows that failed; imgexp zoo export keeps them as they are')
     elif not left: say(f'next: imgexp zoo export {zoo.name} zoo-data')
+    considered = [states[k]['status'] for k in numbers or states]
+    if 'failed' in considered and 'done' not in considered: raise typer.Exit(1)
 
 @zoo_app.command('run')
 def zoo_run(path: _Path = 'sweep.csv', config: _Config = '', jobs: _Jobs = 1, rows: _Rows = '', as_json: Json = False):

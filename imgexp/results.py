@@ -11,7 +11,7 @@ import torch
 
 from .catalog import SPLITS
 from .checkpoints import read_index, read_weights, weights_kind
-from .files import write_text
+from .files import file_sha256, write_text
 from .fit import parse_epochs
 from .learner import autocast, choose_precision, to_input
 from .loader import Loader, Pictures
@@ -96,12 +96,12 @@ def _names(run, epoch):
 def evaluate_states(
     run,   # a `Run`
     learn, # an `ImageLearner`; its weights are restored
-) -> list: # of dicts: epoch, state, and for each split top1, loss and n
+) -> list: # of dicts: epoch, state, sha256 of the weights file, and for each split top1, loss and n
     "Evaluate all kept weights on all splits."
     before, rows = {k: v.clone() for k, v in learn.model.state_dict().items()}, []
     for epoch, (path, kind) in kept_states(run).items():
         learn.model.load_state_dict(read_weights(path, kind)[0])
-        row = {'epoch': epoch, 'state': _names(run, epoch)}
+        row = {'epoch': epoch, 'state': _names(run, epoch), 'sha256': file_sha256(path/f'{kind}.safetensors' if path.is_dir() else path)}
         for split in SPLITS[:2] if run.observer else SPLITS:
             probs, labels, _ = predict_split(learn, split)
             if len(labels):
@@ -129,6 +129,7 @@ def finish_run(
     predict=predict_split, # (learn, split) -> probabilities, labels, rows
     figures: bool = True, # whether to draw them
     states: bool = False, # whether to evaluate all kept weights
+    drawings: dict | None = None, # {name: (run, learn) -> figure}, more figures of an unfinished run
 ) -> dict:      # figures by name
     "Evaluate on the validation and test splits, draw the figures, and finish the run."
     if rank(): return {}
@@ -142,6 +143,7 @@ def finish_run(
     drawn = _figures(learn, run.history, predictions, best) if figures else {}
     if not run.finished:
         if states: write_states(run, evaluate_states(run, learn))
+        drawn |= {name: draw(run, learn) for name, draw in (drawings or {}).items()}
         for name, fig in drawn.items(): run.figure(name, fig)
         folder = run.dir/'checkpoints'
         if upload: run.tracker.artifact(folder/best['name'], sorted(folder.glob('weights-*.safetensors')))

@@ -29,8 +29,8 @@ _NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack', 'recipe', 'max_minute
 RENAMED = {'03_train': {'crop': 'min_scale'}}  # {notebook: {name in older runs: current name}}
 _SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1, 'resplit': ''}
 # {notebook: {parameter that older runs lack: its value in them}}
-ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0, 'head_init': 'normal', 'states': False, 'figures': True}, '10_keras_cnn': _SOURCE,
-         '20_transfer': _SOURCE | {'max_images': '', 'keep_weights': ''}}
+ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0, 'head_init': 'normal', 'states': False, 'figures': True, 'explain': 0}, '10_keras_cnn': _SOURCE,
+         '20_transfer': _SOURCE | {'max_images': '', 'keep_weights': '', 'explain': 0}}
 
 # %% ../nbs/00g_runs.ipynb #6
 class Run:

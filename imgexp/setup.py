@@ -21,6 +21,7 @@ from .errors import InputError
 from .fit import FitParams, best_column, fit, parse_epochs
 from .cost import summary
 from .learner import LearnerParams, best_device, make_learner
+from .map_strips import StripParams
 from .loader import IMAGENET, normalization
 from .models import NetworkParams, build_model, check_size
 from .packs import prepare_images, preparation
@@ -54,7 +55,7 @@ class ResultParams(Parameters, heading='checkpoints'):
     figures: bool = param(True, 'draw the figures of the run', in_id=False)
 
 class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, StepsParams, ProgressiveParams,
-                  PackParams, ThreadParams, ResultParams, RunParams):
+                  PackParams, ThreadParams, ResultParams, StripParams, RunParams):
     "Parameters of `imgexp train`."
 
 # %% ../nbs/02n_setup.ipynb #8

@@ -7,6 +7,7 @@ __all__ = ['EXPERIMENT', 'train']
 
 # %% ../nbs/03_train.ipynb #2
 from .experiments import METRICS, Experiment
+from .map_strips import strip_drawings
 from .parallel import distributed, rank_zero_print
 from .params import takes
 from .results import finish_run
@@ -28,7 +29,8 @@ def _run_experiment(
         messages += [repr(learn.table), *threads_note()]
         with start_training(p, table, learn, observer) as run:
             for line in messages: rank_zero_print(line)
-            finish_run(run, learn, fit_run(p, run, learn), p.upload, figures=p.figures, states=p.states)
+            finish_run(run, learn, fit_run(p, run, learn), p.upload, figures=p.figures, states=p.states,
+                       drawings=strip_drawings(p.explain))
     return run
 
 # %% ../nbs/03_train.ipynb #24

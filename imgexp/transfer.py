@@ -33,6 +33,7 @@ from .fit import fit, parse_epochs
 from .learner import (PRECISION, ImageLearner, LearnerParams, Loaders, StatefulCallback, TrainEvalCallback, best_device,
     choose_precision, make_learner)
 from .loader import IMAGENET, Batches, LoadParams, Loader, normalization
+from .map_strips import StripParams, strip_drawings
 from .metrics import skipped_message
 from .models import build_model, default_size
 from .networks import HEADS, archs, freeze_bn_statistics, set_retrain
@@ -90,7 +91,7 @@ class CacheParams(Parameters, heading='machine'):
     cache_gb: float = param(20.0, 'disk space for all cached features, in GB', '(0, 1000000]', in_id=False)
 
 class TransferParams(DataParams, LimitParams, TransferNetworkParams, HeadParams, ViewParams, SplitSeedParams,
-                     KeepWeightsParams, CacheParams, LoadParams, RunParams):
+                     KeepWeightsParams, StripParams, CacheParams, LoadParams, RunParams):
     "Parameters of `imgexp transfer`."
 
 # %% ../nbs/20_transfer.ipynb #10
@@ -441,8 +442,8 @@ def _run_experiment(
             best = fit_head(run, p, learn)
         if p.finetune_epochs and not run.stop_reason:
             learn, best = finetune(run, p, subset, model, norm)
-            finish_run(run, learn, best, predict=predictor(p, best))
-        else: finish_run(run, learn, best, predict=predict_head)
+            finish_run(run, learn, best, predict=predictor(p, best), drawings=strip_drawings(p.explain))
+        else: finish_run(run, learn, best, predict=predict_head, drawings=strip_drawings(p.explain))
     return run
 
 # %% ../nbs/20_transfer.ipynb #38

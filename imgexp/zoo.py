@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .metrics import wilson
 from .start import runs_dir
-from .style import BLUE, GRAY, GREEN, ORANGE, percent_axis, styled
+from .style import BLUE, GRAY, GREEN, ORANGE, percent_axis, set_title, styled
+from .weight_predictors import score_predictions
 from .zoo_dataset import ZooDataset
 from .zoo_images import zoo_classes
 from .zoo_params import RULES, ZooParams
@@ -41,11 +43,15 @@ def plot_hyperparameters(
     fig, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
     for name, marker, color in zip(sorted(metrics['config.optimizer'].unique()), 'osv', (BLUE, ORANGE, GREEN)):
         part = metrics[metrics['config.optimizer'] == name]
+        low, high = wilson((part.test_accuracy*part.test_n).round(), part.test_n)
         for ax, column in zip(axes, ('config.learning_rate', 'config.epochs')):
+            ax.vlines(part[column], low, high, color=color, alpha=0.3, lw=1)
             ax.plot(part[column], part.test_accuracy, marker, color=color, alpha=0.7, ms=4,
                     label=f'{name} ({len(part)})')
     axes[0].set(xscale='log', xlabel='learning rate', ylabel='test top-1')
     axes[1].set(xlabel='epochs')
+    for ax in axes: ax.axhline(1/(metrics['config.classes'].iloc[0].count(',') + 1), color=GRAY, lw=1, ls=':')
+    axes[0].set_ylim(0, 1.02)
     axes[0].legend()
     percent_axis(axes[0].yaxis)
     return fig
@@ -73,7 +79,10 @@ def plot_distances(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3))
     for _, part in table[table.distance > 0].groupby('row'):
-        ax.plot(part.distance, part.test_accuracy, '.-', color=BLUE, alpha=0.35, lw=1)
+        ax.plot(part.distance, part.test_accuracy, '-', color=BLUE, alpha=0.35, lw=1)
+        ax.plot(part.distance.iloc[-1:], part.test_accuracy.iloc[-1:], '.', color=BLUE, alpha=0.7)
+    n, rows = (table.distance > 0).sum(), table.row.nunique()
+    set_title(ax, 'from the initial weights to the last', f'{n:,} trained states of {rows:,} rows; dots are last states')
     ax.set(xscale='log', xlabel='distance from the initial weights, relative to their norm', ylabel='test top-1')
     percent_axis(ax.yaxis)
     return fig
@@ -102,6 +111,7 @@ def agreement(
 def plot_predicted(
     y,         # float [states], true
     predicted, # float [states]
+    rows,      # int [states], from which row each state is
 ): # matplotlib figure
     "Predicted against true accuracy."
     import matplotlib.pyplot as plt
@@ -109,7 +119,9 @@ def plot_predicted(
     low, high = min(y.min(), predicted.min()), max(y.max(), predicted.max())
     ax.plot([low, high], [low, high], color=GRAY, lw=1)
     ax.plot(y, predicted, '.', color=BLUE, alpha=0.5)
-    ax.set(xlabel=f'test top-1 (n = {len(y)})', ylabel='predicted from weights')
+    ax.set(xlabel='test top-1', ylabel='predicted from weights')
+    s = score_predictions(y, predicted, rows)
+    set_title(ax, f"R² {s['r2']:.2f}", f"{s['r2_low']:.2f} to {s['r2_high']:.2f}; {s['n']:,} states of {s['rows']:,} networks")
     percent_axis(ax.xaxis, 5)
     percent_axis(ax.yaxis)
     return fig

@@ -25,7 +25,7 @@ class ZooDataset:
         self,
         folder: str | Path, # an exported zoo
         split: str = '',    # 'train', 'valid' or 'test'; '' takes all states
-        by: str = 'row',    # what has no part in two splits: 'row' or 'subset' of classes
+        by: str = 'row',    # the unit kept within one split: 'row' or 'subset' of classes
         states: str = '',   # 'init', 'early', 'best' or 'last'; '' takes all
         diverged: bool = True, # whether states of rows that diverged are included
     ):
@@ -33,8 +33,8 @@ class ZooDataset:
         self.dir = Path(folder)
         if not (self.dir/'layout.csv').is_file() or not (self.dir/'metrics.csv.gz').is_file():
             raise InputError(f'{display_path(folder)} is not an exported zoo: `imgexp zoo export` writes one')
-        self.layout, self.p = read_layout(self.dir/'layout.csv'), ZooParams.check(read_config(self.dir/'sweep.yaml'))
-        metrics, splits = pd.read_csv(self.dir/'metrics.csv.gz'), pd.read_csv(self.dir/'splits.csv')
+        self.layout, self.p = self._read(read_layout, 'layout.csv'), ZooParams.check(read_config(self.dir/'sweep.yaml'))
+        metrics, splits = self._read(pd.read_csv, 'metrics.csv.gz'), self._read(pd.read_csv, 'splits.csv')
         for name, value, allowed in (('split', split, _SPLITS), ('by', by, ('row', 'subset')),
                                      ('states', states, _STATES)):
             if value not in allowed: raise invalid_choice(name, value, allowed)
@@ -42,12 +42,18 @@ class ZooDataset:
         if states: keep &= metrics.state.str.split().map(lambda names: states in names)
         if not diverged: keep &= ~metrics.diverged
         self.rows, self.metrics = np.flatnonzero(keep), metrics[keep.to_numpy()].reset_index(drop=True)
-        path = self.dir/'weights.npy'
-        self.matrix = np.load(path, mmap_mode='r') if path.is_file() else None
-        if self.matrix is not None and len(self.matrix) != len(metrics):
-            raise InputError(f'{display_path(path)} has {len(self.matrix):,} states and metrics.csv.gz '
-                             f'{len(metrics):,}: the zoo is '
-                             'damaged')
+        if (self.dir/'states').is_dir(): self.matrix = None
+        else: self.matrix = self._read(lambda path: np.load(path, mmap_mode='r'), 'weights.npy')
+        if self.matrix is not None and self.matrix.shape != (len(metrics), self.layout[-1].stop):
+            raise InputError(f'{display_path(self.dir/"weights.npy")} has the shape {self.matrix.shape}, and the tables '
+                             f'ask for {(len(metrics), self.layout[-1].stop)}: the zoo is damaged; export it again, or copy it anew')
+    def _read(self, read, name):
+        "Read one of the files; InputError if it is missing or damaged"
+        try: out = read(self.dir/name)
+        except (OSError, EOFError, ValueError, KeyError) as e:
+            raise InputError(f'{display_path(self.dir/name)} is missing or damaged ({type(e).__name__}): export the zoo again, or copy it anew') from None
+        if not len(out): raise InputError(f'{display_path(self.dir/name)} is empty: export the zoo again, or copy it anew')
+        return out
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.weights(i), self.metrics.iloc[i].to_dict()
     def __repr__(self):
@@ -81,10 +87,18 @@ def network(
 ): # a torch network
     "Network of a state, in evaluation mode."
     from imgexp.models import build_model
-    n_classes = self.metrics['config.classes'][i].count(',') + 1
+    n_classes = self.metrics['config.classes'].iloc[i].count(',') + 1
     model = build_model(self.p.arch, n_classes, size=self.p.size)
     model.load_state_dict(self.state_dict(i))
     return model.eval()
+
+@patch
+def norm(
+    self: ZooDataset,
+    i: int, # number of a state in this data set
+) -> tuple: # mean and standard deviation of the channels
+    "How the images of a network were normalized, in units of full scale: each row by its own training images."
+    return tuple(tuple(map(float, self.metrics[f'config.{k}'].iloc[i].split())) for k in ('mean', 'std'))
 
 @patch
 def damage(self: ZooDataset) -> list: # names

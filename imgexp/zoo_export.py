@@ -11,24 +11,40 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoints import read_weights
+from .checkpoints import read_index, read_weights
 from .errors import InputError
 from .files import display_path, file_sha256, sync, write_text, writing
+from .fit import parse_epochs
 from .models import build_model
 from .randomness import uniforms
 from .results import kept_states
 from .weight_statistics import Tensor, layout_of, weight_statistics
+from .zoo_params import config_text
 from .zoo_table import Zoo
 
 # %% ../nbs/49a_zoo_export.ipynb #5
+def _damaged(run, k, what):
+    return InputError(f'run {run.name} of row {k} is damaged ({what}): delete it (`imgexp runs rm {run.name}`), and `imgexp zoo run` trains the row again')
+
+def _read_scores(run):
+    "{epoch: line of states.csv}"
+    with open(run.dir/'states.csv', newline='') as f: rows = [*csv.DictReader(f)]
+    return {int(r['epoch']): r for r in rows if None not in r.values()}
+
 def _states_of_row(zoo, k, run, status):
     "Paths and metrics of the kept states of a row"
-    with open(run.dir/'states.csv', newline='') as f: scores = {int(r['epoch']): r for r in csv.DictReader(f)}
-    for epoch, (path, kind) in kept_states(run).items():
+    scores, kept = _read_scores(run), kept_states(run)
+    expected = {*scores}
+    if status == 'done': expected |= {e for e in parse_epochs(run.params['keep_weights']) if e <= run.history.epoch.max()} | {b['epoch'] for b in read_index(run)['best'][:1]}
+    if missing := expected - (scores.keys() & kept.keys()): raise _damaged(run, k, f'epoch {min(missing)} is missing')
+    for epoch, (path, kind) in kept.items():
         if epoch not in scores: continue
+        if file_sha256(path/f'{kind}.safetensors' if path.is_dir() else path) != scores[epoch]['sha256']: raise _damaged(run, k, f'{path.name} has changed since it was evaluated')
+        classes, norm = (read_weights(path, kind)[1][n] for n in ('classes', 'norm'))
         yield (path, kind), {'row': k, 'epoch': epoch, 'state': scores[epoch]['state'],
-                             'diverged': status == 'failed'} | {
-            c: float(v) for c, v in scores[epoch].items() if c.endswith(('top1', 'loss')) and v}
+                             'diverged': status == 'failed', 'classes': ','.join(classes),
+                             'norm': norm} | {
+            c: float(v) for c, v in scores[epoch].items() if c.endswith(('top1', 'loss', '_n')) and v}
 
 def zoo_states(
     zoo: Zoo,
@@ -73,13 +89,13 @@ def _metrics(zoo, states, runs):
         row = zoo.inputs[m['row']]
         rows.append({
             'config.dataset': Path(zoo.p.data).name, 'config.dnn_architecture': zoo.p.arch,
-            'config.classes': row['classes'],
+            'config.classes': m['classes'], **{f'config.{k}': ' '.join(map(str, v)) for k, v in zip(('mean', 'std'), m['norm'])},
             'config.epochs': row['max_epoch'], 'config.learning_rate': row['learning_rate'],
             'config.optimizer': row['optimizer'], 'config.l2reg': row['weight_decay'], 'config.w_init': zoo.p.head_init,
             'config.batch_size': row['batch_size'], 'config.random_seed': row['seed'], 'modeldir': runs[m['row']],
             'step': m['epoch'], 'laststep': 'last' in m['state'].split(),
             **{f'{s}_{name}': m.get(f'{s}_{ours}', '') for s in ('train', 'valid', 'test')
-               for name, ours in (('accuracy', 'top1'), ('loss', 'loss'))},
+               for name, ours in (('accuracy', 'top1'), ('loss', 'loss'), ('n', 'n'))},
             'row': m['row'], 'state': m['state'], 'diverged': m['diverged']})
     return pd.DataFrame(rows)
 
@@ -167,12 +183,14 @@ def _card(zoo, metrics, layout):
         f'Each network classifies {p.classes_per_model} classes of {Path(p.data).name} at {p.size} px; '
         f'{len(metrics):,} states, '
         f'{layout[-1].stop:,} values each. Trained from scratch with imgexp; images of a class are divided into train, '
-        f'valid and test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is one in '
-        'every row.', '',
+        f'valid and test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is a '
+        'test image for every network. Images are normalized by mean and deviation of the training images of each row '
+        '(`config.mean` and `config.std`); outputs are in the order of `config.classes`.', '',
         f'Test accuracy of the {len(done):,} networks that reached their last epoch: {done.test_accuracy.min():.1%} to '
         f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. '
         f'{metrics[metrics.diverged].row.nunique():,} rows '
-        'diverged (their loss became infinite or NaN); their states until then are included and flagged.', '',
+        'diverged (their loss became infinite or NaN); their states until then are included and flagged. '
+        f'{len(zoo.inputs) - metrics.row.nunique():,} rows failed before they had a state; sweep.csv has the reason.', '',
         '| file | contents |', '|---|---|',
         '| weights.npy | float32 [states, values]; `np.load(..., mmap_mode="r")` |',
         '| layout.csv | place of each tensor in a row |',
@@ -198,17 +216,19 @@ def export_zoo(
     "Write a finished zoo as a data set; raises `InputError` for an unfinished or damaged one."
     out = Path(out)
     if format not in FORMATS: raise InputError(f'format={format!r}: choose npy or pth')
-    if out.exists(): raise InputError(f'{display_path(out)} is there already: name a new folder')
+    if out.exists(): raise InputError(f'{display_path(out)} already exists: name a new folder')
     states = zoo_states(zoo)
     n_classes = next(iter(zoo.inputs.values()))['classes'].count(',') + 1
     layout = layout_of(build_model(zoo.p.arch, n_classes, size=zoo.p.size))
     part = out.with_name(f'.{out.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    with writing(out):
-        part.mkdir(parents=True)
-        _write_all(zoo, part, states, layout, format)
-        for path in part.rglob('*'): sync(path)
-        os.replace(part, out)
+    try:
+        with writing(out):
+            part.mkdir(parents=True)
+            _write_all(zoo, part, states, layout, format)
+            for path in part.rglob('*'): sync(path)
+            os.replace(part, out)
+    finally: shutil.rmtree(part, ignore_errors=True)
     return out
 
 def _write_all(zoo, part, states, layout, format):
@@ -222,7 +242,8 @@ def _write_all(zoo, part, states, layout, format):
     with gzip.GzipFile(part/'metrics.csv.gz', 'wb', mtime=0) as f: f.write(metrics.to_csv(index=False).encode())
     zoo_splits(zoo.inputs, zoo.p.seed).to_csv(part/'splits.csv', index=False)
     write_text(part/'index_dict.json', json.dumps(index_dict(layout), indent=1))
-    for suffix in ('.csv', '.yaml'): shutil.copyfile(zoo.path.with_suffix(suffix), part/f'sweep{suffix}')
+    shutil.copyfile(zoo.path, part/'sweep.csv')
+    write_text(part/'sweep.yaml', config_text(zoo.p.replace(data=Path(zoo.p.data).name)))  # no path of this machine
     write_text(part/'README.md', _card(zoo, metrics, layout))
     files = sorted(p for p in part.rglob('*') if p.is_file())
     write_text(part/'sha256.txt', ''.join(f'{file_sha256(p)}  {p.relative_to(part)}\n' for p in files))

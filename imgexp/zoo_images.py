@@ -6,7 +6,8 @@
 __all__ = ['archive_of_classes', 'zoo_classes', 'shrink_class', 'wait_for_classes']
 
 # %% ../nbs/46_zoo_images.ipynb #2
-import hashlib, os, shutil, time
+import hashlib, os, shutil, threading, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from fastcore.basics import patch
 
 from .catalog import ENTRIES, data_set_folder
 from .contents import contents
-from .data import parse_shares
+from .data import Files, Images, parse_shares
 from .decoding import BadImage, decode, shrink
-from .errors import InputError
+from .errors import InputError, Stopped, stop_requests
 from .files import read_json, write_json, writing
 from .folders import image_files
 from .retrieval import fetch, fetched_classes
@@ -94,9 +95,19 @@ def record_classes(
     self: Zoo,
     names, # of classes
 ):
-    "Hash the images of classes and record them."
-    table = open_images(str(self.data), ','.join(names), **_options(self.p))
-    for label, name in enumerate(table.classes): _record(self, name, id=_hash(table, label))
+    "Hash the images of classes and record them, or why there are none; no other class is read."
+    if not names: return
+    fetched = archive_of_classes(self.p)
+    table = None if fetched else open_images(str(self.data), '', **_options(self.p))
+    for name in names:
+        if fetched: _record(self, name, id=_hash(_fetched_class(Path(self.data), name), 0))
+        elif name in table.classes: _record(self, name, id=_hash(table, table.classes.index(name)))
+        else: _record(self, name, error=f'{table.name} has no such class: correct the rows that name it, or add its images')
+
+def _fetched_class(folder, name):
+    "Table of the images of one class"
+    files = np.array([f'train/{name}/{f}' for f in image_files(folder/'train'/name)], object)
+    return Images(files, np.zeros(len(files), np.int64), np.zeros(len(files), np.int8), [name], source=Files(folder, files))
 
 # %% ../nbs/46_zoo_images.ipynb #13
 def shrink_class(
@@ -145,7 +156,7 @@ def prepare_classes(
     "Record the classes of rows, after fetching those that are missing; a class that cannot be had is recorded with the reason."
     names, entry = [*dict.fromkeys(c for k in rows
                                    for c in self.inputs[k]['classes'].split(','))], archive_of_classes(self.p)
-    if not entry: return self._record_or_explain(names)
+    if not entry: return self.record_classes(names)
     for i in range(0, len(names), at_once):
         if stop(): return
         group = names[i:i + at_once]
@@ -156,15 +167,7 @@ def prepare_classes(
                 except InputError as e:
                     say(f'class {name}: {e}')
                     _record(self, name, error=str(e))
-        self._record_or_explain([n for n in group if (Path(self.data)/'train'/n).is_dir()])
-
-@patch
-def _record_or_explain(self: Zoo, names):
-    try: self.record_classes(names)
-    except InputError:
-        for name in names:
-            try: self.record_classes([name])
-            except InputError as e: _record(self, name, error=str(e))
+        self.record_classes([n for n in group if (Path(self.data)/'train'/n).is_dir()])
 
 # %% ../nbs/46_zoo_images.ipynb #17
 def wait_for_classes(
@@ -173,9 +176,11 @@ def wait_for_classes(
     seconds: float = 0.2, # between two looks
 ):
     "Wait until the images of classes are there; raises `InputError` if one of them cannot be had."
-    while True:
-        records = [read_json(_record_path(zoo, n)) or {} for n in names]
-        for r in records:
-            if 'error' in r: raise InputError(f"class {r['name']}: {r['error']}")
-        if all(records): return
-        time.sleep(seconds)
+    with stop_requests() if threading.current_thread() is threading.main_thread() else nullcontext([]) as requests:
+        while True:
+            records = [read_json(_record_path(zoo, n)) or {} for n in names]
+            for r in records:
+                if 'error' in r: raise InputError(f"class {r['name']}: {r['error']}")
+            if all(records): return
+            if requests: raise Stopped(f'{requests[0]}; the same command continues')
+            time.sleep(seconds)

@@ -11,18 +11,18 @@ TRAIN = dict(
     data='shapes', classes='0,1,2', subset=0.5, recipe=None, arch='resnet18', weights=None, retrain=1, drop_path=0.1, size=28, sizes='32-64', augment='color', flip='none',
     min_scale=0.5, mixup=0.2, cutmix=1.0, erase=0.5, epochs=3, batch_size=16, micro_batch=8, optimizer='adam', lr=0.01, momentum=0.8, weight_decay=0.1, schedule='cosine',
     warmup=1.0, label_smoothing=0.1, clip=1.0, ema=0.99, patience=2, best_by='valid_loss', keep_best=1, keep_every=2, keep_weights='1', precision='fp32', compile=True,
-    seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True, threads=2, steps=40, resplit='60/20/20', head_init='kaiming', states=True, figures=False, **SOURCE)
+    seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True, threads=2, steps=40, resplit='60/20/20', head_init='kaiming', states=True, figures=False, explain=2, **SOURCE)
 TRANSFER = dict(
     data='shapes', classes='0,1,2', subset=0.5, arch='compact_resnet', weights=None, retrain=1, head='mlp', size=48, normalize='half', views=2, augment='color', epochs=3, max_images='50', keep_weights='1',
     batch_size=16, lr=0.01, weight_decay=0.1, finetune_epochs=1, finetune_lr=0.01, cache_gb=1.0, precision='fp32', seed=1, seed_subset=1, seed_order=1, seed_init=1,
-    workers=1, bad='skip', resume='never', track='off', resplit='60/20/20', **SOURCE)
+    workers=1, bad='skip', resume='never', track='off', resplit='60/20/20', explain=2, **SOURCE)
 KERAS = dict(
     data='shapes', classes='0,1,2', subset=0.5, size=28, filters=8, filter_size=5, strategy='half', blocks=2, activation='mish', batch_norm=True, dense=16, dropout=0.1,
     augment=True, batch_size=16, epochs=3, lr=0.01, schedule='cosine', precision='fp32', seed=1, bad='skip', resume='never', track='off', resplit='60/20/20', **SOURCE)
 
 EXEMPT = {'resume', 'track', 'workers', 'max_minutes', 'upload',     # how, where and how long, not what
           'keep_best', 'keep_every', 'keep_weights', 'cache_gb',     # what stays on the disk
-          'states', 'figures',                                       # what is evaluated and drawn at the end
+          'states', 'figures', 'explain',                            # what is evaluated and drawn at the end
           'bad',                                                     # a run that met a damaged image can go on without it; what it left out is not reused by `stop`
           'threads',                                                 # how the last bits are rounded: told, and kept by a continued run
           'pack',                                                    # `prepared` in what the run depends on, where it changes what the network sees

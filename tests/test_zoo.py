@@ -263,17 +263,19 @@ def test_damaged_tables(project, launcher, change, message):
     assert re.search(message, job.err) and 'sweep.csv' in job.err
 
 @pytest.mark.parametrize('args, message', [
-    (['--classes', '0,1'], 'classes_per_model=3: there are only 2 classes'),
-    (['--models', '121'], 'at most 120 rows'),
+    (['--classes', '0,1'], 'classes_per_model=3: 2 classes to choose from'),
+    (['--models', '121'], 'has at most 120 rows'),
     (['--classes', '0,1,x'], "unknown class 'x'"),
     (['--optimizers', 'adan'], "unknown optimizer 'adan'"),
     (['--config', 'none.yaml'], 'none.yaml cannot be read'),
     (['--max-epoch', '8-4'], 'max_epoch='),
-    (['--resplit', '70/20/20'], 'resplit='),
+    (['--resplit', '70/20/20'], 'resplit='), (['--max-epoch', '20000'], 'max_epoch='), (['--learning-rate-sgd', '500'], 'learning_rate=500'),
+    (['--out', 'a-file/sweep.csv'], 'a-file cannot be written'),
 ], ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_bad_plans(project, launcher, args, message):
+    (project/'a-file').touch()
     job = launcher.imgexp('zoo', 'plan', *TINY, *args, root=project, cwd=project)
-    assert job.wait() == 2 and message in job.err and len(job.err.strip().splitlines()) == 1
+    assert job.wait() in (1, 2) and message in job.err and len(job.err.strip().splitlines()) == 1
     assert not (project/'sweep.csv').exists()
 
 def test_exports_of_unfinished_and_damaged_zoos(project):
@@ -281,8 +283,20 @@ def test_exports_of_unfinished_and_damaged_zoos(project):
     with pytest.raises(InputError, match='is not finished: 2 rows are waiting'): export_zoo(zoo, project/'out')
     states = run_zoo(zoo, **QUIET)
     path = next((project/'runs'/states[1]['run']/'checkpoints').glob('weights-0001.safetensors'))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match='weights-0001.safetensors is missing, damaged'): export_zoo(zoo, project/'out')
+    whole, scores = path.read_bytes(), path.parent.parent/'states.csv'
+    table = scores.read_text()
+    def refused(message):
+        with pytest.raises(InputError, match=message): export_zoo(zoo, project/'out')
+    flipped = bytearray(whole)
+    flipped[-1] ^= 0x40
+    path.write_bytes(flipped)
+    refused('row 1 is damaged .weights-0001.safetensors has changed.*imgexp runs rm')
+    path.unlink()
+    refused('row 1 is damaged .epoch 1 is missing')
+    path.write_bytes(whole)
+    scores.write_text('\n'.join(table.splitlines()[:-1]) + '\n')
+    refused('row 1 is damaged .epoch 1 is missing')
+    scores.write_text(table)
     assert not (project/'out').exists()
     with pytest.raises(InputError, match='format='): export_zoo(zoo, project/'out', 'pkl')
 
@@ -296,3 +310,41 @@ def test_states_of_a_row(project):
     assert {f.name for f in (run.dir/'checkpoints').iterdir()} == {'index.json', *(f"weights-{m['epoch']:04d}.safetensors" for _, m in found)}
     assert not (run.dir/'figures').is_dir() or not [*(run.dir/'figures').iterdir()]
     with pytest.raises(InputError): __import__('imgexp.train').train.train(extend=run.name, epochs=1, track='off')
+
+def test_retry_after_an_unknown_class_was_corrected(project, launcher):
+    "A row with an unknown class fails alone, and `retry` neither hangs nor forgets it."
+    zoo = plan(project/'sweep.csv', models=2, max_epoch='1')
+    text, wanted = zoo.path.read_text(), zoo.inputs[0]['classes']
+    zoo.path.write_text(text.replace(wanted, '0,2,cat', 1))
+    def imgexp(*args):
+        job = launcher.imgexp('zoo', *args, root=project, cwd=project)
+        return job.wait(), job.out + job.err
+    code, err = imgexp('run')
+    assert code == 0 and 'no such class' in err and '1 done, 1 failed of 2 rows' in err
+    assert '1 done, 1 failed of 2 rows' in imgexp('retry')[1]
+    code, err = imgexp('run', '--rows', '0')
+    assert code == 1, 'no row that was asked for is done'
+    zoo.path.write_text(zoo.path.read_text().replace('0,2,cat', wanted))
+    assert '2 done of 2 rows' in imgexp('run')[1]
+    assert imgexp('export', 'sweep.csv', 'out')[0] == 0
+    code, err = imgexp('run', 'out')
+    assert code == 2 and 'is an exported zoo' in err and not (project/'out/sweep').exists()
+
+def test_a_class_that_is_gone_fails_only_its_rows(project, tmp_path):
+    folder = tmp_path/'im'
+    for c in 'abcd':
+        (folder/c).mkdir(parents=True)
+        for k in range(14): Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3), np.uint8)).save(folder/c/f'{k}.png')
+    zoo = plan(project/'sweep.csv', data=str(folder), models=4, max_epoch='1')
+    assert {s['status'] for s in run_zoo(zoo, **QUIET).values()} == {'done'}
+    (folder/'a').rename(tmp_path/'a')
+    states = run_zoo(find_zoo(zoo.path), **QUIET)
+    assert {zoo.inputs[k]['classes']: s['status'] for k, s in states.items()} == {r['classes']: 'failed' if 'a' in r['classes'] else 'done' for r in zoo.inputs.values()}
+
+def test_what_a_config_says_is_exported(project):
+    zoo = plan(project/'sweep.csv', models=1, max_epoch='1')
+    (project/'other.yaml').write_text(zoo.path.with_suffix('.yaml').read_text().replace('momentum: 0.9', 'momentum: 0.5'))
+    zoo.path.with_suffix('.yaml').unlink()
+    zoo = find_zoo(zoo.path, str(project/'other.yaml'))
+    run_zoo(zoo, config=str(project/'other.yaml'), **QUIET)
+    assert ZooDataset(export_zoo(zoo, project/'out')).p.momentum == 0.5 and not (project/'.out.part').exists()

@@ -35,7 +35,7 @@ FEATURES = {
     'LR finder': dict(lr=0), 'ema': dict(ema=0.9), 'label_smoothing': dict(label_smoothing=0.1), 'drop_path': dict(drop_path=0.5),
     'dropout': dict(arch='squeezenet1_1'), 'augment': dict(augment='trivial'), 'flip': dict(augment='crop-flip', flip='alternating'),
     'mixup': dict(mixup=0.4), 'cutmix': dict(cutmix=1.0), 'erase': dict(erase=0.5), 'sizes': dict(sizes='32-64'),
-    'patience': dict(patience=1), 'keep_every, keep_weights': dict(keep_every=1, keep_weights='1,2', keep_best=1), 'retrain': dict(retrain=1),
+    'patience': dict(patience=1), 'keep_every, keep_weights': dict(keep_every=1, keep_weights='1,2', keep_best=1), 'explain': dict(explain=4, keep_weights='0,1'), 'retrain': dict(retrain=1),
     'workers': dict(workers=2), 'steps': dict(steps=21, mixup=0.4, augment='crop-flip'), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0), 'compile': dict(compile=True),
     'two processes': dict(), 'everything': EVERYTHING, 'everything, two processes': EVERYTHING}
 TRANSFER = dict(arch='compact_resnet', epochs=3, batch_size=22, size=32, precision='fp32', track='off', workers=0)
