@@ -35,9 +35,12 @@ def explain_command(
     **values,          # of `ExplainParams`, as text
 ):
     "Explain a run: report.html with maps, mistakes, confused pairs, probes; or draw the maps of one photo."
-    p = ExplainParams.check({k: v for k, v in values.items() if v is not None} | ({'check_maps': True} if check else {}))
+    p = ExplainParams.check({k: v for k, v in values.items() if v is not None}
+                            | ({'check_maps': True} if check else {}))
     if photo is not None: return _draw_photo(p, photo, out)
-    if out is not None: raise InputError('--out is for a photo: give one, or leave it out (the report is written to the directory of the run)')
+    if out is not None:
+        raise InputError('--out is for a photo: give one, or leave it out (the report is written to the directory of '
+                         'the run)')
     from imgexp.explain import explain_run
     result = explain_run(say=say, **p)
     if as_json: return print((result.folder/'explain.json').read_text(encoding='utf-8'), end='')
@@ -45,9 +48,12 @@ def explain_command(
     say(f'report: {display_path(result.report)}')
 
 _Run = Annotated[str, typer.Argument(help="A run's name, part of it, or its directory.")]
-_own = {'run': (_Run, inspect.Parameter.empty), 'photo': (Annotated[Optional[Path], typer.Argument(help='One photo to draw the maps of, instead of a split.')], None),
+_own = {'run': (_Run, inspect.Parameter.empty),
+        'photo': (Annotated[Optional[Path], typer.Argument(help='One photo to draw the maps of, instead of a split.')],
+                  None),
         'out': (Annotated[Optional[Path], typer.Option(help='Picture of the maps of a photo (.png).')], None),
-        'check': (Annotated[bool, typer.Option('--check', help=ExplainParams.table()['check_maps'].metadata['help'])], False), 'as_json': (Json, False)}
+        'check': (Annotated[bool, typer.Option('--check', help=ExplainParams.table()['check_maps'].metadata['help'])],
+                  False), 'as_json': (Json, False)}
 explain_command.__signature__ = inspect.Signature([
     *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in _own.items()),
     *(parameter_option(f) for n, f in ExplainParams.table().items() if n not in ('run', 'check_maps'))])

@@ -39,7 +39,8 @@ def confused_pairs(
     p = binom.sf(k - 1, errors, 1/max(len(classes) - 1, 1)) if len(k) else np.zeros(0)
     low, high = wilson(k, of)
     names = np.array([str(c) for c in classes], object)
-    table = pd.DataFrame({'true': names[i], 'predicted': names[j], 'n': k, 'of': of, 'rate': k/np.maximum(of, 1), 'low': low, 'high': high, 'errors': errors, 'back': counts[j, i],
+    table = pd.DataFrame({'true': names[i], 'predicted': names[j], 'n': k, 'of': of, 'rate': k/np.maximum(of, 1),
+                          'low': low, 'high': high, 'errors': errors, 'back': counts[j, i],
                           'p': holm(p, len(classes)*(len(classes) - 1))})
     return table.sort_values(['p', 'rate'], ascending=[True, False], kind='stable', ignore_index=True)
 
@@ -74,7 +75,8 @@ def regions(
     sides = {'top': (0, _CORNER), 'bottom': (1 - _CORNER, 1)}, {'left': (0, _CORNER), 'right': (1 - _CORNER, 1)}
     out = {'center': np.outer(_cover(h, *_CENTER), _cover(w, *_CENTER)),
            'border': 1 - np.outer(_cover(h, _FRAME, 1 - _FRAME), _cover(w, _FRAME, 1 - _FRAME))}
-    return out | {f'{v} {u}': np.outer(_cover(h, *a), _cover(w, *b)) for v, a in sides[0].items() for u, b in sides[1].items()}
+    return out | {f'{v} {u}': np.outer(_cover(h, *a), _cover(w, *b)) for v, a in sides[0].items() for u,
+                  b in sides[1].items()}
 
 # %% ../nbs/67_error_analysis.ipynb #17
 def region_shares(
@@ -85,7 +87,8 @@ def region_shares(
     positive = np.clip(np.asarray(maps, np.float64), 0, None)
     total = positive.sum((1, 2))
     with np.errstate(invalid='ignore', divide='ignore'):
-        return pd.DataFrame({name: (positive*cover).sum((1, 2))/total for name, cover in regions(*positive.shape[1:]).items()})
+        return pd.DataFrame({name: (positive*cover).sum((1, 2))/total for name,
+                             cover in regions(*positive.shape[1:]).items()})
 
 # %% ../nbs/67_error_analysis.ipynb #20
 def class_regions(
@@ -102,10 +105,12 @@ def class_regions(
             values = shares[region].to_numpy()
             own, others = (v[~np.isnan(v)] for v in (values[labels == c], values[labels != c]))
             half = t.ppf(0.975, len(own) - 1)*own.std(ddof=1)/len(own)**0.5 if len(own) > 1 else np.nan
-            p = ttest_ind(own, others, equal_var=False, alternative='greater').pvalue if min(len(own), len(others)) > 1 else 1.
+            p = ttest_ind(own, others, equal_var=False, alternative='greater').pvalue if min(len(own),
+                                                                                             len(others)) > 1 else 1.
             mean, other = (v.mean() if len(v) else np.nan for v in (own, others))
             rows.append(dict(zip(('class', 'region', 'n', 'share', 'low', 'high', 'others', 'area', 'p'),
-                                 (str(classes[c]), region, len(own), mean, mean - half, mean + half, other, area, 1. if np.isnan(p) else p))))
+                                 (str(classes[c]), region, len(own), mean, mean - half, mean + half, other, area,
+                                  1. if np.isnan(p) else p))))
     table = pd.DataFrame(rows)
     corner = table.region.str.contains(' ')
     table['p'] = holm(np.where(corner, table.p, 1.), int(corner.sum()))
@@ -115,7 +120,8 @@ def standing_out(
     table, # DataFrame from `class_regions`
 ):         # DataFrame with the same columns, largest share first
     "Corners in which the maps of a class lie more than chance and other classes explain: perhaps a shortcut."
-    return table[(table.p < 0.05) & (table.share >= 2*table.area)].sort_values('share', ascending=False, ignore_index=True)
+    return table[(table.p < 0.05) & (table.share >= 2*table.area)].sort_values('share', ascending=False,
+                                                                               ignore_index=True)
 
 # %% ../nbs/67_error_analysis.ipynb #23
 def class_table(
@@ -124,7 +130,8 @@ def class_table(
     "Accuracy of each class with its interval, its most frequent confusion, and where its maps lie."
     out = per_class(explained.probs, explained.labels, explained.table.classes)
     center = region_shares(explained.maps)['center'].groupby(explained.labels)
-    return out.assign(center=center.mean().reindex(range(len(out))).to_numpy(), maps=center.count().reindex(range(len(out)), fill_value=0).to_numpy())
+    return out.assign(center=center.mean().reindex(range(len(out))).to_numpy(),
+                      maps=center.count().reindex(range(len(out)), fill_value=0).to_numpy())
 
 # %% ../nbs/67_error_analysis.ipynb #26
 def carrying_channels(
@@ -135,7 +142,8 @@ def carrying_channels(
     "Channels that contribute most to the logit of a class on its own images, relative to the mean of all logits."
     contributions = explained.channels.contributions()[label]
     if np.isnan(contributions).any(): return []
-    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k] if contributions[c] > 0]
+    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k]
+            if contributions[c] > 0]
 
 def shared_channels(
     explained, # `SplitMaps`
@@ -146,4 +154,5 @@ def shared_channels(
     "Channels that carry both classes of a pair."
     contributions = explained.channels.contributions()[[a, b]].min(0)
     if np.isnan(contributions).any(): return []
-    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k] if contributions[c] > 0]
+    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k]
+            if contributions[c] > 0]

@@ -38,13 +38,14 @@ def _network(run, checkpoint, device):
     "The network of a run; raises InputError for one that has no maps"
     trained = load_run(run, checkpoint, device)
     if isinstance(trained, Network): return trained
-    raise InputError(f'run {trained.run.name} is of {trained.run.notebook}: maps are made for networks in torch; choose a run of 03_train or 20_transfer')
+    raise InputError(f'run {trained.run.name} is of {trained.run.notebook}: maps are made for networks in torch; '
+                     'choose a run of 03_train or 20_transfer')
 
 def _loading(trained, table):
     "Arguments for a pass over the images of a run"
     workers = 0 if isinstance(table.source, Pixels) or len(table) < 200 else min(8, os.cpu_count())
-    return dict(size=trained.size, norm=trained.metadata['norm'], precision=trained.precision, batch_size=trained.batch_size, workers=workers,
-                bad=trained.run.params.get('bad', 'stop'))
+    return dict(size=trained.size, norm=trained.metadata['norm'], precision=trained.precision,
+                batch_size=trained.batch_size, workers=workers, bad=trained.run.params.get('bad', 'stop'))
 
 # %% ../nbs/70_explain.ipynb #10
 def _weights_hash(run, checkpoint):
@@ -60,7 +61,8 @@ def _trained_with(run):
 # %% ../nbs/70_explain.ipynb #12
 def _check(trained, maps, layer, say):
     right = (maps.predicted == maps.labels) & (maps.true_probs >= 0.5)
-    rows = np.sort(np.concatenate([np.flatnonzero(right & (maps.labels == c))[:40] for c in range(len(maps.table.classes))]))
+    rows = np.sort(np.concatenate([np.flatnonzero(right & (maps.labels == c))[:40]
+                                   for c in range(len(maps.table.classes))]))
     say(f'checking the maps on {len(rows)} photos')
     pictures = Pictures(maps.table, maps.rows[rows], maps.size)
     images = np.stack([*pictures]) if len(rows) else np.zeros((0, maps.size, maps.size, 3), np.uint8)
@@ -79,7 +81,9 @@ class Explanation:
     checks: list = field(default_factory=list)
     @property
     def report(self): return self.folder/'report.html'
-    def __repr__(self): return '\n'.join([*sentences(self.findings, self.probes), f'runs/{self.run.name}/explain/{self.folder.name}/report.html'])
+    def __repr__(self):
+        return '\n'.join([*sentences(self.findings, self.probes),
+                          f'runs/{self.run.name}/explain/{self.folder.name}/report.html'])
     def _repr_html_(self): return '<ul>' + ''.join(f'<li>{escape(s)}</li>' for s in repr(self).splitlines()) + '</ul>'
 
 # %% ../nbs/70_explain.ipynb #15
@@ -88,18 +92,24 @@ def _records(table): return [] if table is None else table.to_dict('records')
 def _contents(trained, p, findings, probes, checks, weights):
     "What explain.json holds"
     m, run, names = findings.maps, trained.run, [str(c) for c in findings.maps.table.classes]
-    images = [{'item': str(m.table.items[r]), 'true': names[y], 'predicted': names[c], 'prob': round(float(m.probs[i, c]), 4), 'true_prob': round(float(m.probs[i, y]), 4)}
+    images = [{'item': str(m.table.items[r]), 'true': names[y], 'predicted': names[c],
+               'prob': round(float(m.probs[i, c]), 4), 'true_prob': round(float(m.probs[i, y]), 4)}
               for i, (r, y, c) in enumerate(zip(m.rows, m.labels, m.predicted))]
-    return {'schema': SCHEMA, 'run': run.name, 'checkpoint': p.checkpoint, 'weights': weights, 'data': run.depends['data'], 'split': p.split, 'n': len(m), **findings.score,
-            'layer': m.layer, 'map': list(m.maps.shape[1:]), 'size': m.size, 'sentences': sentences(findings, probes), 'classes': _records(findings.classes),
-            'pairs': _records(findings.pairs), 'regions': _records(findings.regions), 'probes': _records(probes), 'checks': checks, 'images': images, 'unreadable': m.skipped}
+    return {'schema': SCHEMA, 'run': run.name, 'checkpoint': p.checkpoint, 'weights': weights,
+            'data': run.depends['data'], 'split': p.split, 'n': len(m), **findings.score,
+            'layer': m.layer, 'map': list(m.maps.shape[1:]), 'size': m.size, 'sentences': sentences(findings, probes),
+            'classes': _records(findings.classes),
+            'pairs': _records(findings.pairs), 'regions': _records(findings.regions), 'probes': _records(probes),
+            'checks': checks, 'images': images, 'unreadable': m.skipped}
 
 # %% ../nbs/70_explain.ipynb #16
 def _recommendations(contents, made, refused, frozen):
     "What recommendations.json holds"
-    kept = {k: contents[k] for k in ('schema', 'run', 'checkpoint', 'weights', 'data', 'split', 'n', 'pairs', 'classes', 'probes')}
+    kept = {k: contents[k]
+            for k in ('schema', 'run', 'checkpoint', 'weights', 'data', 'split', 'n', 'pairs', 'classes', 'probes')}
     note = 'Hypotheses for the next training, not results: whether they help is measured by training with and without them.'
-    if frozen: note += ' The backbone of this run is frozen, and its head alone may not be able to follow them: in our measurement it was not.'
+    if frozen:
+        note += ' The backbone of this run is frozen, and its head alone may not be able to follow them: in our measurement it was not.'
     return kept | {'recommend': made, 'refused': refused, 'note': note}
 
 def _write(folder, files):
@@ -120,7 +130,8 @@ def _probe(trained, p, table, kw, say):
     say('measuring changes that keep the label')
     predictions, labels = probe_predictions(trained.net, table, p.split, **kw)
     probes = probe_table(predictions, labels)
-    return probes, *((None, []) if p.split == 'test' else recommend(probes, predictions, labels, table.classes, _trained_with(trained.run)))
+    return probes, *((None, []) if p.split == 'test'
+                     else recommend(probes, predictions, labels, table.classes, _trained_with(trained.run)))
 
 # %% ../nbs/70_explain.ipynb #18
 @takes(ExplainParams)
@@ -136,16 +147,23 @@ def explain_run(
     shown, kw = parse_classes(p.classes, table.classes), _loading(trained, table)
     say(f'maps of the {p.split} images')
     frozen = trained.run.params.get('retrain') == 0
-    maps = map_split(trained.model, table, p.split, layer=p.layer, fp32_head=frozen and trained.net is not trained.model, **kw)
+    maps = map_split(trained.model, table, p.split, layer=p.layer,
+                     fp32_head=frozen and trained.net is not trained.model, **kw)
     findings = analyze(maps)
     probes, made, refused = _probe(trained, p, table, kw, say)
     checks = _check(trained, maps, p.layer, say) if p.check_maps else []
     contents = _contents(trained, p, findings, probes, checks, _weights_hash(trained.run, p.checkpoint))
-    files = {'explain.json': _json(contents)} | ({} if made is None else {'recommendations.json': _json(_recommendations(contents, made, refused, frozen))})
-    lead = (f'{trained.title}; {len(maps):,} {p.split} images of {table.name}. Maps of {maps.layer}, {maps.maps.shape[1]} × {maps.maps.shape[2]} cells.'
+    files = {'explain.json': _json(contents)} | ({} if made is None
+                                                 else {'recommendations.json': _json(_recommendations(contents, made,
+                                                                                                      refused,
+                                                                                                      frozen))})
+    lead = (f'{trained.title}; {len(maps):,} {p.split} images of {table.name}. Maps of {maps.layer}, '
+            f'{maps.maps.shape[1]} × {maps.maps.shape[2]} cells.'
             + (f' {len(maps.skipped)} images could not be read.' if maps.skipped else ''))
-    files |= report_pages(findings, f'What {trained.run.name} looks at', p.per_class, shown, lead=lead, probes=probes, made=made, refused=refused, checks=checks)
-    key = [contents[k] for k in ('schema', 'weights', 'data', 'layer')] + [p.split, shown, p.per_class, p.probes, p.check_maps]
+    files |= report_pages(findings, f'What {trained.run.name} looks at', p.per_class, shown, lead=lead, probes=probes,
+                          made=made, refused=refused, checks=checks)
+    key = [contents[k] for k in ('schema', 'weights', 'data', 'layer')] + [p.split, shown, p.per_class, p.probes,
+                                                                           p.check_maps]
     folder = trained.run.dir/'explain'/f'{p.split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}'
     _write(folder, files)
     return Explanation(trained.run, folder, findings, probes, made, refused, checks)
@@ -161,7 +179,8 @@ def _draw_photo(image, maps, names, probs):
         ax.axis('off')
     for ax, m in zip(axes[1:], maps):
         m = np.clip(m, 0, None)
-        large = cv2.resize((m/max(m.max(), 1e-12)).astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        large = cv2.resize((m/max(m.max(), 1e-12)).astype(np.float32), image.shape[1::-1],
+                           interpolation=cv2.INTER_LINEAR)
         ax.imshow(np.dstack([np.broadcast_to([1, 0.38, 0], image.shape), 0.8*large]))
     return fig
 

@@ -12,13 +12,16 @@ from .params import Parameters, param
 # %% ../nbs/64_explain_params.ipynb #5
 class ExplainParams(Parameters, heading='explanation'):
     run: str = param('', "a run's name, part of it, or its directory; empty trains a small example")
-    split: str = param('valid', 'images that are explained: valid, or test (without recommendations)', ['valid', 'test'])
+    split: str = param('valid', 'images that are explained: valid, or test (without recommendations)',
+                       ['valid', 'test'])
     classes: str = param('', 'comma-separated classes whose photos are shown; empty shows all')
     per_class: int = param(10, 'worst photos, and best photos, of each class', (1, 1000))
     checkpoint: str = param('best', "best, last, or a checkpoint's name")
-    layer: str = param('', 'layer whose activations the maps are made of; empty is the one whose output the pooling sees')
+    layer: str = param('',
+                       'layer whose activations the maps are made of; empty is the one whose output the pooling sees')
     probes: bool = param(True, 'measure the accuracy under changes that keep the label')
-    check_maps: bool = param(False, 'check the maps with the grid game, redrawn weights, insertion and deletion; takes minutes')
+    check_maps: bool = param(False, 'check the maps with the grid game, redrawn weights, insertion and deletion; takes '
+                                    'minutes')
 
 # %% ../nbs/64_explain_params.ipynb #7
 def parse_classes(
@@ -28,5 +31,7 @@ def parse_classes(
     "Parse the classes to show; raises `InputError` for an unknown one."
     names, known = [c.strip() for c in text.split(',') if c.strip()], [str(c) for c in known]
     unknown = [c for c in names if c not in known]
-    if unknown: raise InputError(f'classes={text!r}: {unknown[0]!r} is not a class of the network: choose from {", ".join(known[:20])}{" …" if len(known) > 20 else ""}')
+    if unknown:
+        raise InputError(f'classes={text!r}: {unknown[0]!r} is not a class of the network: choose from '
+                         f'{", ".join(known[:20])}{" …" if len(known) > 20 else ""}')
     return names

@@ -42,7 +42,8 @@ def analyze(
     "Tables of classes, pairs and regions."
     names = maps.table.classes
     regions = class_regions(region_shares(maps.maps), maps.labels, names)
-    return Findings(maps, class_table(maps), confused_pairs(maps.labels, maps.predicted, names), regions, score(maps.probs, maps.labels, len(maps.skipped)))
+    return Findings(maps, class_table(maps), confused_pairs(maps.labels, maps.predicted, names), regions,
+                    score(maps.probs, maps.labels, len(maps.skipped)))
 
 # %% ../nbs/69a_explain_report.ipynb #8
 def weak_classes(
@@ -59,15 +60,20 @@ def sentences(
     "The findings in sentences, each with n."
     f, out = findings, [f'Top-1 {accuracy_text(findings.score["top1"])}.']
     for r in weak_classes(f.classes, f.score['top1']['value']).head(5).itertuples():
-        out.append(f'{r[1]} is right in {percent(r.top1)} of its images ({percent(r.low)} to {percent(r.high)}, n = {r.n}).')
+        out.append(f'{r[1]} is right in {percent(r.top1)} of its images ({percent(r.low)} to {percent(r.high)}, n = '
+                   f'{r.n}).')
     for r in f.standing_pairs.head(5).itertuples():
-        out.append(f'{r.n} of the {r.errors} errors of {r.true} are taken for {r.predicted} ({r.back} the other way round), more than errors spread evenly would be (p = {r.p:.2g}).')
-    if len(f.pairs) and not len(f.standing_pairs): out.append(f'No pair of classes stands out among {int(f.pairs.n.sum())} errors (corrected for all pairs).')
+        out.append(f'{r.n} of the {r.errors} errors of {r.true} are taken for {r.predicted} ({r.back} the other way '
+                   f'round), more than errors spread evenly would be (p = {r.p:.2g}).')
+    if len(f.pairs) and not len(f.standing_pairs):
+        out.append(f'No pair of classes stands out among {int(f.pairs.n.sum())} errors (corrected for all pairs).')
     for r in f.corners.head(5).itertuples():
-        out.append(f'The maps of {r[1]} lie in the {r.region} corner more than those of other classes: {percent(r.share)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}) '
+        out.append(f'The maps of {r[1]} lie in the {r.region} corner more than those of other classes: '
+                   f'{percent(r.share)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}) '
                    f'against {percent(r.others)}, on {percent(r.area)} of the area. Is there a mark in these photos?')
     for r in [] if probes is None else probes[(probes.p < 0.05) & (probes.high < 0)].itertuples():
-        out.append(f'{r.probe} ({r.strength}) costs {-100*r.change:.1f} points ({-100*r.high:.1f} to {-100*r.low:.1f}, n = {r.n}).')
+        out.append(f'{r.probe} ({r.strength}) costs {-100*r.change:.1f} points ({-100*r.high:.1f} to {-100*r.low:.1f}, '
+                   f'n = {r.n}).')
     if note := coarse_note(*f.maps.maps.shape[1:]): out.append(note[0].upper() + note[1:] + '.')
     return out
 
@@ -79,31 +85,39 @@ def class_rows(
     classes, # DataFrame from `class_table`
 ) -> str:    # HTML
     "Table of classes, lowest accuracy first."
-    rows = [[r[1], r.n, _percent_cell(r.top1), _interval(r), r.most_confused_with, _percent_cell(r.center)] for r in classes[classes.n > 0].sort_values('top1', kind='stable').itertuples()]
-    return html_table(['class', 'n', 'top-1', '95% interval', 'most confused with', 'map in the center (18% of the area)'], rows)
+    rows = [[r[1], r.n, _percent_cell(r.top1), _interval(r), r.most_confused_with, _percent_cell(r.center)]
+            for r in classes[classes.n > 0].sort_values('top1', kind='stable').itertuples()]
+    return html_table(['class', 'n', 'top-1', '95% interval', 'most confused with',
+                       'map in the center (18% of the area)'], rows)
 
 def pair_rows(
     pairs, # DataFrame from `confused_pairs`
     k: int = 15, # maximum number
 ) -> str:  # HTML
     "Table of pairs, least probable by chance first."
-    rows = [[r.true, r.predicted, f'{r.n} of {r.of}', _percent_cell(r.rate), f'{percent(r.low)} to {percent(r.high)}', r.back, (f'{r.p:.2g}', r.p)] for r in pairs.head(k).itertuples()]
+    rows = [[r.true, r.predicted, f'{r.n} of {r.of}', _percent_cell(r.rate), f'{percent(r.low)} to {percent(r.high)}',
+             r.back, (f'{r.p:.2g}', r.p)] for r in pairs.head(k).itertuples()]
     more = f'<p class=soft>… and {len(pairs) - k} more in explain.json</p>' if len(pairs) > k else ''
-    return html_table(['true', 'predicted', 'images', 'rate', '95% interval', 'the other way round', 'p, corrected'], rows) + more
+    return html_table(['true', 'predicted', 'images', 'rate', '95% interval', 'the other way round', 'p, corrected'],
+                      rows) + more
 
 def probe_rows(
     probes, # DataFrame from `probe_table`
 ) -> str:   # HTML
     "Table of probes, largest loss first."
     end = max(0.05, *(-probes.low), *probes.high)
-    rows = [[r.probe, r.strength, (f'{100*r.change:+.1f}', r.change), (interval_bar(r.change, r.low, r.high, -end, end), r.change), r.lost, r.gained, (f'{r.p:.2g}', r.p)] for r in probes.itertuples()]
-    return html_table(['change of the image', 'strength', 'points', '95% interval', 'lost', 'gained', 'p, corrected'], rows)
+    rows = [[r.probe, r.strength, (f'{100*r.change:+.1f}', r.change),
+             (interval_bar(r.change, r.low, r.high, -end, end), r.change), r.lost, r.gained, (f'{r.p:.2g}', r.p)]
+             for r in probes.itertuples()]
+    return html_table(['change of the image', 'strength', 'points', '95% interval', 'lost', 'gained', 'p, corrected'],
+                      rows)
 
 def check_rows(
     checks: list, # from `check_maps`
 ) -> str:         # HTML
     "Table of the checks of the maps."
-    rows = [[r['check'], r['maps'], (f'{r["mean"]:.3f}', r['mean']), f'{r["low"]:.3f} to {r["high"]:.3f}', r['n'], r['expected']] for r in checks]
+    rows = [[r['check'], r['maps'], (f'{r["mean"]:.3f}', r['mean']), f'{r["low"]:.3f} to {r["high"]:.3f}', r['n'],
+             r['expected']] for r in checks]
     return html_table(['check', 'maps', 'mean', '95% interval', 'n', 'expected'], rows)
 
 # %% ../nbs/69a_explain_report.ipynb #13
@@ -114,11 +128,23 @@ def _item_name(item):
 
 def _tile(maps, pictures, i, note=''):
     classes, c, p = maps.table.classes, int(maps.labels[i]), int(maps.predicted[i])
-    return Tile(pictures[i], maps.maps[i], _item_name(maps.table.items[maps.rows[i]]), str(classes[c]), float(maps.probs[i, c]), str(classes[p]), float(maps.probs[i, p]), maps.against.get(i), note)
+    return Tile(pictures[i], maps.maps[i], _item_name(maps.table.items[maps.rows[i]]), str(classes[c]),
+                float(maps.probs[i, c]), str(classes[p]), float(maps.probs[i, p]), maps.against.get(i), note)
 
 def _channel_tiles(maps, pictures, position, channels, k=2):
     rows = maps.channels.rows
-    return [_tile(maps, pictures, position[r], f'channel {c}, {value:+.2f}') for c, value in channels for r in rows[c, :k].tolist() if r in position]
+    return [_tile(maps, pictures, position[r], f'channel {c}, {value:+.2f}') for c,
+            value in channels for r in rows[c, :k].tolist() if r in position]
+
+def _where(regions, name):
+    "Where the maps of a class lie, in a sentence"
+    rows = regions[(regions['class'] == name) & regions.n.gt(0)].set_index('region')
+    if not len(rows): return ''
+    corner = rows[rows.index.str.contains(' ')].share.idxmax()
+    def text(region, r):
+        return f'{region} {percent(r.share)} (other classes {percent(r.others)}, {percent(r.area)} of the area)'
+    return ('Of its maps lie: ' + '; '.join(text(k, rows.loc[k]) for k in ('center', 'border')) + '; most of the corners, '
+            + text(corner, rows.loc[corner]) + '.')
 
 def _mean_map(maps, name):
     "Mean of the positive parts of maps, each of which adds up to one, as a picture in HTML"
@@ -141,9 +167,13 @@ def class_sections(
     for c in table[table.n > 0].sort_values('top1', kind='stable').index:
         if classes and names[c] not in classes: continue
         r, (worst, best) = table.loc[c], chosen[c]
-        text = f'<p>Top-1 {percent(r.top1)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}).</p>' + _mean_map(m.maps[m.labels == c], names[c])
-        out.append(Section(names[c], text, [('least probability of the true class', [_tile(m, pictures, i) for i in worst]), ('most', [_tile(m, pictures, i) for i in best]),
-                                            ('channels that carry it, with the photos that excite them most', _channel_tiles(m, pictures, position, carrying_channels(m, c)))]))
+        text = (f'<p>Top-1 {percent(r.top1)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}). '
+                f'{_where(findings.regions, names[c])}</p>{_mean_map(m.maps[m.labels == c], names[c])}')
+        out.append(Section(names[c], text,
+                           [('least probability of the true class', [_tile(m, pictures, i) for i in worst]),
+                            ('most', [_tile(m, pictures, i) for i in best]),
+                                            ('channels that carry it, with the photos that excite them most',
+                                             _channel_tiles(m, pictures, position, carrying_channels(m, c)))]))
     return out
 
 # %% ../nbs/69a_explain_report.ipynb #14
@@ -157,15 +187,22 @@ def pair_sections(
     for r in findings.standing_pairs.head(k).itertuples():
         a, b = names.index(r.true), names.index(r.predicted)
         confused = np.flatnonzero((m.labels == a) & (m.predicted == b))
-        out.append(Section(f'{r.true} taken for {r.predicted}', '', [('the photos', [_tile(m, pictures, i) for i in confused[:12]]),
-                                                                    ('channels that carry both classes', _channel_tiles(m, pictures, position, shared_channels(m, a, b)))]))
+        out.append(Section(f'{r.true} taken for {r.predicted}', '',
+                           [('the photos', [_tile(m, pictures, i) for i in confused[:12]]),
+                                                                    ('channels that carry both classes',
+                                                                     _channel_tiles(m, pictures, position,
+                                                                                    shared_channels(m, a, b)))]))
     return out
 
 # %% ../nbs/69a_explain_report.ipynb #17
 def _list(items): return '<ul>' + ''.join(f'<li>{escape(printable(x))}</li>' for x in items) + '</ul>'
 def _recommendations(made, refused):
-    rows = [f'{r["policy"]} for {", ".join(r["classes"][:8])}{" …" if len(r["classes"]) > 8 else ""}: {r["reason"]}' for r in made]
-    return (_list(rows) if rows else '<p>None.</p>') + (f'<details><summary>Considered and refused ({len(refused)})</summary>{_list(r["reason"] for r in refused)}</details>' if refused else '')
+    rows = [f'{r["policy"]} for {", ".join(r["classes"][:8])}{" …" if len(r["classes"]) > 8 else ""}: {r["reason"]}'
+            for r in made]
+    return (_list(rows) if rows
+            else '<p>None.</p>') + ('<details><summary>Considered and refused '
+                                    f'({len(refused)})</summary>{_list(r["reason"] for r in refused)}</details>'
+                                    if refused else '')
 
 def summary(
     findings: Findings,
@@ -177,15 +214,19 @@ def summary(
     notes=(),    # plain sentences
 ) -> str:        # HTML
     "The first part of a report: findings, and all tables."
-    parts = [('', f'<p class=soft>{escape(printable(lead))}</p>' + _list(sentences(findings, probes))), ('Classes', class_rows(findings.classes)),
-             ('Confused pairs', pair_rows(findings.pairs) if len(findings.pairs) else '<p>No errors.</p>'), ('Changes that keep the label', '' if probes is None else probe_rows(probes)),
-             ('Recommendations', '' if made is None else _recommendations(made, refused)), ('Checks of the maps', check_rows(checks) if checks else ''),
+    parts = [('', f'<p class=soft>{escape(printable(lead))}</p>' + _list(sentences(findings, probes))),
+             ('Classes', class_rows(findings.classes)),
+             ('Confused pairs', pair_rows(findings.pairs) if len(findings.pairs) else '<p>No errors.</p>'),
+             ('Changes that keep the label', '' if probes is None else probe_rows(probes)),
+             ('Recommendations', '' if made is None else _recommendations(made, refused)),
+             ('Checks of the maps', check_rows(checks) if checks else ''),
              ('How to read the maps', _list(_READING) + _list(notes)*bool(notes))]
     return ''.join(f'<h2>{title}</h2>{html}' if title else html for title, html in parts if html)
 
-_READING = ('Orange marks what raised the logit of the class most (Grad-CAM); every map is scaled by its own largest value, so colors cannot be compared between photos.',
-            'For a mistake, the difference shows what spoke for the predicted class (orange) and for the true one (blue).',
-            'A map says where, not what or why: color, texture and shape at the same place look the same.')
+_READING = ('Orange marks what raised the logit of the class most (Grad-CAM); every map is scaled by its own largest '
+            'value, so colors cannot be compared between photos.',
+            'For a mistake, the difference shows what spoke for the predicted class (orange) and for the true one '
+            '(blue).', 'A map says where, not what or why: color, texture and shape at the same place look the same.')
 
 # %% ../nbs/69a_explain_report.ipynb #18
 def report_pages(
@@ -196,4 +237,5 @@ def report_pages(
     **parts,        # of `summary`
 ) -> dict:          # {file name: text}
     "The report, as one file or several."
-    return write_report(title, summary(findings, **parts), [*pair_sections(findings), *class_sections(findings, per_class, classes)])
+    return write_report(title, summary(findings, **parts),
+                        [*pair_sections(findings), *class_sections(findings, per_class, classes)])

@@ -20,9 +20,12 @@ from .networks import blocks
 
 # %% ../nbs/02l_grad_cam.ipynb #5
 LAYERS = {  # {beginning of the architecture's name: layer}
-    'alexnet': 'features', 'vgg': 'features', 'squeezenet': 'classifier.2', 'densenet': 'relu', 'googlenet': 'inception5b', 'inception': 'Mixed_7c', 'mobilenet': 'features',
-    'efficientnet': 'features', 'mnasnet': 'layers', 'regnet': 'trunk_output', 'shufflenet': 'conv5', 'convnext': 'features', 'swin': 'permute', 'maxvit': 'blocks',
-    'resnet': 'layer4', 'resnext': 'layer4', 'wide_resnet': 'layer4', 'vit': 'encoder.layers.encoder_layer_{last}.ln_1', 'compact_resnet': 'stages', 'small_cnn': 'relu_2'}
+    'alexnet': 'features', 'vgg': 'features', 'squeezenet': 'classifier.2', 'densenet': 'relu',
+    'googlenet': 'inception5b', 'inception': 'Mixed_7c', 'mobilenet': 'features',
+    'efficientnet': 'features', 'mnasnet': 'layers', 'regnet': 'trunk_output', 'shufflenet': 'conv5',
+    'convnext': 'features', 'swin': 'permute', 'maxvit': 'blocks',
+    'resnet': 'layer4', 'resnext': 'layer4', 'wide_resnet': 'layer4', 'vit': 'encoder.layers.encoder_layer_{last}.ln_1',
+    'compact_resnet': 'stages', 'small_cnn': 'relu_2'}
 
 def map_layer(
     model, # from `build_model`
@@ -57,7 +60,9 @@ def layer_names(
 
 def _find_node(names, layer, arch):
     "The last node of a layer; raises InputError if there is none"
-    if not layer: raise InputError(f'{arch} has no layer for maps in the table: name one (layer=…), the one whose output the pooling sees')
+    if not layer:
+        raise InputError(f'{arch} has no layer for maps in the table: name one (layer=…), the one whose output the '
+                         'pooling sees')
     nodes = [n for n, path in names.items() if path == layer or path.startswith(f'{layer}.')]
     if nodes: return nodes[-1]
     tops = dict.fromkeys(path.partition('.')[0] for path in names.values())
@@ -85,8 +90,10 @@ def _as_maps(values, layer, channels_last):
     values = values.detach().float()
     if values.ndim == 4: return values.permute(0, 3, 1, 2) if channels_last else values
     side = math.isqrt(values.shape[1] - 1) if values.ndim == 3 else 0
-    if values.ndim == 3 and side*side == values.shape[1] - 1: return values[:, 1:].mT.unflatten(2, (side, side))  # tokens behind the class token
-    raise InputError(f'layer={layer!r} has outputs of shape {[*values.shape[1:]]} for each image, which is not a map: choose a convolutional layer')
+    # tokens behind the class token
+    if values.ndim == 3 and side*side == values.shape[1] - 1: return values[:, 1:].mT.unflatten(2, (side, side))
+    raise InputError(f'layer={layer!r} has outputs of shape {[*values.shape[1:]]} for each image, which is not a map: '
+                     'choose a convolutional layer')
 
 # %% ../nbs/02l_grad_cam.ipynb #14
 @contextmanager
@@ -132,7 +139,8 @@ class GradCAM:
         self.node, self.channels_last = node.name, arch.startswith('swin') and not names[node].startswith('permute')
         if fp32_head and precision != 'fp32':
             head = blocks(model)[-1].name
-            self.features = next(n for n, path in names.items() if path == head or path.startswith(f'{head}.')).args[0].name
+            self.features = next(n for n,
+                                 path in names.items() if path == head or path.startswith(f'{head}.')).args[0].name
             self.traced = fuse(self.traced.eval(), no_trace=True)  # a copy
 
     def __call__(
@@ -141,7 +149,8 @@ class GradCAM:
     ) -> CAMs:
         "Run the network once, in evaluation mode."
         run = _Pass(self.traced, self.node, self.features)
-        with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(self.traced), autocast(self.precision, x.device.type):
+        with torch.inference_mode(False), torch.no_grad(), _in_eval_mode(self.traced), autocast(self.precision,
+                                                                                                x.device.type):
                 logits = run.run(x).float()
         activations = run.activations
         def gradient(targets):

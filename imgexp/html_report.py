@@ -23,12 +23,13 @@ PHOTO = 160  # side of a photo in the report, px
 def photo_webp(
     image,         # uint8 [h, w, 3]
     side: int = PHOTO, # px; smaller images keep their size
-    quality: int = 55, # of WebP, 1 to 100
+    most: int = 3000,  # bytes; the quality is lowered for photos that would take more
 ) -> bytes:
     "A small WebP file of a photo, without metadata."
     if max(image.shape[:2]) > side: image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-    ok, data = cv2.imencode('.webp', np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_WEBP_QUALITY, quality])
-    assert ok
+    for quality in (60, 45, 30, 20, 10, 1):
+        data = cv2.imencode('.webp', np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_WEBP_QUALITY, quality])[1]
+        if len(data) <= most: break
     return data.tobytes()
 
 # %% ../nbs/69_html_report.ipynb #7
@@ -42,7 +43,8 @@ def map_png(
     values = np.asarray(values, np.float64)
     values = values if signed else np.clip(values, 0, None)
     strength = np.abs(values)/max(np.abs(values).max(), 1e-12)
-    rgba = np.concatenate([np.where(values[..., None] >= 0, _FOR, _AGAINST), 160*strength[..., None]], -1).round().astype(np.uint8)
+    rgba = np.concatenate([np.where(values[..., None] >= 0, _FOR, _AGAINST), 160*strength[..., None]],
+                          -1).round().astype(np.uint8)
     return cv2.imencode('.png', rgba[..., [2, 1, 0, 3]], [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
 
 def data_uri(
@@ -69,12 +71,16 @@ class Tile:
     def html(self) -> str:
         "The tile as an HTML figure."
         wrong = self.predicted != self.true
-        layers = [('m', map_png(self.maps)), ('d', map_png(self.maps if self.against is None else self.against, self.against is not None))]
+        layers = [('m', map_png(self.maps)),
+                  ('d', map_png(self.maps if self.against is None else self.against, self.against is not None))]
         said = f'{_text(self.predicted)} {percent(self.prob)}' + f'<br>true: {_text(self.true)} {percent(self.true_prob)}'*wrong
         overlays = ''.join(f'<img class={c} src="{data_uri("png", data)}" alt="">' for c, data in layers)
         small = ' class=s' if max(self.image.shape[:2]) < 64 else ''
-        return (f'<figure class="{"w" if wrong else "r"}"><div><img{small} src="{data_uri("webp", photo_webp(self.image))}" alt="{_text(self.name)}" loading=lazy>{overlays}</div>'
-                f'<figcaption>{_text(self.note)}{"<br>"*bool(self.note)}<b>{"✗" if wrong else "✓"}</b> {said}<small title="{_text(self.name)}">{_text(self.name)}</small></figcaption></figure>')
+        return (f'<figure class="{"w" if wrong else "r"}"><div><img{small} '
+                f'src="{data_uri("webp", photo_webp(self.image))}" alt="{_text(self.name)}" '
+                f'loading=lazy>{overlays}</div>'
+                f'<figcaption>{_text(self.note)}{"<br>"*bool(self.note)}<b>{"✗" if wrong else "✓"}</b> {said}<small '
+                f'title="{_text(self.name)}">{_text(self.name)}</small></figcaption></figure>')
 
 def _text(value): return escape(printable(value))
 
@@ -97,7 +103,8 @@ def html_table(
     rows: list,   # of lists: text, or (HTML, value to sort by)
 ) -> str:
     "A sortable HTML table; text is escaped."
-    def cell(c): return f'<td data-v="{escape(str(c[1]))}">{c[0]}</td>' if isinstance(c, tuple) else f'<td>{_text(c)}</td>'
+    def cell(c):
+        return f'<td data-v="{escape(str(c[1]))}">{c[0]}</td>' if isinstance(c, tuple) else f'<td>{_text(c)}</td>'
     head = ''.join(f'<th><button>{_text(h)}</button></th>' for h in header)
     body = ''.join('<tr>' + ''.join(map(cell, r)) + '</tr>' for r in rows)
     return f'<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -136,8 +143,10 @@ const th=b.parentNode,k=th.cellIndex,body=th.closest('table').tBodies[0],up=th.d
 const v=r=>{const c=r.cells[k],t=c.dataset.v??c.textContent,n=parseFloat(t);return isNaN(n)?t:n};
 [...body.rows].sort((a,b)=>{a=v(a);b=v(b);return (typeof a===typeof b?(a>b)-(a<b):typeof a==='number'?-1:1)*(up?1:-1)}).forEach(r=>body.append(r))})
 '''
-_SWITCH = ('<fieldset><legend>on the photos</legend><label><input type=radio name=layer id=photo> nothing</label><label><input type=radio name=layer id=map checked> the true class</label>'
-           '<label><input type=radio name=layer id=mistake> what spoke for a mistake (orange) and against (blue)</label></fieldset>')
+_SWITCH = ('<fieldset><legend>on the photos</legend><label><input type=radio name=layer id=photo> '
+           'nothing</label><label><input type=radio name=layer id=map checked> the true class</label>'
+           '<label><input type=radio name=layer id=mistake> what spoke for a mistake (orange) and against '
+           '(blue)</label></fieldset>')
 
 def page(
     title: str, # plain text
@@ -145,8 +154,10 @@ def page(
 ) -> str:
     "A complete HTML page with the report's style, its switch and its sorting."
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><meta http-equiv=Content-Security-Policy content="{policy}">'
-            f'<link rel=icon href="data:,"><title>{_text(title)}</title><style>{STYLE}</style></head><body>{body}<script>{_SORT}</script></body></html>\n')
+    return ('<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport '
+            f'content="width=device-width,initial-scale=1"><meta http-equiv=Content-Security-Policy content="{policy}">'
+            '<link rel=icon '
+            f'href="data:,"><title>{_text(title)}</title><style>{STYLE}</style></head><body>{body}<script>{_SORT}</script></body></html>\n')
 
 # %% ../nbs/69_html_report.ipynb #19
 @dataclass
@@ -159,7 +170,8 @@ class Section:
     def n_tiles(self): return sum(len(tiles) for _, tiles in self.rows)
     def html(self) -> str:
         "The section in HTML."
-        rows = ''.join(f'<h3>{_text(heading)}</h3><div class=tiles>{"".join(t.html() for t in tiles)}</div>' for heading, tiles in self.rows if tiles)
+        rows = ''.join(f'<h3>{_text(heading)}</h3><div class=tiles>{"".join(t.html() for t in tiles)}</div>'
+                       for heading, tiles in self.rows if tiles)
         return f'<h2>{_text(self.title)}</h2>{self.text}{rows}'
 
 # %% ../nbs/69_html_report.ipynb #21
@@ -184,7 +196,9 @@ def write_report(
     "The pages of a report; one file unless it has many tiles."
     pages = paginate(sections)
     names = ['report.html', *(f'report-{k:02d}.html' for k in range(2, len(pages) + 1))]
-    links = ' · '.join(f'<a href="{name}">{_text(p[0].title)} …</a>' for name, p in zip(names, pages) if p) if len(pages) > 1 else ''
+    links = ' · '.join(f'<a href="{name}">{_text(p[0].title)} …</a>' for name,
+                       p in zip(names, pages) if p) if len(pages) > 1 else ''
     nav = f'<p>Pages: {links}</p>' if links else ''
     heads = [f'<h1>{_text(title)}</h1>{summary}{nav}', *[f'<h1>{_text(title)}</h1>{nav}']*(len(pages) - 1)]
-    return {name: page(title, head + _SWITCH + ''.join(s.html() for s in p)) for name, head, p in zip(names, heads, pages)}
+    return {name: page(title, head + _SWITCH + ''.join(s.html() for s in p)) for name, head,
+            p in zip(names, heads, pages)}

@@ -33,7 +33,8 @@ def draw_mosaics(
     right = (probs.argmax(1) == labels) & (probs[np.arange(len(labels)), labels] >= sure)
     by_class = [np.flatnonzero(right & (labels == c)) for c in np.unique(labels[right])]
     if len(by_class) < 4:
-        raise InputError(f'the grid game needs photos of four classes that the network is sure of (probability at least {sure:.0%}); there are {len(by_class)}: train longer, or leave out --check')
+        raise InputError('the grid game needs photos of four classes that the network is sure of (probability at '
+                         f'least {sure:.0%}); there are {len(by_class)}: train longer, or leave out --check')
     rng = np.random.default_rng([seed, 4])
     return np.stack([[rng.choice(by_class[c]) for c in rng.permutation(len(by_class))[:4]] for _ in range(n)])
 
@@ -46,7 +47,8 @@ def _mosaic(four, side):
 # %% ../nbs/68b_map_checks.ipynb #8
 def _cell_shares(maps):
     "Share of the positive part of maps, float [n, h, w], in each cell of the mosaic: float [n, 4]; NaN without a positive part"
-    positive = torch.nn.functional.interpolate(maps.clamp_min(0)[:, None], scale_factor=2, mode='nearest')[:, 0]  # an even number of cells
+    # an even number of cells
+    positive = torch.nn.functional.interpolate(maps.clamp_min(0)[:, None], scale_factor=2, mode='nearest')[:, 0]
     n, h, w = positive.shape
     cells = positive.reshape(n, 2, h//2, 2, w//2).sum((2, 4)).flatten(1)
     return cells/cells.sum(1, keepdim=True)
@@ -81,10 +83,12 @@ def redrawn(
     if what == 'head':
         new = copy.deepcopy(model)
         weight = find_head(new)[1].weight
-        with torch.no_grad(): weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))*0.01)
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))*0.01)
         return new.eval()
     report = model.report
-    new = build_model(model.arch, find_head(model)[1].weight.shape[0], size=report.size, stem=report.stem, head=report.head_kind, seed=seed)
+    new = build_model(model.arch, find_head(model)[1].weight.shape[0], size=report.size, stem=report.stem,
+                      head=report.head_kind, seed=seed)
     return new.to(next(model.parameters()).device).eval()
 
 def _ranks(values):
@@ -130,7 +134,8 @@ def perturbation_curve(
     steps: int = 12, # 1 and up
 ) -> np.ndarray: # float [steps + 1]
     "Probability of a class while the photo appears, or disappears, in the order of a map."
-    x = torch.from_numpy(_steps(image, np.asarray(values, np.float64), steps, insert)).to(next(model.parameters()).device)
+    x = torch.from_numpy(_steps(image, np.asarray(values, np.float64), steps,
+                                insert)).to(next(model.parameters()).device)
     return model(to_input(x, norm)).float().softmax(1)[:, label].cpu().numpy()
 
 def insertion_deletion(
@@ -142,8 +147,10 @@ def insertion_deletion(
 ) -> dict:   # {'insertion' or 'deletion': {'map', 'random' or 'center': float [n]}}
     "Mean probability along each curve, for the maps, for random maps, and for a blob in the center."
     h, w = maps.shape[1:]
-    others = {'map': maps, 'random': [hashes(7, i, np.arange(h*w)).astype(np.float64).reshape(h, w) for i in range(len(maps))], 'center': [center_blob(h, w)]*len(maps)}
-    return {name: {kind: np.array([perturbation_curve(model, image, m, c, norm, name == 'insertion').mean() for image, m, c in zip(images, values, labels)])
+    others = {'map': maps, 'random': [hashes(7, i, np.arange(h*w)).astype(np.float64).reshape(h, w)
+                                      for i in range(len(maps))], 'center': [center_blob(h, w)]*len(maps)}
+    return {name: {kind: np.array([perturbation_curve(model, image, m, c, norm, name == 'insertion').mean() for image,
+                                   m, c in zip(images, values, labels)])
                    for kind, values in others.items()} for name in ('insertion', 'deletion')}
 
 # %% ../nbs/68b_map_checks.ipynb #19
@@ -154,7 +161,8 @@ def _summary(values):
     good = values[~np.isnan(values)]
     half = t.ppf(0.975, len(good) - 1)*good.std(ddof=1)/len(good)**0.5 if len(good) > 1 else float('nan')
     mean = good.mean() if len(good) else float('nan')
-    return {'mean': float(mean), 'low': float(mean - half), 'high': float(mean + half), 'n': len(good), 'empty': len(values) - len(good)}
+    return {'mean': float(mean), 'low': float(mean - half), 'high': float(mean + half), 'n': len(good),
+            'empty': len(values) - len(good)}
 
 def check_maps(
     model,   # torch network of `build_model`
@@ -169,12 +177,16 @@ def check_maps(
     "Check a network's maps on its own photos; raises `InputError` with fewer than four classes."
     mosaics, labels = draw_mosaics(probs, labels, n_mosaics), np.asarray(labels)
     networks = {'trained': model.eval(), 'head redrawn': redrawn(model, 'head'), 'all redrawn': redrawn(model, 'all')}
-    rows = [{'check': 'grid game', 'maps': k, 'expected': 'near 1; chance is 0.25' if k == 'trained' else 'about 0.25', **_summary(grid_game(m, images, labels, mosaics, norm, layer))}
+    rows = [{'check': 'grid game', 'maps': k, 'expected': 'near 1; chance is 0.25' if k == 'trained' else 'about 0.25',
+             **_summary(grid_game(m, images, labels, mosaics, norm, layer))}
             for k, m in networks.items()]
     sample = np.unique(mosaics)[:n_images]
-    x, c = to_input(torch.from_numpy(images[sample]).to(next(model.parameters()).device), norm), torch.from_numpy(labels[sample]).to(next(model.parameters()).device)
+    x, c = to_input(torch.from_numpy(images[sample]).to(next(model.parameters()).device),
+                    norm), torch.from_numpy(labels[sample]).to(next(model.parameters()).device)
     maps = {k: GradCAM(m, layer)(x).maps(c).cpu().numpy() for k, m in networks.items()}
-    rows.append({'check': 'rank correlation', 'maps': 'trained and all redrawn', 'expected': 'about 0', **_summary(rank_correlation(maps['trained'], maps['all redrawn']))})
+    rows.append({'check': 'rank correlation', 'maps': 'trained and all redrawn', 'expected': 'about 0',
+                 **_summary(rank_correlation(maps['trained'], maps['all redrawn']))})
     curves = insertion_deletion(model, images[sample], maps['trained'], labels[sample], norm)
     better = {'insertion': 'higher is better', 'deletion': 'lower is better'}
-    return rows + [{'check': name, 'maps': kind, 'expected': better[name], **_summary(v)} for name, kinds in curves.items() for kind, v in kinds.items()]
+    return rows + [{'check': name, 'maps': kind, 'expected': better[name], **_summary(v)} for name,
+                   kinds in curves.items() for kind, v in kinds.items()]

@@ -22,7 +22,8 @@ from .style import GREEN, RED, class_label, percent, styled
 
 # %% ../nbs/02n_map_strips.ipynb #5
 class StripParams(Parameters, heading='checkpoints'):
-    explain: int = param(0, 'validation photos whose Grad-CAM maps are drawn for each kept epoch and the best; 0 draws none', (0, 60), in_id=False)
+    explain: int = param(0, 'validation photos whose Grad-CAM maps are drawn for each kept epoch and the best; 0 draws '
+                            'none', (0, 60), in_id=False)
 
 # %% ../nbs/02n_map_strips.ipynb #7
 def strip_rows(
@@ -60,7 +61,8 @@ def _show(ax, image, values):
     ax.grid(False)
     if values is None: return
     values = np.clip(values, 0, None)
-    large = cv2.resize((values/max(values.max(), 1e-12)).astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    large = cv2.resize((values/max(values.max(), 1e-12)).astype(np.float32), image.shape[1::-1],
+                       interpolation=cv2.INTER_LINEAR)
     ax.imshow(np.dstack([np.broadcast_to([1, 0.38, 0], image.shape), 0.65*large]))
 
 @styled
@@ -73,7 +75,8 @@ def plot_strips(
     import matplotlib.pyplot as plt
     rows = strip_rows(learn.table, n)
     epochs, images = epoch_maps(run, learn, rows), Pictures(learn.table, rows, learn.size)
-    fig, axes = plt.subplots(len(rows), 1 + len(epochs), figsize=(1.15*(1 + len(epochs)), 1.25*len(rows) + 0.4), squeeze=False)
+    fig, axes = plt.subplots(len(rows), 1 + len(epochs), figsize=(1.15*(1 + len(epochs)), 1.25*len(rows) + 0.4),
+                             squeeze=False)
     for i, strip in enumerate(axes):
         _show(strip[0], images[i], None)
         strip[0].set_ylabel(class_label(learn.table.classes[learn.table.labels[rows[i]]], 14), fontsize=8)
@@ -81,7 +84,8 @@ def plot_strips(
             _show(ax, images[i], maps[i])
             ax.set_xlabel(percent(probs[i]), fontsize=8, color=GREEN if right[i] else RED, labelpad=2)
             if i == 0: ax.set_title(f'epoch {epoch}', fontsize=8)
-    fig.suptitle(coarse_note(*next(iter(epochs.values()))[0].shape[1:]).partition(':')[0], fontsize=8) if epochs else None
+    fig.suptitle(coarse_note(*next(iter(epochs.values()))[0].shape[1:]).partition(':')[0],
+                 fontsize=8) if epochs else None
     return fig
 
 # %% ../nbs/02n_map_strips.ipynb #11

@@ -41,7 +41,8 @@ PROBES = {
     'gray': Probe(lambda image: OPS['Color'](image, -1.), 'without color', 'augment=color'),
     'hue': Probe(lambda image: OPS['Hue'](image, 0.1), 'turned by 36°', 'augment=color'),
     'dark': Probe(lambda image: OPS['Brightness'](image, -0.4), '60% of the brightness', 'augment=color'),
-    'mirror': Probe(lambda image: np.ascontiguousarray(image[:, ::-1]), 'left and right exchanged', 'augment=crop-flip')}
+    'mirror': Probe(lambda image: np.ascontiguousarray(image[:, ::-1]), 'left and right exchanged',
+                    'augment=crop-flip')}
 
 # %% ../nbs/68_probes.ipynb #9
 def paired_change(
@@ -55,14 +56,16 @@ def paired_change(
     b, c, total = lost + 0.5, gained + 0.5, n + 2
     center, half = (c - b)/total, 1.96*math.sqrt(b + c - (c - b)**2/total)/total
     p = binomtest(gained, lost + gained).pvalue if lost + gained else 1.
-    return {'change': (gained - lost)/max(n, 1), 'low': center - half, 'high': center + half, 'lost': lost, 'gained': gained, 'n': n, 'p': float(p)}
+    return {'change': (gained - lost)/max(n, 1), 'low': center - half, 'high': center + half, 'lost': lost,
+            'gained': gained, 'n': n, 'p': float(p)}
 
 # %% ../nbs/68_probes.ipynb #14
 @torch.inference_mode()
 def _predicted(model, images, norm, precision):
     with autocast(precision, images.device.type): return model(to_input(images, norm)).argmax(1).cpu().numpy()
 
-def _changed(images, change): return torch.from_numpy(np.stack([change(x) for x in images.cpu().numpy()])).to(images.device)
+def _changed(images, change):
+    return torch.from_numpy(np.stack([change(x) for x in images.cpu().numpy()])).to(images.device)
 
 # %% ../nbs/68_probes.ipynb #15
 def probe_predictions(
@@ -78,12 +81,15 @@ def probe_predictions(
 ) -> tuple:      # {'': predictions as they are, probe: …}, int [n] each; labels int [n]
     "Predicted classes of a split, as it is and under each probe."
     model.eval()
-    loader = Loader(table, split, size, batch_size, workers=workers, device=next(model.parameters()).device, bad=bad, train=False)
+    loader = Loader(table, split, size, batch_size, workers=workers, device=next(model.parameters()).device, bad=bad,
+                    train=False)
     probes = {'': None} | {k: p.change for k, p in PROBES.items() if k != 'mirror' or table.mirror}
     predictions, labels = {k: [] for k in probes}, []
     for images, y in loader.at(0):
         labels.append(y.cpu().numpy())
-        for k, change in probes.items(): predictions[k].append(_predicted(model, images if change is None else _changed(images, change), norm, precision))
+        for k, change in probes.items():
+            predictions[k].append(_predicted(model, images if change is None else _changed(images, change), norm,
+                                             precision))
     return {k: np.concatenate(v) for k, v in predictions.items()}, np.concatenate(labels)
 
 # %% ../nbs/68_probes.ipynb #16
@@ -94,7 +100,8 @@ def probe_table(
     "Change in accuracy under each probe; p-values are corrected for the number of probes."
     import pandas as pd
     right = {k: v == labels for k, v in predictions.items()}
-    table = pd.DataFrame([{'probe': k, 'strength': PROBES[k].strength, **paired_change(right[''], v)} for k, v in right.items() if k])
+    table = pd.DataFrame([{'probe': k, 'strength': PROBES[k].strength, **paired_change(right[''], v)} for k,
+                          v in right.items() if k])
     table['p'] = holm(table.p)
     return table.sort_values(['change', 'p'], kind='stable', ignore_index=True)
 
@@ -104,5 +111,6 @@ def class_losses(
     probe: str,        # name of a probe
 ) -> dict:             # {class: change}, of classes that lose, largest loss first
     "Change in accuracy of each class under one probe."
-    changes = {int(c): paired_change(predictions[''][labels == c] == c, predictions[probe][labels == c] == c) for c in np.unique(labels)}
+    changes = {int(c): paired_change(predictions[''][labels == c] == c, predictions[probe][labels == c] == c)
+               for c in np.unique(labels)}
     return dict(sorted(((c, v['change']) for c, v in changes.items() if v['high'] < 0), key=lambda cv: cv[1]))

@@ -15,18 +15,24 @@ from .style import percent
 # %% ../nbs/68a_recommendations.ipynb #5
 SCHEMA = 1         # of recommendations.json
 SMALLEST = 0.01    # loss of accuracy below which nothing is recommended
-_COVERS = {'crop-flip': {'zoom', 'mirror'}, 'color': {'zoom', 'mirror', 'gray', 'hue', 'dark'}, 'trivial': {'zoom', 'mirror', 'rotation', 'gray', 'dark'},
-           'randaugment': {'zoom', 'mirror', 'rotation', 'gray', 'dark'}, 'autoaugment': {'zoom', 'mirror', 'rotation', 'gray', 'dark'}}
+_COVERS = {'crop-flip': {'zoom', 'mirror'}, 'color': {'zoom', 'mirror', 'gray', 'hue', 'dark'},
+           'trivial': {'zoom', 'mirror', 'rotation', 'gray', 'dark'},
+           'randaugment': {'zoom', 'mirror', 'rotation', 'gray', 'dark'},
+           'autoaugment': {'zoom', 'mirror', 'rotation', 'gray', 'dark'}}
 
-def _loss_text(row): return f'{row.probe} ({row.strength}) changes the accuracy by {100*row.change:+.1f} points ({100*row.low:.1f} to {100*row.high:.1f}, n = {row.n:,})'
+def _loss_text(row):
+    return f'{row.probe} ({row.strength}) changes the accuracy by {100*row.change:+.1f} points ({100*row.low:.1f} to {100*row.high:.1f}, n = {row.n:,})'
 
 # %% ../nbs/68a_recommendations.ipynb #6
 def _refusal(row, trained_with):
     "Why nothing is recommended for a probe; '' if something is"
-    if row.p >= 0.05 or row.high >= 0: return f'{_loss_text(row)}: not distinguishable from zero, corrected for the number of probes (p = {row.p:.2g})'
+    if row.p >= 0.05 or row.high >= 0:
+        return f'{_loss_text(row)}: not distinguishable from zero, corrected for the number of probes (p = {row.p:.2g})'
     if row.change > -SMALLEST: return f'{_loss_text(row)}: less than {percent(SMALLEST)}'
-    if not PROBES[row.probe].augment: return f'{_loss_text(row)}, but no augmentation here does this: add photos of this kind, or give a function (augment=module:function)'
-    if row.probe in _COVERS.get(trained_with, ()): return f'{_loss_text(row)}, although the training had augment={trained_with}: more epochs, or photos of this kind'
+    if not PROBES[row.probe].augment:
+        return f'{_loss_text(row)}, but no augmentation here does this: add photos of this kind, or give a function (augment=module:function)'
+    if row.probe in _COVERS.get(trained_with, ()):
+        return f'{_loss_text(row)}, although the training had augment={trained_with}: more epochs, or photos of this kind'
     return ''
 
 def recommend(
@@ -44,8 +50,10 @@ def recommend(
             refused.append({'probe': row.probe, 'reason': reason})
             continue
         losing = [str(classes[c]) for c in class_losses(predictions, labels, row.probe)]
-        out.append({'policy': PROBES[row.probe].augment.partition('=')[2], 'strength': row.strength, 'classes': losing or [str(c) for c in classes],
-                    'probe': row.probe, 'reason': _loss_text(row), 'change': row.change, 'low': row.low, 'high': row.high, 'n': row.n})
+        out.append({'policy': PROBES[row.probe].augment.partition('=')[2], 'strength': row.strength,
+                    'classes': losing or [str(c) for c in classes],
+                    'probe': row.probe, 'reason': _loss_text(row), 'change': row.change, 'low': row.low,
+                    'high': row.high, 'n': row.n})
     return out, refused
 
 # %% ../nbs/68a_recommendations.ipynb #10
@@ -58,9 +66,13 @@ def read_recommendations(
     if not isinstance(data, dict) or data.get('schema') != SCHEMA:
         raise InputError(f'{path}: not recommendations of schema {SCHEMA}: make them with `imgexp explain RUN`')
     if data.get('split') != 'valid':
-        raise InputError(f'{path}: from the {data.get("split")} images: what a training learns from must come from validation images (`imgexp explain RUN --split valid`)')
+        raise InputError(f'{path}: from the {data.get("split")} images: what a training learns from must come from '
+                         'validation images (`imgexp explain RUN --split valid`)')
     for r in data['recommend']:
-        if r['policy'] not in AUGMENT: raise InputError(f'{path}: policy {r["policy"]!r} is not known: choose one of {", ".join(AUGMENT)}')
+        if r['policy'] not in AUGMENT:
+            raise InputError(f'{path}: policy {r["policy"]!r} is not known: choose one of {", ".join(AUGMENT)}')
         unknown = [c for c in r['classes'] if c not in {*map(str, classes)}]
-        if unknown: raise InputError(f'{path}: class {unknown[0]!r} is not among those of the training, {", ".join(map(str, classes[:10]))}')
+        if unknown:
+            raise InputError(f'{path}: class {unknown[0]!r} is not among those of the training, '
+                             f'{", ".join(map(str, classes[:10]))}')
     return data

@@ -76,7 +76,8 @@ def _batch_maps(cams, y):
     maps, wrong = cams.maps(y).cpu().numpy(), (predicted != y).nonzero()[:, 0].tolist()
     if not wrong: return maps, {}
     one_hot = torch.nn.functional.one_hot
-    against = cams.maps((one_hot(predicted, cams.logits.shape[1]) - one_hot(y, cams.logits.shape[1])).float()).cpu().numpy()
+    against = cams.maps((one_hot(predicted,
+                                 cams.logits.shape[1]) - one_hot(y, cams.logits.shape[1])).float()).cpu().numpy()
     return maps, {i: against[i] for i in wrong}
 
 # %% ../nbs/66_split_maps.ipynb #9
@@ -105,5 +106,7 @@ def map_split(
         parts.append((loader.rows, y.cpu().numpy(), cams.logits.softmax(1).cpu().numpy(), maps))
         against |= {n + i: m for i, m in mistakes.items()}
         n += len(y)
-    if not parts: raise InputError(f'{table.name} has no {split} images to explain: choose another split (--split valid)')
-    return SplitMaps(table, split, *map(np.concatenate, zip(*parts)), against, channels, grad_cam.layer, size, loader.skipped)
+    if not parts:
+        raise InputError(f'{table.name} has no {split} images to explain: choose another split (--split valid)')
+    return SplitMaps(table, split, *map(np.concatenate, zip(*parts)), against, channels, grad_cam.layer, size,
+                     loader.skipped)

@@ -82,7 +82,8 @@ def plot_distances(
         ax.plot(part.distance, part.test_accuracy, '-', color=BLUE, alpha=0.35, lw=1)
         ax.plot(part.distance.iloc[-1:], part.test_accuracy.iloc[-1:], '.', color=BLUE, alpha=0.7)
     n, rows = (table.distance > 0).sum(), table.row.nunique()
-    set_title(ax, 'from the initial weights to the last', f'{n:,} trained states of {rows:,} rows; dots are last states')
+    set_title(ax, 'from the initial weights to the last',
+              f'{n:,} trained states of {rows:,} rows; dots are last states')
     ax.set(xscale='log', xlabel='distance from the initial weights, relative to their norm', ylabel='test top-1')
     percent_axis(ax.yaxis)
     return fig
@@ -121,7 +122,8 @@ def plot_predicted(
     ax.plot(y, predicted, '.', color=BLUE, alpha=0.5)
     ax.set(xlabel='test top-1', ylabel='predicted from weights')
     s = score_predictions(y, predicted, rows)
-    set_title(ax, f"R² {s['r2']:.2f}", f"{s['r2_low']:.2f} to {s['r2_high']:.2f}; {s['n']:,} states of {s['rows']:,} networks")
+    set_title(ax, f"R² {s['r2']:.2f}",
+              f"{s['r2_low']:.2f} to {s['r2_high']:.2f}; {s['n']:,} states of {s['rows']:,} networks")
     percent_axis(ax.xaxis, 5)
     percent_axis(ax.yaxis)
     return fig

@@ -102,12 +102,15 @@ def record_classes(
     for name in names:
         if fetched: _record(self, name, id=_hash(_fetched_class(Path(self.data), name), 0))
         elif name in table.classes: _record(self, name, id=_hash(table, table.classes.index(name)))
-        else: _record(self, name, error=f'{table.name} has no such class: correct the rows that name it, or add its images')
+        else:
+            _record(self, name,
+                    error=f'{table.name} has no such class: correct the rows that name it, or add its images')
 
 def _fetched_class(folder, name):
     "Table of the images of one class"
     files = np.array([f'train/{name}/{f}' for f in image_files(folder/'train'/name)], object)
-    return Images(files, np.zeros(len(files), np.int64), np.zeros(len(files), np.int8), [name], source=Files(folder, files))
+    return Images(files, np.zeros(len(files), np.int64), np.zeros(len(files), np.int8), [name],
+                  source=Files(folder, files))
 
 # %% ../nbs/46_zoo_images.ipynb #13
 def shrink_class(

@@ -72,14 +72,16 @@ def parse_range(
     except ValueError: values = (0, 0)
     if 0 < values[0] <= values[1]: return values
     example = '4-8' if kind is int else '0.001-0.1'
-    raise InputError(f'{name}={text!r} is not understood: give the lowest and the highest value, both positive ({example})')
+    raise InputError(f'{name}={text!r} is not understood: give the lowest and the highest value, both positive '
+                     f'({example})')
 
 def _parse_list(name, text, kind, allowed):
     try: values = [kind(t) for t in text.split(',') if t.strip()]
     except ValueError: values = []
     if values and all(allowed(v) for v in values): return values
     example = '32,64' if kind is int else 'adam,sgd'
-    raise InputError(f'{name}={text!r} is not understood: give positive numbers or names separated by commas ({example})')
+    raise InputError(f'{name}={text!r} is not understood: give positive numbers or names separated by commas '
+                     f'({example})')
 
 # %% ../nbs/44_zoo_params.ipynb #12
 RULES = {
@@ -118,7 +120,8 @@ def draw_row(
     "The input of row k, a pure function of the parameters and k; raises `InputError` if it has no subset of its own."
     rules, u = parse_rules(p), uniforms(p.seed, 1, [k], 6)[0]
     if len(classes) < p.classes_per_model:
-        raise InputError(f'classes_per_model={p.classes_per_model}: {len(classes)} class{"es"*(len(classes) != 1)} to choose from: give fewer, '
+        raise InputError(f'classes_per_model={p.classes_per_model}: {len(classes)} class{"es"*(len(classes) != 1)} to '
+                         'choose from: give fewer, '
                          'or other data')
     n_subsets = math.comb(len(classes), p.classes_per_model)
     if n_subsets <= k < n_subsets*p.rows_per_subset:

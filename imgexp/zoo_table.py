@@ -49,7 +49,8 @@ def _parse_row(row, classes):
     for c in names:
         if classes and c not in classes: raise unknown_name(c, classes[:20], 'class')
     if out['early_epoch'] > out['max_epoch']:
-        raise InputError(f"early_epoch={out['early_epoch']} is after max_epoch={out['max_epoch']}: give one of 1 to {out['max_epoch']}")
+        raise InputError(f"early_epoch={out['early_epoch']} is after max_epoch={out['max_epoch']}: give one of 1 to "
+                         f"{out['max_epoch']}")
     return out | {'classes': ','.join(names)}
 
 # %% ../nbs/45_zoo_table.ipynb #6
@@ -74,7 +75,8 @@ def parse_table(
                                  'too many or '
                                  f'too few commas (its first {len(INPUT)} columns are enough)')
             row = _parse_row(dict(zip(header, cells)), classes)
-            if row['row'] in out: raise InputError(f"row {row['row']} is there twice: give each row a number of its own")
+            if row['row'] in out:
+                raise InputError(f"row {row['row']} is there twice: give each row a number of its own")
         except InputError as e: raise InputError(f'{name}, line {line}: {e}') from None
         out[row['row']] = row
     return out
@@ -123,7 +125,8 @@ def find_zoo(
     "Open a zoo; raises `InputError` if it is missing or damaged."
     path = Path(path)
     if (folder := path if path.is_dir() else path.parent).joinpath('sha256.txt').is_file():
-        raise InputError(f'{display_path(folder)} is an exported zoo, to be read with ZooDataset: give the path of the table that it was trained from')
+        raise InputError(f'{display_path(folder)} is an exported zoo, to be read with ZooDataset: give the path of the '
+                         'table that it was trained from')
     if path.is_dir() and (path/'sweep.csv').is_file(): path = path/'sweep.csv'
     if path.suffix == '.csv' and not path.exists():
         raise InputError(f'{display_path(path)} does not exist: `imgexp zoo plan` writes it, or give the path of '
@@ -139,7 +142,8 @@ def find_zoo(
     try: text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as e: raise InputError(f'{display_path(path)} cannot be read: {e}') from None
     inputs = parse_table(text, display_path(path))
-    if not inputs: raise InputError(f'{display_path(path)} has no rows: `imgexp zoo plan` draws some, or add lines to it')
+    if not inputs:
+        raise InputError(f'{display_path(path)} has no rows: `imgexp zoo plan` draws some, or add lines to it')
     return Zoo(path.absolute(), p, inputs)
 
 def _lasting(data): return str(Path(data).absolute()) if Path(data).exists() else data
