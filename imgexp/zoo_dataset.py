@@ -45,18 +45,14 @@ class ZooDataset:
         if (self.dir/'states').is_dir(): self.matrix = None
         else: self.matrix = self._read(lambda path: np.load(path, mmap_mode='r'), 'weights.npy')
         if self.matrix is not None and self.matrix.shape != (len(metrics), self.layout[-1].stop):
-            raise InputError(f'{display_path(self.dir/"weights.npy")} has the shape {self.matrix.shape}, and the '
-                             'tables '
-                             f'ask for {(len(metrics), self.layout[-1].stop)}: the zoo is damaged; export it again, or '
-                             'copy it anew')
+            raise InputError(f'{display_path(self.dir/"weights.npy")} has the shape {self.matrix.shape}, and the tables '
+                             f'ask for {(len(metrics), self.layout[-1].stop)}: the zoo is damaged; export it again, or copy it anew')
     def _read(self, read, name):
         "Read one of the files; InputError if it is missing or damaged"
         try: out = read(self.dir/name)
-        except (OSError, EOFError, ValueError, KeyError) as e:
-            raise InputError(f'{display_path(self.dir/name)} is missing or damaged ({type(e).__name__}): export the '
-                             'zoo again, or copy it anew') from None
-        if not len(out):
-            raise InputError(f'{display_path(self.dir/name)} is empty: export the zoo again, or copy it anew')
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise InputError(f'{display_path(self.dir/name)} is missing or damaged ({type(e).__name__}): export the zoo again, or copy it anew') from None
+        if not len(out): raise InputError(f'{display_path(self.dir/name)} is empty: export the zoo again, or copy it anew')
         return out
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.weights(i), self.metrics.iloc[i].to_dict()

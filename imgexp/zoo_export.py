@@ -24,8 +24,7 @@ from .zoo_table import Zoo
 
 # %% ../nbs/49a_zoo_export.ipynb #5
 def _damaged(run, k, what):
-    return InputError(f'run {run.name} of row {k} is damaged ({what}): delete it (`imgexp runs rm {run.name}`), and '
-                      '`imgexp zoo run` trains the row again')
+    return InputError(f'run {run.name} of row {k} is damaged ({what}): delete it (`imgexp runs rm {run.name}`), and `imgexp zoo run` trains the row again')
 
 def _read_scores(run):
     "{epoch: line of states.csv}"
@@ -36,14 +35,11 @@ def _states_of_row(zoo, k, run, status):
     "Paths and metrics of the kept states of a row"
     scores, kept = _read_scores(run), kept_states(run)
     expected = {*scores}
-    if status == 'done':
-        expected |= {e for e in parse_epochs(run.params['keep_weights'])
-                     if e <= run.history.epoch.max()} | {b['epoch'] for b in read_index(run)['best'][:1]}
+    if status == 'done': expected |= {e for e in parse_epochs(run.params['keep_weights']) if e <= run.history.epoch.max()} | {b['epoch'] for b in read_index(run)['best'][:1]}
     if missing := expected - (scores.keys() & kept.keys()): raise _damaged(run, k, f'epoch {min(missing)} is missing')
     for epoch, (path, kind) in kept.items():
         if epoch not in scores: continue
-        if file_sha256(path/f'{kind}.safetensors' if path.is_dir() else path) != scores[epoch]['sha256']:
-            raise _damaged(run, k, f'{path.name} has changed since it was evaluated')
+        if file_sha256(path/f'{kind}.safetensors' if path.is_dir() else path) != scores[epoch]['sha256']: raise _damaged(run, k, f'{path.name} has changed since it was evaluated')
         classes, norm = (read_weights(path, kind)[1][n] for n in ('classes', 'norm'))
         yield (path, kind), {'row': k, 'epoch': epoch, 'state': scores[epoch]['state'],
                              'diverged': status == 'failed', 'classes': ','.join(classes),
@@ -93,8 +89,7 @@ def _metrics(zoo, states, runs):
         row = zoo.inputs[m['row']]
         rows.append({
             'config.dataset': Path(zoo.p.data).name, 'config.dnn_architecture': zoo.p.arch,
-            'config.classes': m['classes'],
-            **{f'config.{k}': ' '.join(map(str, v)) for k, v in zip(('mean', 'std'), m['norm'])},
+            'config.classes': m['classes'], **{f'config.{k}': ' '.join(map(str, v)) for k, v in zip(('mean', 'std'), m['norm'])},
             'config.epochs': row['max_epoch'], 'config.learning_rate': row['learning_rate'],
             'config.optimizer': row['optimizer'], 'config.l2reg': row['weight_decay'], 'config.w_init': zoo.p.head_init,
             'config.batch_size': row['batch_size'], 'config.random_seed': row['seed'], 'modeldir': runs[m['row']],
@@ -188,16 +183,15 @@ def _card(zoo, metrics, layout):
         f'Each network classifies {p.classes_per_model} classes of {Path(p.data).name} at {p.size} px; '
         f'{len(metrics):,} states, '
         f'{layout[-1].stop:,} values each. Trained from scratch with imgexp; images of a class are divided into train, '
-        f'valid and test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image '
-        'is a '
+        f'valid and test ({p.resplit or "as published"}) by their place, the same way for all networks: a test image is a '
         'test image for every network. Images are normalized by mean and deviation of the training images of each row '
         '(`config.mean` and `config.std`); outputs are in the order of `config.classes`.', '',
         f'Test accuracy of the {len(done):,} networks that reached their last epoch: {done.test_accuracy.min():.1%} to '
         f'{done.test_accuracy.max():.1%}, median {done.test_accuracy.median():.1%}. '
         f'{metrics[metrics.diverged].row.nunique():,} rows '
         'diverged (their loss became infinite or NaN); their states until then are included and flagged. '
-        f'{len(zoo.inputs) - metrics.row.nunique():,} rows failed before they had a state; sweep.csv has the reason.',
-        '', '| file | contents |', '|---|---|',
+        f'{len(zoo.inputs) - metrics.row.nunique():,} rows failed before they had a state; sweep.csv has the reason.', '',
+        '| file | contents |', '|---|---|',
         '| weights.npy | float32 [states, values]; `np.load(..., mmap_mode="r")` |',
         '| layout.csv | place of each tensor in a row |',
         '| metrics.csv.gz | a line for each state: hyper-parameters, epoch, accuracy and loss on train, valid and test '
