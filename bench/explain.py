@@ -89,7 +89,7 @@ def clothing(args):
     for name, s in times.items():
         m = statistics.median(s)
         rows.append(dict(what=name, value=round(m, 2), low=round(min(s), 2), high=round(max(s), 2), n=len(s), unit='s', against_eval=round(m/base, 2), **machine('cpu')))
-    e = explain_run(run=run.name, check_maps=True, say=log)
+    e = explain_run(run=run.name, checks=True, say=log)
     text = e.report.read_text()
     rows.append(dict(what='report', value=round(len(text)/1e6, 2), n=text.count('<figure'), unit='MB and tiles'))
     rows += [dict(what=f"{c['check']}, {c['maps']}", value=round(c['mean'], 3), low=round(c['low'], 3), high=round(c['high'], 3), n=c['n']) for c in e.checks]

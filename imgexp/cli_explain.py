@@ -36,7 +36,7 @@ def explain_command(
 ):
     "Explain a run: report.html with maps, mistakes, confused pairs, probes; or draw the maps of one photo."
     p = ExplainParams.check({k: v for k, v in values.items() if v is not None}
-                            | ({'check_maps': True} if check else {}))
+                            | ({'checks': True} if check else {}))
     if photo is not None: return _draw_photo(p, photo, out)
     if out is not None:
         raise InputError('--out is for a photo: give one, or leave it out (the report is written to the directory of '
@@ -52,8 +52,8 @@ _own = {'run': (_Run, inspect.Parameter.empty),
         'photo': (Annotated[Optional[Path], typer.Argument(help='One photo to draw the maps of, instead of a split.')],
                   None),
         'out': (Annotated[Optional[Path], typer.Option(help='Picture of the maps of a photo (.png).')], None),
-        'check': (Annotated[bool, typer.Option('--check', help=ExplainParams.table()['check_maps'].metadata['help'])],
+        'check': (Annotated[bool, typer.Option('--check', help=ExplainParams.table()['checks'].metadata['help'])],
                   False), 'as_json': (Json, False)}
 explain_command.__signature__ = inspect.Signature([
     *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in _own.items()),
-    *(parameter_option(f) for n, f in ExplainParams.table().items() if n not in ('run', 'check_maps'))])
+    *(parameter_option(f) for n, f in ExplainParams.table().items() if n not in ('run', 'checks'))])

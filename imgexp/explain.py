@@ -151,7 +151,7 @@ def explain_run(
                      fp32_head=frozen and trained.net is not trained.model, **kw)
     findings = analyze(maps)
     probes, made, refused = _probe(trained, p, table, kw, say)
-    checks = _check(trained, maps, p.layer, say) if p.check_maps else []
+    checks = _check(trained, maps, p.layer, say) if p.checks else []
     contents = _contents(trained, p, findings, probes, checks, _weights_hash(trained.run, p.checkpoint))
     files = {'explain.json': _json(contents)} | ({} if made is None
                                                  else {'recommendations.json': _json(_recommendations(contents, made,
@@ -163,7 +163,7 @@ def explain_run(
     files |= report_pages(findings, f'What {trained.run.name} looks at', p.per_class, shown, lead=lead, probes=probes,
                           made=made, refused=refused, checks=checks)
     key = [contents[k] for k in ('schema', 'weights', 'data', 'layer')] + [p.split, shown, p.per_class, p.probes,
-                                                                           p.check_maps]
+                                                                           p.checks]
     folder = trained.run.dir/'explain'/f'{p.split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}'
     _write(folder, files)
     return Explanation(trained.run, folder, findings, probes, made, refused, checks)

@@ -20,7 +20,7 @@ class ExplainParams(Parameters, heading='explanation'):
     layer: str = param('',
                        'layer whose activations the maps are made of; empty is the one whose output the pooling sees')
     probes: bool = param(True, 'measure the accuracy under changes that keep the label')
-    check_maps: bool = param(False, 'check the maps with the grid game, redrawn weights, insertion and deletion; takes '
+    checks: bool = param(False, 'check the maps with the grid game, redrawn weights, insertion and deletion; takes '
                                     'minutes')
 
 # %% ../nbs/64_explain_params.ipynb #7

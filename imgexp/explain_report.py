@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Findings', 'analyze', 'weak_classes', 'sentences', 'class_rows', 'pair_rows', 'probe_rows', 'check_rows',
-           'class_sections', 'pair_sections', 'summary', 'report_pages']
+           'class_sections', 'pair_sections', 'report_summary', 'report_pages']
 
 # %% ../nbs/69a_explain_report.ipynb #2
 from dataclasses import dataclass
@@ -101,6 +101,7 @@ def pair_rows(
     return html_table(['true', 'predicted', 'images', 'rate', '95% interval', 'the other way round', 'p, corrected'],
                       rows) + more
 
+# %% ../nbs/69a_explain_report.ipynb #12
 def probe_rows(
     probes, # DataFrame from `probe_table`
 ) -> str:   # HTML
@@ -120,7 +121,7 @@ def check_rows(
              r['expected']] for r in checks]
     return html_table(['check', 'maps', 'mean', '95% interval', 'n', 'expected'], rows)
 
-# %% ../nbs/69a_explain_report.ipynb #13
+# %% ../nbs/69a_explain_report.ipynb #14
 def _item_name(item):
     "Name of an image; of an absolute path only the end, which says nothing about the machine"
     path = Path(str(item))
@@ -133,9 +134,10 @@ def _tile(maps, pictures, i, note=''):
 
 def _channel_tiles(maps, pictures, position, channels, k=2):
     rows = maps.channels.rows
-    return [_tile(maps, pictures, position[r], f'channel {c}, {value:+.2f}') for c,
-            value in channels for r in rows[c, :k].tolist() if r in position]
+    return [_tile(maps, pictures, position[r], f'channel {c}, {value:+.2f}')
+            for c, value in channels for r in rows[c, :k].tolist() if r in position]
 
+# %% ../nbs/69a_explain_report.ipynb #15
 def _where(regions, name):
     "Where the maps of a class lie, in a sentence"
     rows = regions[(regions['class'] == name) & regions.n.gt(0)].set_index('region')
@@ -154,6 +156,7 @@ def _mean_map(maps, name):
     mean = (positive[total > 0]/total[total > 0, None, None]).mean(0)
     return f'<p><img class=mean src="{data_uri("png", map_png(mean))}" alt="mean map of {escape(printable(name))}"><br><small>mean of {(total > 0).sum()} maps</small></p>'
 
+# %% ../nbs/69a_explain_report.ipynb #16
 def class_sections(
     findings: Findings,
     per_class: int, # worst and best images of each class
@@ -172,11 +175,11 @@ def class_sections(
         out.append(Section(names[c], text,
                            [('least probability of the true class', [_tile(m, pictures, i) for i in worst]),
                             ('most', [_tile(m, pictures, i) for i in best]),
-                                            ('channels that carry it, with the photos that excite them most',
-                                             _channel_tiles(m, pictures, position, carrying_channels(m, c)))]))
+                            ('channels that carry it, with the photos that excite them most',
+                             _channel_tiles(m, pictures, position, carrying_channels(m, c)))]))
     return out
 
-# %% ../nbs/69a_explain_report.ipynb #14
+# %% ../nbs/69a_explain_report.ipynb #17
 def pair_sections(
     findings: Findings,
     k: int = 5, # maximum number of pairs
@@ -194,7 +197,7 @@ def pair_sections(
                                                                                     shared_channels(m, a, b)))]))
     return out
 
-# %% ../nbs/69a_explain_report.ipynb #17
+# %% ../nbs/69a_explain_report.ipynb #20
 def _list(items): return '<ul>' + ''.join(f'<li>{escape(printable(x))}</li>' for x in items) + '</ul>'
 def _recommendations(made, refused):
     rows = [f'{r["policy"]} for {", ".join(r["classes"][:8])}{" …" if len(r["classes"]) > 8 else ""}: {r["reason"]}'
@@ -204,7 +207,7 @@ def _recommendations(made, refused):
                                     f'({len(refused)})</summary>{_list(r["reason"] for r in refused)}</details>'
                                     if refused else '')
 
-def summary(
+def report_summary(
     findings: Findings,
     lead: str,   # plain text: what was explained
     probes=None, # DataFrame from `probe_table`
@@ -228,14 +231,14 @@ _READING = ('Orange marks what raised the logit of the class most (Grad-CAM); ev
             'For a mistake, the difference shows what spoke for the predicted class (orange) and for the true one '
             '(blue).', 'A map says where, not what or why: color, texture and shape at the same place look the same.')
 
-# %% ../nbs/69a_explain_report.ipynb #18
+# %% ../nbs/69a_explain_report.ipynb #21
 def report_pages(
     findings: Findings,
     title: str,     # plain text
     per_class: int, # worst and best images of each class
     classes=(),     # names of the classes to show; all by default
-    **parts,        # of `summary`
+    **parts,        # of `report_summary`
 ) -> dict:          # {file name: text}
     "The report, as one file or several."
-    return write_report(title, summary(findings, **parts),
+    return write_report(title, report_summary(findings, **parts),
                         [*pair_sections(findings), *class_sections(findings, per_class, classes)])

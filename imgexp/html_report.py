@@ -49,7 +49,7 @@ def map_png(
 
 def data_uri(
     kind: str,   # 'png' or 'webp'
-    data: bytes,
+    data: bytes, # a file of this kind
 ) -> str:
     "An image as a URI, for the `src` of an HTML image."
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
@@ -87,8 +87,8 @@ def _text(value): return escape(printable(value))
 # %% ../nbs/69_html_report.ipynb #13
 def interval_bar(
     value: float, # between `start` and `end`, or NaN
-    low: float,
-    high: float,
+    low: float,   # of the interval
+    high: float,  # of the interval
     start: float = 0., # left end of the scale
     end: float = 1.,   # right end
 ) -> str:

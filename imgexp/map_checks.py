@@ -60,7 +60,7 @@ def grid_game(
     mosaics, # int [n, 4] from `draw_mosaics`
     norm,    # (mean, std) of the channels
     layer: str = '', # whose activations the maps are made of
-    batch_size: int = 16,
+    batch_size: int = 16, # mosaics at once
 ) -> np.ndarray: # float [n]: mean over the four classes; NaN if no map has a positive part
     "Share of each class's map that lies on its own photo in a mosaic; chance is 0.25."
     size, device, grad_cam, out = images.shape[1], next(model.parameters()).device, GradCAM(model, layer), []
@@ -77,7 +77,7 @@ def grid_game(
 def redrawn(
     model,      # from `build_model`; it stays as it is
     what: str,  # 'head' or 'all'
-    seed: int = 1,
+    seed: int = 1, # of the new weights
 ):              # a network in evaluation mode
     "A copy of a network with new random weights in its head, or everywhere."
     if what == 'head':

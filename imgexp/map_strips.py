@@ -75,7 +75,7 @@ def plot_strips(
     import matplotlib.pyplot as plt
     rows = strip_rows(learn.table, n)
     epochs, images = epoch_maps(run, learn, rows), Pictures(learn.table, rows, learn.size)
-    fig, axes = plt.subplots(len(rows), 1 + len(epochs), figsize=(1.15*(1 + len(epochs)), 1.25*len(rows) + 0.4),
+    fig, axes = plt.subplots(len(rows), 1 + len(epochs), figsize=(1.15*(1 + len(epochs)), 1.25*len(rows) + 0.4), dpi=60,
                              squeeze=False)
     for i, strip in enumerate(axes):
         _show(strip[0], images[i], None)

@@ -21,8 +21,8 @@ class Channels:
     "Contribution of each channel to each class, and the images that excite it most."
     def __init__(
         self,
-        n_classes: int,
-        n_channels: int,
+        n_classes: int,  # of the network
+        n_channels: int, # of the layer
         top: int = 4, # images kept for each channel
     ):
         self.sums, self.n, self.top = np.zeros((n_classes, n_channels)), np.zeros(n_classes, np.int64), top

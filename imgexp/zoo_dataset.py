@@ -47,19 +47,22 @@ class ZooDataset:
         if self.matrix is not None and self.matrix.shape != (len(metrics), self.layout[-1].stop):
             raise InputError(f'{display_path(self.dir/"weights.npy")} has the shape {self.matrix.shape}, and the tables '
                              f'ask for {(len(metrics), self.layout[-1].stop)}: the zoo is damaged; export it again, or copy it anew')
-    def _read(self, read, name):
-        "Read one of the files; InputError if it is missing or damaged"
-        try: out = read(self.dir/name)
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise InputError(f'{display_path(self.dir/name)} is missing or damaged ({type(e).__name__}): export the zoo again, or copy it anew') from None
-        if not len(out): raise InputError(f'{display_path(self.dir/name)} is empty: export the zoo again, or copy it anew')
-        return out
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.weights(i), self.metrics.iloc[i].to_dict()
     def __repr__(self):
         return f'{self.dir.name}: {len(self):,} states of {self.metrics.row.nunique():,} rows, {self.layout[-1].stop:,} values each'
 
 # %% ../nbs/49b_zoo_dataset.ipynb #5
+@patch
+def _read(self: ZooDataset, read, name):
+    "Read one of the files; InputError if it is missing or damaged"
+    try: out = read(self.dir/name)
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise InputError(f'{display_path(self.dir/name)} is missing or damaged ({type(e).__name__}): export the zoo again, or copy it anew') from None
+    if not len(out): raise InputError(f'{display_path(self.dir/name)} is empty: export the zoo again, or copy it anew')
+    return out
+
+# %% ../nbs/49b_zoo_dataset.ipynb #6
 @patch
 def weights(
     self: ZooDataset,
@@ -80,6 +83,7 @@ def state_dict(
     import torch
     return torch.load(self.dir/'states'/f'{self.rows[i]:06d}.pth', weights_only=True)
 
+# %% ../nbs/49b_zoo_dataset.ipynb #7
 @patch
 def network(
     self: ZooDataset,

@@ -31,6 +31,7 @@ def _read_scores(run):
     with open(run.dir/'states.csv', newline='') as f: rows = [*csv.DictReader(f)]
     return {int(r['epoch']): r for r in rows if None not in r.values()}
 
+# %% ../nbs/49a_zoo_export.ipynb #6
 def _states_of_row(zoo, k, run, status):
     "Paths and metrics of the kept states of a row"
     scores, kept = _read_scores(run), kept_states(run)
@@ -46,6 +47,7 @@ def _states_of_row(zoo, k, run, status):
                              'norm': norm} | {
             c: float(v) for c, v in scores[epoch].items() if c.endswith(('top1', 'loss', '_n')) and v}
 
+# %% ../nbs/49a_zoo_export.ipynb #7
 def zoo_states(
     zoo: Zoo,
 ) -> list: # of (arguments of `read_weights`, metrics)
@@ -67,7 +69,7 @@ def zoo_states(
     if not out: raise InputError(f'{zoo.name} has no states: all rows failed')
     return out
 
-# %% ../nbs/49a_zoo_export.ipynb #7
+# %% ../nbs/49a_zoo_export.ipynb #9
 def zoo_splits(
     inputs: dict,   # {row: input}
     seed: int,      # of the zoo
@@ -81,7 +83,7 @@ def zoo_splits(
     table = pd.DataFrame(rows, columns=['row', 'by_row', 'fold_by_row', 'by_subset', 'fold_by_subset'])
     return table[['row', 'by_row', 'by_subset', 'fold_by_row', 'fold_by_subset']]
 
-# %% ../nbs/49a_zoo_export.ipynb #9
+# %% ../nbs/49a_zoo_export.ipynb #11
 def _metrics(zoo, states, runs):
     import pandas as pd
     rows = []
@@ -116,7 +118,7 @@ def index_dict(
         out['channels_in'].append(t.shape[1])
     return out
 
-# %% ../nbs/49a_zoo_export.ipynb #10
+# %% ../nbs/49a_zoo_export.ipynb #12
 def flatten_state(
     state: dict,  # state dict
     layout: list, # of `Tensor`
@@ -139,7 +141,7 @@ def unflatten_state(
     import torch
     return {t.name: torch.from_numpy(np.array(row[t.start:t.stop], dtype=t.dtype).reshape(t.shape)) for t in layout}
 
-# %% ../nbs/49a_zoo_export.ipynb #11
+# %% ../nbs/49a_zoo_export.ipynb #13
 def _write_weights(folder, states, layout):
     matrix = np.lib.format.open_memmap(folder/'weights.npy', 'w+', np.float32, (len(states), layout[-1].stop))
     for i, (weights, _) in enumerate(states): flatten_state(_ordered(weights, layout), layout, matrix[i])
@@ -174,7 +176,7 @@ def read_layout(
                        int(r['start']))
                 for r in csv.DictReader(f)]
 
-# %% ../nbs/49a_zoo_export.ipynb #12
+# %% ../nbs/49a_zoo_export.ipynb #14
 def _card(zoo, metrics, layout):
     "README.md"
     done, p = metrics[~metrics.diverged & metrics.laststep], zoo.p
@@ -205,7 +207,7 @@ def _card(zoo, metrics, layout):
         'a pair of weights and metrics, `zoo.network(i)` the network.', '']
     return '\n'.join(lines)
 
-# %% ../nbs/49a_zoo_export.ipynb #13
+# %% ../nbs/49a_zoo_export.ipynb #15
 FORMATS = ('npy', 'pth')
 
 def export_zoo(
@@ -231,6 +233,7 @@ def export_zoo(
     finally: shutil.rmtree(part, ignore_errors=True)
     return out
 
+# %% ../nbs/49a_zoo_export.ipynb #16
 def _write_all(zoo, part, states, layout, format):
     metrics = _metrics(zoo, states, {k: s['run'] for k, s in zoo.states().items()})
     matrix = _write_weights(part, states, layout)
