@@ -114,10 +114,11 @@ def make(name, shared, jobs):
     return zoo, states, export_zoo(zoo, out)
 
 def zoo(name, shared, jobs):
+    import pandas as pd
     from imgexp.weight_predictors import compare_predictors
     zoo, states, out = make(name, shared, jobs)
     write(RESULTS/f'zoo-{name}.csv', [{**zoo.inputs[k], **{c: s[c] for c in ('status', 'epoch', 'valid_top1', 'test_top1')}, **machine('cpu')} for k, s in states.items()])
-    scores = compare_predictors(out).round(4)
+    scores = pd.concat([compare_predictors(out, initial).assign(states='all' if initial else 'trained') for initial in (True, False)]).round(4)
     log(scores.to_string())
     write(RESULTS/f'zoo-{name}-scores.csv', [dict(r, **machine('cpu')) for r in scores.to_dict('records')])
 

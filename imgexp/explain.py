@@ -19,7 +19,7 @@ from .data import Pixels
 from .errors import InputError
 from .evaluate import load_run
 from .explain_params import ExplainParams, parse_classes
-from .explain_report import Findings, analyze, report_pages, sentences
+from .explain_report import Findings, analyze, image_name, report_pages, sentences
 from .files import file_sha256, to_plain, write_text
 from .grad_cam import GradCAM
 from .learner import to_input
@@ -92,7 +92,7 @@ def _records(table): return [] if table is None else table.to_dict('records')
 def _contents(trained, p, findings, probes, checks, weights):
     "What explain.json holds"
     m, run, names = findings.maps, trained.run, [str(c) for c in findings.maps.table.classes]
-    images = [{'item': str(m.table.items[r]), 'true': names[y], 'predicted': names[c],
+    images = [{'item': image_name(m.table.items[r]), 'true': names[y], 'predicted': names[c],
                'prob': round(float(m.probs[i, c]), 4), 'true_prob': round(float(m.probs[i, y]), 4)}
               for i, (r, y, c) in enumerate(zip(m.rows, m.labels, m.predicted))]
     return {'schema': SCHEMA, 'run': run.name, 'checkpoint': p.checkpoint, 'weights': weights,
@@ -100,7 +100,7 @@ def _contents(trained, p, findings, probes, checks, weights):
             'layer': m.layer, 'map': list(m.maps.shape[1:]), 'size': m.size, 'sentences': sentences(findings, probes),
             'classes': _records(findings.classes),
             'pairs': _records(findings.pairs), 'regions': _records(findings.regions), 'probes': _records(probes),
-            'checks': checks, 'images': images, 'unreadable': m.skipped}
+            'checks': checks, 'images': images, 'unreadable': {image_name(k): v for k, v in m.skipped.items()}}
 
 # %% ../nbs/70_explain.ipynb #16
 def _recommendations(contents, made, refused, frozen):
@@ -108,6 +108,7 @@ def _recommendations(contents, made, refused, frozen):
     kept = {k: contents[k]
             for k in ('schema', 'run', 'checkpoint', 'weights', 'data', 'split', 'n', 'pairs', 'classes', 'probes')}
     note = 'Hypotheses for the next training, not results: whether they help is measured by training with and without them.'
+    if not contents['probes']: note += ' No changes of the images were measured (probes=false), so there is nothing to recommend.'
     if frozen:
         note += ' The backbone of this run is frozen, and its head alone may not be able to follow them: in our measurement it was not.'
     return kept | {'recommend': made, 'refused': refused, 'note': note}
@@ -116,10 +117,12 @@ def _write(folder, files):
     "Write the files of an explanation, all or none"
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, text in files.items(): write_text(part/name, text)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        part.mkdir(parents=True)
+        for name, text in files.items(): write_text(part/name, text)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 def _json(value): return json.dumps(to_plain(value), indent=1, ensure_ascii=False) + '\n'
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Findings', 'analyze', 'weak_classes', 'sentences', 'class_rows', 'pair_rows', 'probe_rows', 'check_rows',
-           'class_sections', 'pair_sections', 'report_summary', 'report_pages']
+           'image_name', 'class_sections', 'pair_sections', 'report_summary', 'report_pages']
 
 # %% ../nbs/69a_explain_report.ipynb #2
 from dataclasses import dataclass
@@ -122,14 +122,16 @@ def check_rows(
     return html_table(['check', 'maps', 'mean', '95% interval', 'n', 'expected'], rows)
 
 # %% ../nbs/69a_explain_report.ipynb #14
-def _item_name(item):
-    "Name of an image; of an absolute path only the end, which says nothing about the machine"
+def image_name(
+    item, # an item of a table: a name or a path
+) -> str:
+    "Name of an image; of an absolute path only the end, which says nothing about the machine."
     path = Path(str(item))
     return '/'.join(path.parts[-2:]) if path.is_absolute() else str(item)
 
 def _tile(maps, pictures, i, note=''):
     classes, c, p = maps.table.classes, int(maps.labels[i]), int(maps.predicted[i])
-    return Tile(pictures[i], maps.maps[i], _item_name(maps.table.items[maps.rows[i]]), str(classes[c]),
+    return Tile(pictures[i], maps.maps[i], image_name(maps.table.items[maps.rows[i]]), str(classes[c]),
                 float(maps.probs[i, c]), str(classes[p]), float(maps.probs[i, p]), maps.against.get(i), note)
 
 def _channel_tiles(maps, pictures, position, channels, k=2):

@@ -25,12 +25,14 @@ def _numbers(metrics):
 
 def predictor_inputs(
     folder: str | Path, # an exported zoo
+    initial: bool = True, # whether initial states are included
 ) -> tuple: # {'weights', 'hyper-parameters': float [states, features]}, accuracies, {split: folds}, rows: each [states]
     "What predictors see, and what they predict: test accuracy."
     import pandas as pd
     zoo, folder = ZooDataset(folder), Path(folder)
     metrics, stats = zoo.metrics, pd.read_csv(folder/'stats.csv')
     use = np.isfinite(stats).all(axis=1).to_numpy() & metrics.test_accuracy.notna().to_numpy()
+    use &= initial | (metrics.step > 0).to_numpy()
     folds = metrics[['row']].merge(pd.read_csv(folder/'splits.csv'), on='row')
     inputs = {'weights': stats[use].to_numpy(), 'hyper-parameters': _numbers(metrics)[use].to_numpy()}
     schemes = {'rows': folds.fold_by_row, 'subsets': folds.fold_by_subset,
@@ -88,10 +90,11 @@ def score_predictions(
 
 def compare_predictors(
     folder: str | Path, # an exported zoo
+    initial: bool = True, # whether initial states are included
 ): # DataFrame: predictor, sees, folds, r2 with interval, tau, n, rows
     "All predictors on all splits."
     import pandas as pd
-    inputs, y, schemes, rows = predictor_inputs(folder)
+    inputs, y, schemes, rows = predictor_inputs(folder, initial)
     return pd.DataFrame([{'predictor': predictor, 'sees': sees, 'folds': scheme,
                           **score_predictions(y, cross_predict(predictor, x, y, folds), rows)}
                          for scheme, folds in schemes.items() for sees,

@@ -107,7 +107,7 @@ def agreement(
     return pd.DataFrame([{'a': a, 'b': b, 'shared': len(names[a] & names[b]), 'cosine': float(cosines[i, j])}
                          for i, a in enumerate(rows) for j, b in enumerate(rows) if i < j])
 
-# %% ../nbs/50_zoo.ipynb #27
+# %% ../nbs/50_zoo.ipynb #29
 @styled
 def plot_predicted(
     y,         # float [states], true

@@ -18,7 +18,7 @@ from imgexp.transfer import train as train_head
 from imgexp.trained import weights_path
 
 pytestmark = pytest.mark.usefixtures('project')
-SMALL = dict(arch='compact_resnet', size=32, lr=0.01, augment='none', batch_size=32, precision='fp32', track='off', workers=0)
+SMALL = dict(arch='compact_resnet', size=32, lr=0.01, augment='none', batch_size=32, precision='fp32', track='off', workers=0, figures=False)
 
 def photos(folder, change=lambda image, label: image, classes=('circle', 'square', 'cross', 'arrow'), n=400):
     "A folder of drawn photos; `change` may mark them."
@@ -96,7 +96,7 @@ def test_names_are_escaped(project, tmp_path):
     (['photo.png'], 'give --out map.png'), (['none.png', '--out', 'map.png'], 'no such image'), (['text.jpg', '--out', 'map.png'], 'cannot be read'),
     (['text.jpg', '--out', 'map.gif'], 'ends in .png'), (['--layer', 'fc'], 'not a map')])
 def test_bad_input(project, launcher, args, message):
-    run = train(data='digits', epochs=1, resume='reuse', **SMALL)
+    run = train(data='digits', subset=0.1, epochs=1, **SMALL)
     (project/'text.jpg').write_text('no image')
     job = launcher.imgexp('explain', run.name, *args, root=project, cwd=project)
     assert job.wait() == 2 and message in job.err and 'Traceback' not in job.err and job.err.strip().splitlines()[-1].startswith('imgexp: '), job.err
