@@ -158,7 +158,7 @@ def begin(
     _open_runs.add(self)
     try: self._record_attempt()
     except BaseException as e:
-        self.fail(e)
+        self.__exit__(type(e), e, e.__traceback__)
         raise
     self.tracker = Tracker(self, track)
     _watch_cells()

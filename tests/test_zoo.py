@@ -348,3 +348,12 @@ def test_what_a_config_says_is_exported(project):
     zoo = find_zoo(zoo.path, str(project/'other.yaml'))
     run_zoo(zoo, config=str(project/'other.yaml'), **QUIET)
     assert ZooDataset(export_zoo(zoo, project/'out')).p.momentum == 0.5 and not (project/'.out.part').exists()
+
+def test_a_signal_while_a_run_begins_does_not_fail_its_row(project, monkeypatch):
+    zoo = plan(project/'sweep.csv', models=1, max_epoch='1')
+    def terminated(run): raise KeyboardInterrupt('terminated')
+    with monkeypatch.context() as m:
+        m.setattr(Run, '_record_attempt', terminated)
+        with pytest.raises(KeyboardInterrupt): run_zoo(zoo, **QUIET)
+    assert Run(next((project/'runs').glob('2*-03_train-*'))).state == 'stopped'
+    assert run_zoo(zoo, **QUIET)[0]['status'] == 'done'
