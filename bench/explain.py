@@ -1,7 +1,8 @@
 """Explanations: speed beside other Grad-CAM libraries, checks of the maps, a planted shortcut, and what following recommendations brings.
 
     python bench/explain.py speed                       # images a second of a forward pass and of maps; one thread
-    python bench/explain.py clothing path/to/shared     # MobileNetV2 on clothing: checks, time beside `imgexp eval`, size of the report
+    python bench/explain.py cost path/to/shared         # time beside `imgexp eval`, of MobileNetV2 on clothing
+    python bench/explain.py clothing path/to/shared     # the same run: checks of the maps, probes, size of the report
     python bench/explain.py shortcut path/to/shared     # a mark in a corner of every skirt
     python bench/explain.py follow path/to/shared       # three seeds with and without the augmentation that is recommended
     python bench/explain.py memory                      # of 1,000 maps
@@ -76,19 +77,26 @@ def train_head(shared, data=None, **values):
     from imgexp.transfer import train
     return train(data=str(data or shared/'data/clothing'), arch='mobilenet_v2', weights=str(shared/'weights/mobilenet_v2-converted.pth'), epochs=10, resume='reuse', track='off', **values)
 
-def clothing(args):
+def cost(args):
+    "Seconds of an evaluation, and of explanations"
     from imgexp.evaluate import load_run
     from imgexp.explain import explain_run
     run, times = train_head(args.shared), {}
+    jobs = {'eval': lambda: load_run(run.name).evaluate('valid'), 'explain without probes': lambda: explain_run(run=run.name, probes=False), 'explain': lambda: explain_run(run=run.name)}
     for _ in range(args.rounds):
-        for name, f in {'eval': lambda: load_run(run.name).evaluate('valid'), 'explain without probes': lambda: explain_run(run=run.name, probes=False), 'explain': lambda: explain_run(run=run.name)}.items():
+        for name, f in jobs.items():
             start = time.perf_counter()
             f()
             times.setdefault(name, []).append(time.perf_counter() - start)
-    base, rows = statistics.median(times['eval']), []
-    for name, s in times.items():
-        m = statistics.median(s)
-        rows.append(dict(what=name, value=round(m, 2), low=round(min(s), 2), high=round(max(s), 2), n=len(s), unit='s', against_eval=round(m/base, 2), **machine('cpu')))
+    base = statistics.median(times['eval'])
+    rows = [dict(what=name, seconds=round(statistics.median(s), 2), low=round(min(s), 2), high=round(max(s), 2), n=len(s), against_eval=round(statistics.median(s)/base, 2), **machine('cpu')) for name, s in times.items()]
+    write('explain-cost', rows)
+    for r in rows: log(str(r))
+
+def clothing(args):
+    "Size of the report, checks of the maps, and probes"
+    from imgexp.explain import explain_run
+    run, rows = train_head(args.shared), []
     e = explain_run(run=run.name, checks=True, say=log)
     text = e.report.read_text()
     rows.append(dict(what='report', value=round(len(text)/1e6, 2), n=text.count('<figure'), unit='MB and tiles'))
@@ -165,12 +173,12 @@ def memory(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('what', choices=['speed', 'clothing', 'shortcut', 'follow', 'memory'])
+    parser.add_argument('what', choices=['speed', 'cost', 'clothing', 'shortcut', 'follow', 'memory'])
     parser.add_argument('shared', nargs='?', help='folder with data/ and weights/', type=lambda p: Path(p).absolute())
     parser.add_argument('--rounds', type=int, default=5, help='(%(default)s)')
     parser.add_argument('--batch', type=int, default=8, help='images at once in speed (%(default)s)')
     args = parser.parse_args()
-    if args.what in ('clothing', 'shortcut', 'follow') and not args.shared: parser.error('give the folder with data/ and weights/')
+    if args.what in ('cost', 'clothing', 'shortcut', 'follow') and not args.shared: parser.error('give the folder with data/ and weights/')
     globals()[args.what](args)
 
 if __name__ == '__main__': main()

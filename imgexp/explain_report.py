@@ -8,6 +8,7 @@ __all__ = ['Findings', 'analyze', 'weak_classes', 'sentences', 'class_rows', 'pa
 
 # %% ../nbs/69a_explain_report.ipynb #2
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from .error_analysis import carrying_channels, class_regions, class_table, confused_pairs, extremes, region_shares, shared_channels, standing_out
 from .grad_cam import coarse_note
-from .html_report import Section, Tile, data_uri, html_table, interval_bar, map_png, write_report
+from .html_report import PHOTO, Section, Tile, data_uri, html_table, interval_bar, map_png, write_report
 from .loader import Pictures
 from .metrics import score
 from .split_maps import SplitMaps
@@ -129,9 +130,11 @@ def image_name(
     path = Path(str(item))
     return '/'.join(path.parts[-2:]) if path.is_absolute() else str(item)
 
+def _photos(maps): return Pictures(maps.table, maps.rows, min(maps.size, PHOTO))
+
 def _tile(maps, pictures, i, note=''):
     classes, c, p = maps.table.classes, int(maps.labels[i]), int(maps.predicted[i])
-    return Tile(pictures[i], maps.maps[i], image_name(maps.table.items[maps.rows[i]]), str(classes[c]),
+    return Tile(partial(pictures.__getitem__, i), maps.maps[i], image_name(maps.table.items[maps.rows[i]]), str(classes[c]),
                 float(maps.probs[i, c]), str(classes[p]), float(maps.probs[i, p]), maps.against.get(i), note)
 
 def _channel_tiles(maps, pictures, position, channels, k=2):
@@ -166,7 +169,7 @@ def class_sections(
 ) -> list:          # of `Section`, lowest accuracy first
     "Worst and best images of each class, and the photos that excite its channels most."
     m, names = findings.maps, [str(c) for c in findings.maps.table.classes]
-    pictures, position = Pictures(m.table, m.rows, m.size), {r: i for i, r in enumerate(m.rows.tolist())}
+    pictures, position = _photos(m), {r: i for i, r in enumerate(m.rows.tolist())}
     chosen, table = extremes(m.true_probs, m.labels, per_class), findings.classes
     out = []
     for c in table[table.n > 0].sort_values('top1', kind='stable').index:
@@ -188,7 +191,7 @@ def pair_sections(
 ) -> list:      # of `Section`
     "The photos of the pairs that stand out, and the channels that both classes share."
     m, names = findings.maps, [str(c) for c in findings.maps.table.classes]
-    pictures, position, out = Pictures(m.table, m.rows, m.size), {r: i for i, r in enumerate(m.rows.tolist())}, []
+    pictures, position, out = _photos(m), {r: i for i, r in enumerate(m.rows.tolist())}, []
     for r in findings.standing_pairs.head(k).itertuples():
         a, b = names.index(r.true), names.index(r.predicted)
         confused = np.flatnonzero((m.labels == a) & (m.predicted == b))

@@ -7,7 +7,8 @@ __all__ = ['PHOTO', 'STYLE', 'MAX_TILES', 'photo_webp', 'map_png', 'data_uri', '
            'Section', 'paginate', 'write_report']
 
 # %% ../nbs/69_html_report.ipynb #2
-import base64
+import base64, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
 
@@ -58,7 +59,7 @@ def data_uri(
 @dataclass
 class Tile:
     "A photo with its maps and what the network said."
-    image: np.ndarray  # uint8 [h, w, 3], as the network sees it
+    photo: object      # called without arguments, returns the photo, uint8 [h, w, 3]
     maps: np.ndarray   # float [h, w], of the true class
     name: str          # of the image
     true: str          # class
@@ -70,14 +71,14 @@ class Tile:
 
     def html(self) -> str:
         "The tile as an HTML figure."
-        wrong = self.predicted != self.true
+        wrong, photo = self.predicted != self.true, self.photo()
         layers = [('m', map_png(self.maps)),
                   ('d', map_png(self.maps if self.against is None else self.against, self.against is not None))]
         said = f'{_text(self.predicted)} {percent(self.prob)}' + f'<br>true: {_text(self.true)} {percent(self.true_prob)}'*wrong
         overlays = ''.join(f'<img class={c} src="{data_uri("png", data)}" alt="">' for c, data in layers)
-        small = ' class=s' if max(self.image.shape[:2]) < 64 else ''
+        small = ' class=s' if max(photo.shape[:2]) < 64 else ''
         return (f'<figure class="{"w" if wrong else "r"}"><div><img{small} '
-                f'src="{data_uri("webp", photo_webp(self.image))}" alt="{_text(self.name)}" '
+                f'src="{data_uri("webp", photo_webp(photo))}" alt="{_text(self.name)}" '
                 f'loading=lazy>{overlays}</div>'
                 f'<figcaption>{_text(self.note)}{"<br>"*bool(self.note)}<b>{"✗" if wrong else "✓"}</b> {said}<small '
                 f'title="{_text(self.name)}">{_text(self.name)}</small></figcaption></figure>')
@@ -169,9 +170,10 @@ class Section:
     @property
     def n_tiles(self): return sum(len(tiles) for _, tiles in self.rows)
     def html(self) -> str:
-        "The section in HTML."
-        rows = ''.join(f'<h3>{_text(heading)}</h3><div class=tiles>{"".join(t.html() for t in tiles)}</div>'
-                       for heading, tiles in self.rows if tiles)
+        "The section in HTML; photos are read and compressed in threads."
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+            rows = ''.join(f'<h3>{_text(heading)}</h3><div class=tiles>{"".join(pool.map(Tile.html, tiles))}</div>'
+                           for heading, tiles in self.rows if tiles)
         return f'<h2>{_text(self.title)}</h2>{self.text}{rows}'
 
 # %% ../nbs/69_html_report.ipynb #21
