@@ -16,10 +16,10 @@ from torch.fx.experimental.optimization import fuse
 
 from .errors import InputError, invalid_choice
 from .learner import autocast
-from .networks import blocks
+from .networks import blocks, published_name
 
 # %% ../nbs/02l_grad_cam.ipynb #5
-LAYERS = {  # {beginning of the architecture's name: layer}
+LAYERS = {  # {beginning of the architecture's published name: layer}
     'alexnet': 'features', 'vgg': 'features', 'squeezenet': 'classifier.2', 'densenet': 'relu',
     'googlenet': 'inception5b', 'inception': 'Mixed_7c', 'mobilenet': 'features',
     'efficientnet': 'features', 'mnasnet': 'layers', 'regnet': 'trunk_output', 'shufflenet': 'conv5',
@@ -31,7 +31,7 @@ def map_layer(
     model, # from `build_model`
 ) -> str:  # '' for an unknown architecture
     "Name of the layer that a network's maps are taken from."
-    arch = getattr(model, 'arch', '')
+    arch = published_name(getattr(model, 'arch', ''))
     layer = next((name for start, name in LAYERS.items() if arch.startswith(start)), '')
     return layer.format(last=len(model.encoder.layers) - 1) if arch.startswith('vit') else layer
 

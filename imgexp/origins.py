@@ -26,9 +26,9 @@ def file_origin(
     "What the tensors of a file tell; raises `InputError` unless they are those of the architecture."
     import torch
     from imgexp.models import build_model, default_size
-    from imgexp.networks import find_head
+    from imgexp.networks import find_head, is_resnet
     size, conv = _size_of_images(arch, specs), specs.get('conv1.weight')
-    small = arch.startswith(('resnet', 'resnext', 'wide_resnet')) and conv and conv.shape[-1] == 3
+    small = is_resnet(arch) and conv and conv.shape[-1] == 3
     origin = Origin(arch, size=size, stem='small' if small else 'standard')
     with torch.device('meta'): model = build_model(arch, 2, size=size or default_size(arch), stem=origin.stem)
     expected, head = model.state_dict(), find_head(model)[0]

@@ -16,7 +16,7 @@ import torch, torchvision
 
 from .errors import InputError
 from .files import file_sha256
-from .networks import check_arch
+from .networks import check_arch, published_name
 
 # %% ../nbs/02a_weights.ipynb #0919b2d8
 @dataclass
@@ -113,7 +113,7 @@ def published_weights(
     check_arch(arch)
     if arch in ('compact_resnet', 'small_cnn'):
         raise InputError(f"weights={weights!r}: {arch} has no published weights; use weights='' or a file.")
-    published = torchvision.models.get_model_weights(arch)
+    published = torchvision.models.get_model_weights(published_name(arch))
     if weights == 'imagenet': return published.DEFAULT
     names = [w.name for w in published]
     if weights in names: return published[weights]
