@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_checkpoint', 'damage', 'checkpoints', 'newest_checkpoint', 'read_weights', 'generators', 'set_generators',
            'Checkpoints', 'KeepParams', 'read_index', 'resume_position', 'restore', 'start_from_parent', 'parent_id',
-           'restore_best', 'weights_kind', 'keep_weights_only']
+           'best_weights', 'restore_best', 'weights_kind', 'keep_weights_only']
 
 # %% ../nbs/02i_checkpoints.ipynb #2
 import json, os, pickle, random, shutil, sys, time
@@ -411,22 +411,32 @@ def parent_id(
 def _shorten(value): return value if isinstance(value, str) else ', '.join(value[:5]) + ', …'*(len(value) > 5)
 
 # %% ../nbs/02i_checkpoints.ipynb #43
+def best_weights(
+    run,     # a `Run`
+) -> tuple:  # Path of the weights file; dict: name, epoch, by, valid_top1, valid_loss, with averages ema_top1, ema_loss
+    "The weights of the best intact checkpoint: the averaged ones if `best_by` refers to them."
+    index, folder = read_index(run), run.dir/'checkpoints'
+    for best in index['best']:
+        if 'sha256' in best:
+            file = folder/f"{best['name']}.safetensors"
+            intact = file.is_file() and file_sha256(file) == best['sha256']
+        else:
+            file = folder/best['name']/f"{weights_kind(index['by'])}.safetensors"
+            intact = file.is_file() and not damage(file.parent)
+        if intact: return file, best | {'by': index['by']}
+    raise InputError(f'run {run.name} has no intact checkpoint of a finished epoch: restore one from a copy, or train it '
+                     'again (resume=never)')
+
 def restore_best(
     run,    # a `Run`
     learn,  # an `ImageLearner`: receives the weights and the normalization they were trained with
-) -> dict:  # name, epoch, by, valid_top1, valid_loss; with averaged weights also ema_top1, ema_loss
-    "Load the weights of the best intact checkpoint: the averaged ones if `best_by` refers to them."
-    index = read_index(run)
-    for best in index['best']:
-        path = run.dir/'checkpoints'/best['name']
-        if 'sha256' in best: path = path.with_name(f'{path.name}.safetensors')
-        if not path.exists() or (file_sha256(path) != best['sha256'] if 'sha256' in best else damage(path)): continue
-        weights, metadata = read_weights(path, weights_kind(index['by']), verified=True)
-        learn.model.load_state_dict(weights)
-        learn.norm = metadata['norm']
-        return best | {'by': index['by']}
-    raise InputError(f'run {run.name} has no intact checkpoint of a finished epoch: restore one from a copy, or give '
-                     'resume=never to start over')
+) -> dict:  # as from `best_weights`
+    "Load the best weights of a run."
+    file, best = best_weights(run)
+    weights, metadata = read_weights(file)
+    learn.model.load_state_dict(weights)
+    learn.norm = metadata['norm']
+    return best
 
 # %% ../nbs/02i_checkpoints.ipynb #44
 def weights_kind(

@@ -28,7 +28,7 @@ class LawParams(Parameters, heading='curve'):
     form: str = param('auto', f"form of the law: {', '.join(FORMS)}; auto chooses by the held-out sizes",
                       ['auto', *FORMS], in_id=False)
 
-_SET_BY_CURVE = ('subset', 'extend', 'resume')
+_SET_BY_CURVE = ('subset', 'extend', 'start', 'shrink', 'resume')
 TrainOptions = from_declarations([d for d in declared_experiment('03_train').params.declarations()
                                   if d['name'] not in _SET_BY_CURVE])
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALID', 'Encoded', 'Files', 'Pixels', 'Images', 'class_ranks', 'nested_subset', 'with_valid', 'keep_classes',
-           'keep_subset', 'stratified_order', 'parse_limits', 'limit_images', 'parse_shares', 'resplit_images',
-           'from_arrays', 'read_idx', 'from_idx', 'read_stored', 'read']
+           'keep_subset', 'stratified_order', 'parse_limits', 'limit_images', 'hold_out_images', 'parse_shares',
+           'resplit_images', 'from_arrays', 'read_idx', 'from_idx', 'read_stored', 'read']
 
 # %% ../nbs/01c_data.ipynb #2
 import gzip, os, shlex, struct
@@ -211,6 +211,26 @@ def limit_images(
     return table if keep.all() else table.take(np.flatnonzero(keep))
 
 # %% ../nbs/01c_data.ipynb #23
+def hold_out_images(
+    table: Images,
+    n: int, # training images of each class; 0 keeps the splits
+) -> Images:
+    "Validate on training images; validation images of the data become test images, looked at once. Raises `InputError`."
+    if not n: return table
+    counts = table.counts().sum(0)
+    if counts[1] and counts[2]:
+        raise InputError(f'hold_out={n}: {table.name} has {counts[1]:,} validation and {counts[2]:,} test images '
+                         'already: leave hold_out out')
+    train = table.split('train')
+    labels, splits = table.labels[train], np.where(table.splits == 1, 2, table.splits)
+    small = np.flatnonzero(np.bincount(labels, minlength=len(table.classes)) <= n)
+    if len(small):
+        raise InputError(f'hold_out={n}: class {table.classes[small[0]]} of {table.name} has only '
+                         f'{(labels == small[0]).sum()} training images: hold out fewer')
+    splits[train[class_ranks(labels, seed=0) < n]] = 1
+    return replace(table, splits=splits.astype(np.int8))
+
+# %% ../nbs/01c_data.ipynb #e2f4878f
 def parse_shares(
     resplit: str, # '70/15/15': percent of train, valid and test
 ) -> tuple:       # of int

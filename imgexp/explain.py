@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from .class_augment import SCHEMA
 from .data import Pixels
 from .errors import InputError
 from .evaluate import load_run
@@ -28,7 +29,7 @@ from .map_checks import check_maps
 from .packs import prepare_like
 from .params import takes
 from .probes import probe_predictions, probe_table
-from .recommendations import SCHEMA, recommend
+from .recommendations import recommend
 from .split_maps import map_split
 from .style import class_label, percent, styled
 from .trained import Network, run_data, unlabeled_table, weights_path, with_classes

@@ -6,25 +6,29 @@
 __all__ = ['OptimizerParams', 'EMAParams', 'BudgetParams', 'FitParams', 'best_column', 'parse_epochs', 'fit']
 
 # %% ../nbs/02l_fit.ipynb #2
-import gc, re, time
+import gc, os, re, time
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
 from .augment import MixParams
 from .checkpoints import Checkpoints, KeepParams, checkpoints, restore, restore_best, start_from_parent
 from .errors import InputError, RunFailed, Stopped, stop_requests
+from .files import write_json
 from .learner import OPTIMIZERS, make_optimizer
 from .lr_finder import find_lr
 from .parallel import rank, rank_zero_print, world_size
 from .params import Parameters, SeedParams, param, set_seed, takes
 from .callbacks import EMA, HIGHER, Bottleneck, EarlyStop, Finite, History, Mixtures, Progress, Schedule
 from .schedules import SCHEDULES, schedule
+from .sync import Sync
 
 # %% ../nbs/02l_fit.ipynb #5
 class OptimizerParams(Parameters, heading='training'):
     epochs: int = param(20, 'passes over the training images', (1, 10_000))
     lr: float = param(0.003, 'largest learning rate; 0 asks the LR finder', (0, 100))
+    lr_limit: float = param(0., 'largest rate that the LR finder may choose; 0 is no limit', (0, 100), in_id='if set')
     optimizer: str = param('adamw', 'adamw, adam, or sgd (Nesterov)', list(OPTIMIZERS))
     momentum: float = param(0.9, 'momentum of sgd; beta1 of adam and adamw', '[0, 1)')
     weight_decay: float = param(-1.0, "weight decay; -1 the optimizer's usual one (adamw 0.01, sgd 0.0005, adam "
@@ -85,15 +89,19 @@ def _callbacks(run, learn, p, requests):
                     keep_weights=parse_epochs(p.keep_weights), deadline=deadline)]
     if any(mix.values()): callbacks.append(Mixtures(len(learn.table.classes), learn.dls.train.preprocess.seed, **mix))
     if p.ema: callbacks.append(EMA(p.ema))
+    if os.environ.get('IMGEXP_SYNC') and rank() == 0: callbacks.append(Sync(run, os.environ['IMGEXP_SYNC']))
     return callbacks
 
 # %% ../nbs/02l_fit.ipynb #14
-def _set_lr(run, learn, callbacks, requests):
+def _set_lr(run, learn, callbacks, requests, limit):
     "Set the peak learning rate with the LR finder, which runs without the training callbacks"
     with learn.removed_cbs(callbacks): curve = find_lr(learn, stop_requests=requests)
-    learn.schedule.peak = curve.valley
-    rank_zero_print(f'lr={curve.valley:.2g} by the LR finder (its steepest fall is at {curve.steep:.2g})')
-    if rank() == 0: run.figure('lr_finder', curve.figure())
+    lr = learn.schedule.peak = min(curve.valley, limit or curve.valley)
+    limited = f'; its valley is at {curve.valley:.2g}, above lr_limit' if lr < curve.valley else ''
+    rank_zero_print(f'lr={lr:.2g} by the LR finder (its steepest fall is at {curve.steep:.2g}{limited})')
+    if rank(): return
+    run.figure('lr_finder', curve.figure())
+    write_json(run.dir/'lr_finder.json', {'lr': lr, 'limit': limit, **asdict(curve)})
 
 def _loop(run, learn, p, requests, parent, after):
     "Resume the run, or start where its parent ended, and train to the end"
@@ -101,7 +109,7 @@ def _loop(run, learn, p, requests, parent, after):
     with learn.added_cbs(callbacks):
         restored = restore(run, learn, after)
         if not restored and parent: start_from_parent(parent, learn)
-        if not restored and p.lr == 0: _set_lr(run, learn, callbacks, requests)
+        if not restored and p.lr == 0: _set_lr(run, learn, callbacks, requests, p.lr_limit)
         learn.fit(learn.base + p.epochs)
         for loader, names in zip((learn.dls.train, learn.dls.valid), learn.history.skipped()):
             loader.skipped.update(names)

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .augment import AugmentParams
+from .class_augment import ClassAugmentParams, class_policies
 from .data import Pixels
 from .errors import InputError, RunFailed
 from .loader import LoadParams, Loader, SizeParams, share
@@ -304,14 +305,20 @@ class DeviceParams(Parameters, heading='machine'):
                                 'batch',
                              (0, 65_536))
 
-class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, SplitSeedParams, DeviceParams,
-                    LoadParams): pass
+class LearnerParams(SizeParams, StepParams, RegularizationParams, AugmentParams, ClassAugmentParams, SplitSeedParams,
+                    DeviceParams, LoadParams): pass
 
 # %% ../nbs/02g_learner.ipynb #741b8a7c
 def _device(device):
     if device: return device
     device = best_device()
     return f'cuda:{torch.cuda.current_device()}' if device == 'cuda' and world_size() > 1 else device
+
+def _class_policies(table, p):
+    if p.class_augment and p.augment == 'none':
+        raise InputError(f'class_augment={p.class_augment!r} needs an augmentation for the other classes: give '
+                         'augment=crop-flip, or another')
+    return class_policies(p.class_augment, table.classes)
 
 def _make_loaders(table, p, device, transform, steps_per_epoch):
     "Loaders of the training and validation images"
@@ -322,7 +329,8 @@ def _make_loaders(table, p, device, transform, steps_per_epoch):
                   process=(rank(), world_size()))
     valid_batch_size = min(p.batch_size, p.micro_batch*world_size() or p.batch_size)
     return Loaders(Loader(table, 'train', batch_size=p.batch_size, augment=transform or p.augment, flip=p.flip,
-                          min_scale=p.min_scale, steps_per_epoch=steps_per_epoch, **common),
+                          min_scale=p.min_scale, steps_per_epoch=steps_per_epoch,
+                          class_policies=_class_policies(table, p), **common),
                    Loader(table, 'valid', batch_size=valid_batch_size, **common))
 
 # %% ../nbs/02g_learner.ipynb #1d453d0b

@@ -101,10 +101,13 @@ class Preprocessor:
         flip: str = 'random',  # 'random', 'alternating' or 'none'
         min_scale: float = SCALE[0], # minimum area of a random crop as a fraction of the image, above 0 to 1
         image_ids=None,        # int [len(table)], key of each image's random numbers; by default its row
+        class_policies=None,   # {class name: name in AUGMENT} of classes with a policy of their own
     ):
         self.scale, self.image_ids = (min_scale, SCALE[1]), image_ids
         self.table, self.size, self.seed, self.random_crop = table, size, seed, augment != 'none'
-        self.n_draws, self.transform = policy(augment, size)
+        default, by_class = policy(augment, size), {c: policy(name, size) for c, name in (class_policies or {}).items()}
+        self.n_draws = max(p.k for p in (default, *by_class.values()))
+        self.transforms = [by_class.get(str(c), default).f for c in table.classes]
         self.flip = flip if self.random_crop and table.mirror else 'none'
         flips(flip, seed, 0, [])  # raises for an unknown mode
 
@@ -145,7 +148,7 @@ def __call__(
     u = uniforms(self.seed, epoch, ids, 4 + self.n_draws)
     boxes = self._boxes([size or (1, 1) for _, size in images], u)
     flipped = flips(self.flip, self.seed, epoch, ids).tolist()
-    views = torch.from_numpy(out).permute(0, 3, 1, 2).split(1)
+    views, labels = torch.from_numpy(out).permute(0, 3, 1, 2).split(1), self.table.labels[rows].tolist()
     for i, (image, size) in enumerate(images):
         if i in errors: continue
         images[i] = None
@@ -154,7 +157,7 @@ def __call__(
             errors[i] = str(e)
             continue
         if flipped[i]: cv2.flip(out[i], 1, dst=out[i])
-        if self.transform is not None: out[i] = self.transform(out[i], u[i, 4:])
+        if (transform := self.transforms[labels[i]]) is not None: out[i] = transform(out[i], u[i, 4:])
     return errors
 
 # %% ../nbs/01i_loader.ipynb #d2864a45
@@ -269,6 +272,7 @@ class Loader:
         process=(0, 1),        # rank of this process, and number of processes that share each batch
         image_ids=None,        # int [len(table)], key of each image's random numbers; by default its row
         steps_per_epoch: int = 0, # batches of an epoch; 0: one pass over the images
+        class_policies=None,   # as for `Preprocessor`; train only
     ):
         import torch
         train = split == 'train' if train is None else train
@@ -276,7 +280,8 @@ class Loader:
         self.device, self.process = torch.device(device), process
         self.pool = _InlineExecutor() if workers == 0 else None
         self.preprocessor_for = lru_cache(partial(Preprocessor, table, augment=augment if train else 'none', seed=seed,
-                                                  flip=flip, min_scale=min_scale, image_ids=image_ids))
+                                                  flip=flip, min_scale=min_scale, image_ids=image_ids,
+                                                  class_policies=class_policies if train else None))
         self.preprocess = self.preprocessor_for(size)
         self.batches = Batches(table.split(split), batch_size, seed, train if shuffle is None else shuffle, process,
                                steps_per_epoch)

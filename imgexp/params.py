@@ -137,7 +137,7 @@ def _add_groups(cls, groups, seen):
     seen.update(names)
     groups.setdefault(cls.heading, []).extend(names)
 
-HEADINGS = ['curve', 'population', 'search', 'zoo', 'data', 'network', 'training', 'regularization', 'augmentation', 'seeds', 'checkpoints', 'machine']
+HEADINGS = ['curve', 'population', 'search', 'zoo', 'phases', 'data', 'network', 'training', 'regularization', 'augmentation', 'seeds', 'checkpoints', 'machine']
 
 def _position(heading): return HEADINGS.index(heading) if heading in HEADINGS else len(HEADINGS)
 

@@ -27,9 +27,10 @@ HISTORY = ('epoch', 'step', 'images', 'seconds', 'lr', 'train_loss', 'train_top1
 _NOT_IN_ID = ('resume', 'track', 'workers', 'bad', 'pack', 'recipe', 'max_minutes', 'keep_best', 'keep_every',
               'keep_weights', 'upload', 'cache_gb')  # for older runs, whose params.json does not list them
 RENAMED = {'03_train': {'crop': 'min_scale'}}  # {notebook: {name in older runs: current name}}
-_SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1, 'resplit': ''}
+_SOURCE = {'label_from': '', 'classes_at': '', 'columns': '', 'valid_fold': -1, 'hold_out': 0, 'resplit': ''}
 # {notebook: {parameter that older runs lack: its value in them}}
-ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0, 'head_init': 'normal', 'states': False, 'figures': True, 'explain': 0}, '10_keras_cnn': _SOURCE,
+ADDED = {'03_train': _SOURCE | {'threads': 0, 'steps': 0, 'head_init': 'normal', 'states': False, 'figures': True, 'explain': 0,
+                               'start': '', 'shrink': 1., 'lr_limit': 0., 'class_augment': ''}, '10_keras_cnn': _SOURCE,
          '20_transfer': _SOURCE | {'max_images': '', 'keep_weights': '', 'explain': 0}}
 
 # %% ../nbs/00g_runs.ipynb #6

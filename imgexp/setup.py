@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ProgressiveParams', 'StepsParams', 'RecipeParams', 'ThreadParams', 'ResultParams', 'TrainParams',
-           'find_parent', 'resolve_train', 'load_table', 'choose_threads', 'keep_threads', 'threads_note',
-           'load_learner', 'fit_run', 'dependencies', 'start_training']
+           'resolve_train', 'load_table', 'choose_threads', 'keep_threads', 'threads_note', 'load_learner', 'fit_run',
+           'dependencies', 'start_training']
 
 # %% ../nbs/02n_setup.ipynb #2
 import os
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from .augment import augment_id
 from .checkpoints import parent_id
+from .class_augment import recommendations_id
 from .contents import table_id
 from .data import keep_subset
 from .errors import InputError
@@ -28,10 +29,11 @@ from .packs import prepare_images, preparation
 from .parallel import from_rank_zero
 from .sources import DataParams, PackParams, source_record, load_images, source_options
 from .params import Parameters, RunParams, param, seeds
+from .parents import ParentParams, extended_values, find_parent, shrink_and_perturb, start_weights, started_values
 from .recipes import RECIPES, recipe
 from .runs import Run
 from .schedules import image_sizes, schedule
-from .start import diff_params, find_run, runs_dir, start_run
+from .start import diff_params, runs_dir, start_run
 
 # %% ../nbs/02n_setup.ipynb #5
 class ProgressiveParams(Parameters, heading='training'):
@@ -44,7 +46,6 @@ class StepsParams(Parameters, heading='training'):
 class RecipeParams(Parameters, heading='training'):
     recipe: str = param('', 'quick, scratch-small, or another of nbs/02j_recipes; it fills in what you do not set',
                         ['', *RECIPES], in_id=False)
-    extend: str = param('', 'a finished run to train for `epochs` more, with its parameters unless given')
 
 class ThreadParams(Parameters, heading='machine'):
     threads: int = param(0, 'CPU threads that compute; 0 is one for a small network, else one per core', (0, 1024),
@@ -54,46 +55,9 @@ class ResultParams(Parameters, heading='checkpoints'):
     states: bool = param(False, 'evaluate all kept weights on train, valid and test (states.csv)', in_id=False)
     figures: bool = param(True, 'draw the figures of the run', in_id=False)
 
-class TrainParams(DataParams, NetworkParams, RecipeParams, LearnerParams, FitParams, StepsParams, ProgressiveParams,
+class TrainParams(DataParams, NetworkParams, RecipeParams, ParentParams, LearnerParams, FitParams, StepsParams, ProgressiveParams,
                   PackParams, ThreadParams, ResultParams, StripParams, RunParams):
     "Parameters of `imgexp train`."
-
-# %% ../nbs/02n_setup.ipynb #8
-def find_parent(
-    p, # `TrainParams`
-): # the finished `Run` to extend, or None
-    "The run that `extend` names; raises `InputError` if it is missing, unfinished, or not a run of 03_train."
-    if not p.extend: return None
-    matching = [Run(d) for d in runs_dir().glob(f'*{p.extend}*') if (d/'params.json').is_file()]
-    named = [] if (Path(p.extend)/'params.json').is_file() else matching
-    # names of runs that extend a run contain its name
-    finished = [r for r in named if r.finished and not r.params.get('extend', '').endswith(p.extend)]
-    run = finished[0] if len(finished) == 1 else _find_run(p.extend)
-    if not run.finished:
-        raise InputError(f'extend={p.extend!r}: run {run.name} is not finished: repeat its command to finish it '
-                         'first')
-    if run.notebook == '03_train': return run
-    raise InputError(f'extend={p.extend!r}: run {run.name} is of {run.notebook}: only runs of 03_train can be '
-                     'extended')
-
-def _find_run(name):
-    try: return find_run(name)
-    except InputError as e: raise InputError(f'extend={name!r}: {e}') from None
-
-# %% ../nbs/02n_setup.ipynb #9
-def _parent_values(p, given, parent):
-    "Parameters of the extended run; InputError for changes that its optimizer or network does not allow"
-    values = dict(parent.params)
-    for k in given & {'arch', 'retrain', 'optimizer'}:
-        if p[k] != values[k]:
-            raise InputError(f'{k}={p[k]!r}: run {parent.name} has {values[k]!r}: leave {k} out to extend it')
-    # the image size of its last epoch
-    if values['sizes']: values['sizes'] = str(image_sizes(values['sizes'], values['size'], values['epochs'])[-1])
-    folder = Path(parent.folder)/values['data']
-    if not Path(values['data']).exists() and folder.exists(): values['data'] = str(folder)
-    values['steps'] = values['steps']//values['epochs']*p.epochs
-    base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs')}
-    return base | {'extend': p.extend if Path(p.extend).is_dir() else parent.name}
 
 # %% ../nbs/02n_setup.ipynb #10
 def _recipe_values(p, given):
@@ -116,14 +80,17 @@ def _steps_per_epoch(p):
 def resolve_train(
     p: TrainParams,
 ) -> TrainParams:
-    "Fill in the values of a recipe or of the extended run; raises `InputError` if parameters conflict."
-    given, parent = p.given | p.changed().keys(), find_parent(p)
-    if p.recipe and parent:
+    "Fill in the values of a recipe or of the parent; raises `InputError` if parameters conflict."
+    given, extended, started = p.given | p.changed().keys(), find_parent(p.extend, 'extend'), find_parent(p.start, 'start')
+    if p.recipe and extended:
         raise InputError(f'extend={p.extend!r} keeps the recipe of that run: leave out either recipe or extend')
-    values = _parent_values(p, given, parent) if parent else _recipe_values(p, given)
-    filled = {k: v for k, v in values.items() if k in p and (k not in given or k == 'extend')}
+    values = _recipe_values(p, given)
+    if started: values |= started_values(p, given, started)
+    elif extended: values = extended_values(p, given, extended)
+    filled = {k: v for k, v in values.items() if k in p and (k not in given or k in ('extend', 'start'))}
     out = p.replace(**filled)
     out.given = p.given | {k for k in values if k in p}
+    if out.shrink < 1 and not out.start: raise InputError(f'shrink={out.shrink} is for a run that starts with another: give start too')
     best_column(out.best_by, out.ema)  # these raise `InputError` before the images are loaded
     parse_epochs(out.keep_weights)
     schedule(out.schedule, out.epochs, out.warmup)
@@ -171,6 +138,20 @@ def threads_note() -> list: # of lines, at most one
     return [f"computing with {n} thread{'s'*(n > 1)} of {_all_threads}, enough for a network of this size (threads=N "
             'chooses)']
 
+# %% ../nbs/02n_setup.ipynb #2036586d
+def _begin(p, table):
+    "The network as training begins, and the normalization of its weights; None if it is that of the training images"
+    build = partial(build_model, p.arch, len(table.classes), retrain=p.retrain, size=p.size, drop_path=p.drop_path)
+    if not p.start:
+        return (build(weights=p.weights, seed=seeds(p)['init'], head_init=p.head_init),
+                IMAGENET if p.weights else None)
+    parent = find_parent(p.start, 'start')
+    file, metadata = start_weights(parent, table.classes, p.size)
+    model = build(weights=str(file), stem=metadata['stem'], keep_head=True)
+    model.report.source = f'run {parent.name}'
+    if p.shrink < 1: shrink_and_perturb(model, build(stem=metadata['stem'], seed=seeds(p)['init']), p.shrink)
+    return model, metadata['norm']
+
 # %% ../nbs/02n_setup.ipynb #17
 def load_learner(
     p: TrainParams,
@@ -182,10 +163,9 @@ def load_learner(
         if p.arch.startswith(('vit', 'maxvit')):
             raise InputError(f'sizes={p.sizes!r}: {p.arch} takes images of one size: leave sizes empty')
         check_size(p.arch, side)
-    model = build_model(p.arch, len(table.classes), p.weights, p.retrain, p.size, seed=seeds(p)['init'],
-                        drop_path=p.drop_path, head_init=p.head_init)
+    model, norm = _begin(p, table)
     torch.set_num_threads(choose_threads(p.threads, model, p.size, p.micro_batch or p.batch_size))
-    norm = IMAGENET if p.weights else normalization(subset, p.size)
+    norm = norm or normalization(subset, p.size)
     return make_learner(subset, model, norm, sizes=_sizes(p), steps_per_epoch=_steps_per_epoch(p), **LearnerParams.of(p))
 
 # %% ../nbs/02n_setup.ipynb #18
@@ -196,19 +176,21 @@ def fit_run(
 ) -> dict:     # the best checkpoint, as returned by `fit`
     "Train a run with its parameters; a continued run keeps the precision that `auto` was resolved to."
     if not run.finished: learn.set_precision(run.resolved.get('precision', p.precision))
-    return fit(run, learn, parent=find_parent(p), **FitParams.of(p))
+    return fit(run, learn, parent=find_parent(p.extend, 'extend'), **FitParams.of(p))
 
 # %% ../nbs/02n_setup.ipynb #21
 def dependencies(
     p: TrainParams,
     table,     # from `load_table`
     model,     # with the weights that the parameters name
-) -> dict:     # data, weights; prepared, augment, extend where they apply
+) -> dict:     # data, weights; prepared, augment, class_augment, extend, start where they apply
     "Identities of data, weights and code that the parameters name: part of the run's id."
-    parent = find_parent(p)
+    extended, data = find_parent(p.extend, 'extend'), table_id(table)
     optional = {'prepared': preparation(table), 'augment': augment_id(p.augment),
-                'extend': parent_id(parent) if parent else ''}
-    depends = {'data': table_id(table), 'weights': model.report.weights_id} | {k: v for k, v in optional.items() if v}
+                'class_augment': recommendations_id(p.class_augment, data),
+                'extend': parent_id(extended) if extended else '', 'start': model.report.weights_id if p.start else ''}
+    depends = {'data': data, 'weights': '' if p.start else model.report.weights_id}
+    depends |= {k: v for k, v in optional.items() if v}
     for run in _unfinished_on_other_images(p, depends):
         before, now = (d.get('prepared', 'as they are') for d in (run.depends, depends))
         pack = run.depends.get('prepared', 'off').replace('presize', 'memory')

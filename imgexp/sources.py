@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from .catalog import locate
-from .data import Encoded, Files, Images, from_idx, keep_classes, resplit_images, with_valid
+from .data import Encoded, Files, Images, from_idx, hold_out_images, keep_classes, resplit_images, with_valid
 from .errors import InputError, unknown_name
 from .files import short_path
 from .folders import check_trainable, from_folders, from_names, warn_once
@@ -39,6 +39,8 @@ class DataParams(Parameters, heading='data'):
                          in_id='if set')
     valid_fold: int = param(-1, 'fold of a table that is the validation split; -1 none', (-1, 10**6),
                             in_id='if set')
+    hold_out: int = param(0, 'training images of each class held out for validation; validation images of the data become '
+                             'test images; 0 keeps the splits', (0, 100_000), in_id='if set')
     resplit: str = param('', 'percentages of train, valid and test (70/15/15), into which each class is divided anew; '
                              'empty keeps the splits of the data', in_id='if set')
 
@@ -47,7 +49,7 @@ class PackParams(Parameters, heading='machine'):
                               '(raw-256)', in_id=False)
 
 # %% ../nbs/01h_sources.ipynb #6
-SOURCE_OPTIONS = ('label_from', 'classes_at', 'columns', 'valid_fold', 'resplit')
+SOURCE_OPTIONS = ('label_from', 'classes_at', 'columns', 'valid_fold', 'hold_out', 'resplit')
 
 def source_options(
     p, # parameters by name
@@ -188,7 +190,7 @@ def resolve_source(
     if kind == 'folders' and 'label_from' in stored: kind = 'names'
     in_effect = stored | options
     for k, v in in_effect.items():
-        if k in (*KINDS[kind].options, 'resplit'): continue
+        if k in (*KINDS[kind].options, 'hold_out', 'resplit'): continue
         where = '' if k in options else f'{short_path(_options_file(path))}: '
         raise InputError(f'{where}{k}={v!r} does not apply to {KINDS[kind].about} ({data}): leave it out')
     return kind, path, in_effect
@@ -205,12 +207,12 @@ def source_record(
 def open_images(
     data: str | Path | Images,  # embedded name, folder, table of files and labels, pack, catalog name, 'hf:owner/name'
     classes: str = '',          # comma-separated names of the classes to keep; '' keeps all
-    **options,                  # `label_from`, `classes_at`, `columns`, `valid_fold`, `resplit`: see `DataParams`
+    **options,                  # `label_from`, `classes_at`, `columns`, `valid_fold`, `hold_out`, `resplit`: see `DataParams`
 ) -> Images:
     "Open `data` as a table with the splits it comes with; raises `InputError` for an option that does not apply."
     kind, path, options = resolve_source(data, options)
-    resplit = options.pop('resplit', '')
-    table = resplit_images(KINDS[kind].open(path, classes, **options), resplit)
+    resplit, hold_out = options.pop('resplit', ''), options.pop('hold_out', 0)
+    table = hold_out_images(resplit_images(KINDS[kind].open(path, classes, **options), resplit), hold_out)
     if isinstance(table.source, Encoded) and (options or kind != 'folders'):
         words = [str(path.absolute() if isinstance(path, Path) else path),
                  *(w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v)))]

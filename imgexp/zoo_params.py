@@ -34,7 +34,7 @@ class ZooOptions(Parameters, heading='zoo'):
     jobs: int = param(1, 'rows trained at once', (1, 256), in_id=False)
 
 _OF_ROW = ('epochs', 'lr', 'optimizer', 'batch_size', 'weight_decay', 'keep_weights', 'keep_best', 'keep_every',
-           'recipe', 'extend', 'steps', 'sizes', 'resume', 'seed_subset', 'seed_order', 'seed_init', 'max_minutes',
+           'recipe', 'extend', 'start', 'shrink', 'lr_limit', 'class_augment', 'steps', 'sizes', 'resume', 'seed_subset', 'seed_order', 'seed_init', 'max_minutes',
            'weights', 'ema', 'states', 'retrain', 'subset')
 _ARCHS = ['', *declared_experiment('03_train').params.table()['arch'].metadata['allowed']]
 _CHANGED = {'arch': {'default': '', 'allowed': _ARCHS,

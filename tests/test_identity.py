@@ -6,12 +6,13 @@ import pytest
 from imgexp.start import run_id
 
 # a parameter's other value; None: tested on its own below
-SOURCE = dict.fromkeys(('label_from', 'classes_at', 'columns', 'valid_fold'))  # they do not apply to embedded images: see test_sources
+SOURCE = dict.fromkeys(('label_from', 'classes_at', 'columns', 'valid_fold', 'hold_out'))  # they do not apply to embedded images: see test_sources
 TRAIN = dict(
     data='shapes', classes='0,1,2', subset=0.5, recipe=None, arch='resnet18', weights=None, retrain=1, drop_path=0.1, size=28, sizes='32-64', augment='color', flip='none',
     min_scale=0.5, mixup=0.2, cutmix=1.0, erase=0.5, epochs=3, batch_size=16, micro_batch=8, optimizer='adam', lr=0.01, momentum=0.8, weight_decay=0.1, schedule='cosine',
     warmup=1.0, label_smoothing=0.1, clip=1.0, ema=0.99, patience=2, best_by='valid_loss', keep_best=1, keep_every=2, keep_weights='1', precision='fp32', compile=True,
-    seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True, threads=2, steps=40, resplit='60/20/20', head_init='kaiming', states=True, figures=False, explain=2, **SOURCE)
+    seed=1, seed_subset=1, seed_order=1, seed_init=1, pack='off', workers=1, bad='skip', extend=None, max_minutes=5.0, resume='never', track='off', upload=True, threads=2, steps=40, resplit='60/20/20', head_init='kaiming', states=True, figures=False, explain=2,
+    start=None, shrink=None, class_augment=None, lr_limit=0.001, **SOURCE)
 TRANSFER = dict(
     data='shapes', classes='0,1,2', subset=0.5, arch='compact_resnet', weights=None, retrain=1, head='mlp', size=48, normalize='half', views=2, augment='color', epochs=3, max_images='50', keep_weights='1',
     batch_size=16, lr=0.01, weight_decay=0.1, finetune_epochs=1, finetune_lr=0.01, cache_gb=1.0, precision='fp32', seed=1, seed_subset=1, seed_order=1, seed_init=1,
@@ -125,3 +126,31 @@ def test_a_run_that_extends_another_holds_its_weights(project):
     other = train(**SMALL | dict(seed=1))
     (other.dir/'checkpoints').rename(moved/'checkpoints')  # other weights under the same name
     assert train(**SMALL | dict(extend=moved.name)).id != child.id
+
+def test_a_run_that_starts_with_another_holds_its_weights(project):
+    "The parent counts by its best weights, not by its name; head and normalization come with them, and nothing else."
+    import json, torch
+    from imgexp.evaluate import load_run
+    from imgexp.train import train
+    parent = train(**SMALL | dict(size=28))
+    child = train(**SMALL | dict(start=parent.name, size=32, keep_weights='0', optimizer='sgd'))
+    assert child.params['arch'] == parent.params['arch'] and child.depends['weights'] == '' and child.depends['start']
+    before, begun = (load_run(run.name, checkpoint) for run, checkpoint in ((parent, 'best'), (child, 'weights-0000')))
+    for k, v in before.model.state_dict().items(): assert torch.equal(v, begun.model.state_dict()[k]), k
+    assert begun.metadata['norm'] == before.metadata['norm'] and begun.size == 32
+    moved = parent.dir.rename(parent.dir.with_name('20200101-000000-03_train-another'))
+    assert train(**SMALL | dict(start=moved.name, size=32, optimizer='sgd')).name == child.name
+    other = train(**SMALL | dict(seed=1, size=28))
+    assert train(**SMALL | dict(start=other.name, size=32, optimizer='sgd')).id != child.id
+
+def test_recommendations_count_by_content(project):
+    import json
+    from imgexp.train import train
+    def trained(name, policy, data=None):
+        file = project/name
+        file.write_text(json.dumps({'schema': 1, 'split': 'valid', 'recommend': [{'policy': policy, 'classes': ['3']}]} | ({'data': data} if data else {})))
+        return train(**SMALL | dict(class_augment=str(file)))
+    first = trained('a.json', 'trivial')
+    assert trained('b.json', 'trivial').name == first.name and trained('a.json', 'color').id != first.id
+    from imgexp.errors import InputError
+    with pytest.raises(InputError, match='other images or splits'): trained('a.json', 'trivial', 'another')

@@ -29,7 +29,7 @@ def test_every_ingredient_has_its_turn():
     "A parameter of `train` that shapes the training, and is in no row of the matrix, would be forgotten here."
     import inspect
     from imgexp.train import train
-    aside = set('data classes subset recipe weights size min_scale epochs batch_size momentum weight_decay best_by seed seed_subset seed_order seed_init '
-                'pack max_minutes resume track upload warmup keep_best threads label_from classes_at columns valid_fold resplit head_init states figures'.split())
+    aside = set('data classes subset recipe weights size min_scale epochs batch_size momentum weight_decay best_by seed seed_subset seed_order seed_init shrink '
+                'pack max_minutes resume track upload warmup keep_best threads label_from classes_at columns valid_fold hold_out resplit head_init states figures'.split())
     given = {k for v in FEATURES.values() for k in v}
     assert set(inspect.signature(train).parameters) - aside <= given

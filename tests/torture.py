@@ -36,7 +36,8 @@ FEATURES = {
     'dropout': dict(arch='squeezenet1_1'), 'augment': dict(augment='trivial'), 'flip': dict(augment='crop-flip', flip='alternating'),
     'mixup': dict(mixup=0.4), 'cutmix': dict(cutmix=1.0), 'erase': dict(erase=0.5), 'sizes': dict(sizes='32-64'),
     'patience': dict(patience=1), 'keep_every, keep_weights': dict(keep_every=1, keep_weights='1,2', keep_best=1), 'explain': dict(explain=4, keep_weights='0,1'), 'retrain': dict(retrain=1),
-    'workers': dict(workers=2), 'steps': dict(steps=21, mixup=0.4, augment='crop-flip'), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0), 'compile': dict(compile=True),
+    'workers': dict(workers=2), 'steps': dict(steps=21, mixup=0.4, augment='crop-flip'), 'bad': dict(bad='skip'), 'extend': dict(extend='parent', schedule='linear', size=40, momentum=0.8, weight_decay=0),
+    'start': dict(start='parent', schedule='linear', size=40, lr=0, lr_limit=1e-3), 'class_augment': dict(augment='crop-flip', class_augment='trivial'), 'compile': dict(compile=True),
     'two processes': dict(), 'everything': EVERYTHING, 'everything, two processes': EVERYTHING}
 TRANSFER = dict(arch='compact_resnet', epochs=3, batch_size=22, size=32, precision='fp32', track='off', workers=0)
 KERAS = dict(size=32, epochs=4, batch_size=22, filters=8, dense=32, track='off')
@@ -140,14 +141,19 @@ class Torture:
         root = self.folder/f'{self.runs}'
         root.mkdir(parents=True)
         self.runs += 1
-        if 'extend' in self.given:  # the same parent for all
+        if 'class_augment' in self.given:
+            file = self.folder/'recommendations.json'
+            classes = sorted(c.name for c in (Path(self.data)/'train').iterdir())[:1]
+            file.write_text(json.dumps({'schema': 1, 'split': 'valid', 'recommend': [{'policy': 'trivial', 'classes': classes}]}))
+            self.given['class_augment'] = str(file)
+        if option := next(iter({'extend', 'start'} & self.given.keys()), None):  # the same parent for all
             parent = self.folder/'parent'
             if not parent.exists():
                 parent.mkdir()
                 threads = f'import torch; torch.set_num_threads({self.threads})'
                 job = self.launcher.imgexp('train', *self._options(GIVEN | dict(epochs=1, data=self.data, ema=0.9)), root=parent, before=threads)
                 assert job.wait(900) == 0, job.err
-                self.given['extend'] = next((parent/'runs').glob('2*')).name
+                self.given[option] = next((parent/'runs').glob('2*')).name
             shutil.copytree(parent/'runs', root/'runs')
         return root
 
