@@ -21,9 +21,8 @@ from .output import Json, check_writable, parameter_option, say
 def _draw_photo(p, photo, out):
     if out is None: raise InputError('a photo needs a picture to write to: give --out map.png')
     check_writable(out, '.png')
-    from imgexp.evaluate import load_run
-    import imgexp.explain  # gives networks `explain_photo`
-    load_run(p.run, p.checkpoint).explain_photo(photo, p.layer).savefig(out, dpi=120)
+    from imgexp.explain import explained_network
+    explained_network(p.run, p.checkpoint).explain_photo(photo, p.layer).savefig(out, dpi=120)
     say(f'{display_path(out)}: {photo} and what speaks for its most probable classes')
 
 # %% ../nbs/90a_cli_explain.ipynb #5
@@ -35,9 +34,15 @@ def explain_command(
     **values,          # of `ExplainParams`, as text
 ):
     "Explain a run: report.html with maps, mistakes, confused pairs, probes; or draw the maps of one photo."
-    p = ExplainParams.check({k: v for k, v in values.items() if v is not None}
-                            | ({'checks': True} if check else {}))
-    if photo is not None: return _draw_photo(p, photo, out)
+    given = {k: v for k, v in values.items() if v is not None} | ({'checks': True} if check else {})
+    p = ExplainParams.check(given)
+    if not p.run: raise InputError('give a run: `imgexp runs ls` lists them')
+    if photo is not None:
+        extra = [k for k in (*given, *(['json'] if as_json else [])) if k not in ('run', 'checkpoint', 'layer')]
+        if extra:
+            option = {'checks': 'check', 'per_class': 'per-class'}.get(extra[0], extra[0])
+            raise InputError(f'--{option} is for the images of a split: leave it out with a photo')
+        return _draw_photo(p, photo, out)
     if out is not None:
         raise InputError('--out is for a photo: give one, or leave it out (the report is written to the directory of '
                          'the run)')
@@ -45,7 +50,6 @@ def explain_command(
     result = explain_run(say=say, **p)
     if as_json: return print((result.folder/'explain.json').read_text(encoding='utf-8'), end='')
     print(result)
-    say(f'report: {display_path(result.report)}')
 
 _Run = Annotated[str, typer.Argument(help="A run's name, part of it, or its directory.")]
 _own = {'run': (_Run, inspect.Parameter.empty),

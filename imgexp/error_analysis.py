@@ -119,31 +119,34 @@ def class_regions(
 def standing_out(
     table, # DataFrame from `class_regions`
 ):         # DataFrame with the same columns, largest share first
-    "Corners in which the maps of a class lie more than chance and other classes explain: perhaps a shortcut."
-    return table[(table.p < 0.05) & (table.share >= 2*table.area)].sort_values('share', ascending=False,
+    "Corners with more of a class's maps than of others', and at least twice their share of the area: perhaps a shortcut."
+    return table[(table.p < 0.05) & (table.low >= 2*table.area)].sort_values('share', ascending=False,
                                                                                ignore_index=True)
 
 # %% ../nbs/67_error_analysis.ipynb #23
 def class_table(
     explained, # `SplitMaps`
+    shares,    # DataFrame from `region_shares`
 ):  # DataFrame as from `per_class`, with `center`: mean share of the map in the center, and `maps`: those with a positive part
     "Accuracy of each class with its interval, its most frequent confusion, and where its maps lie."
     out = per_class(explained.probs, explained.labels, explained.table.classes)
-    center = region_shares(explained.maps)['center'].groupby(explained.labels)
+    center = shares['center'].groupby(explained.labels)
     return out.assign(center=center.mean().reindex(range(len(out))).to_numpy(),
                       maps=center.count().reindex(range(len(out)), fill_value=0).to_numpy())
 
 # %% ../nbs/67_error_analysis.ipynb #26
+def _largest(values, k):
+    "(position, value) of the k largest values above zero; none if any is NaN"
+    if np.isnan(values).any(): return []
+    return [(int(c), float(values[c])) for c in np.argsort(-values, kind='stable')[:k] if values[c] > 0]
+
 def carrying_channels(
     explained, # `SplitMaps`
     label: int, # class
     k: int = 5, # number of channels
 ) -> list:      # of (channel, contribution), largest first
     "Channels that contribute most to the logit of a class on its own images, relative to the mean of all logits."
-    contributions = explained.channels.contributions()[label]
-    if np.isnan(contributions).any(): return []
-    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k]
-            if contributions[c] > 0]
+    return _largest(explained.channels.contributions(label), k)
 
 def shared_channels(
     explained, # `SplitMaps`
@@ -152,7 +155,4 @@ def shared_channels(
     k: int = 5, # number of channels
 ) -> list:      # of (channel, the smaller of the two contributions), largest first
     "Channels that carry both classes of a pair."
-    contributions = explained.channels.contributions()[[a, b]].min(0)
-    if np.isnan(contributions).any(): return []
-    return [(int(c), float(contributions[c])) for c in np.argsort(-contributions, kind='stable')[:k]
-            if contributions[c] > 0]
+    return _largest(np.minimum(*map(explained.channels.contributions, (a, b))), k)

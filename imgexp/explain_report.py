@@ -7,18 +7,20 @@ __all__ = ['Findings', 'analyze', 'weak_classes', 'sentences', 'class_rows', 'pa
            'image_name', 'class_sections', 'pair_sections', 'report_summary', 'report_pages']
 
 # %% ../nbs/69a_explain_report.ipynb #2
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from .error_analysis import carrying_channels, class_regions, class_table, confused_pairs, extremes, region_shares, shared_channels, standing_out
+from .error_analysis import carrying_channels, class_regions, class_table, confused_pairs, extremes, holm, region_shares, shared_channels, standing_out
 from .grad_cam import coarse_note
 from .html_report import PHOTO, Section, Tile, data_uri, html_table, interval_bar, map_png, write_report
 from .loader import Pictures
+from .map_checks import check_findings
 from .metrics import score
+from .recommendations import loss_text
 from .split_maps import SplitMaps
 from .style import percent
 from .text import accuracy_text, printable
@@ -41,40 +43,46 @@ def analyze(
     maps: SplitMaps,
 ) -> Findings:
     "Tables of classes, pairs and regions."
-    names = maps.table.classes
-    regions = class_regions(region_shares(maps.maps), maps.labels, names)
-    return Findings(maps, class_table(maps), confused_pairs(maps.labels, maps.predicted, names), regions,
+    names, shares = maps.table.classes, region_shares(maps.maps)
+    regions = class_regions(shares, maps.labels, names)
+    return Findings(maps, class_table(maps, shares), confused_pairs(maps.labels, maps.predicted, names), regions,
                     score(maps.probs, maps.labels, len(maps.skipped)))
 
 # %% ../nbs/69a_explain_report.ipynb #8
 def weak_classes(
     classes, # DataFrame from `class_table`
-    top1: float, # of all images
 ):           # DataFrame, lowest first
-    "Classes whose interval lies below the accuracy of all images."
-    return classes[(classes.n > 0) & (classes.high < top1)].sort_values('top1', kind='stable')
+    "Classes below the accuracy of all others together (exact test, corrected for the number of classes)."
+    from scipy.stats import binom
+    some = classes[classes.n > 0]
+    right = (some.top1*some.n).round()
+    others = (right.sum() - right)/np.maximum(some.n.sum() - some.n, 1)
+    return some[holm(binom.cdf(right, some.n, others)) < 0.05].sort_values('top1', kind='stable')
 
 def sentences(
     findings: Findings,
     probes=None, # DataFrame from `probe_table`
+    checks=(),   # from `check_maps`
 ) -> list:       # of str, plain text
     "The findings in sentences, each with n."
     f, out = findings, [f'Top-1 {accuracy_text(findings.score["top1"])}.']
-    for r in weak_classes(f.classes, f.score['top1']['value']).head(5).itertuples():
-        out.append(f'{r[1]} is right in {percent(r.top1)} of its images ({percent(r.low)} to {percent(r.high)}, n = '
-                   f'{r.n}).')
+    for r in weak_classes(f.classes).head(5).itertuples():
+        out.append(f'Of the images of {r[1]}, {percent(r.top1)} are classified correctly ({percent(r.low)} to '
+                   f'{percent(r.high)}, n = {r.n}).')
     for r in f.standing_pairs.head(5).itertuples():
-        out.append(f'{r.n} of the {r.errors} errors of {r.true} are taken for {r.predicted} ({r.back} the other way '
-                   f'round), more than errors spread evenly would be (p = {r.p:.2g}).')
+        out.append(f'{r.n} of the {r.errors} misclassified images of {r.true} are predicted as {r.predicted}, more than if '
+                   f'errors fell evenly on the other classes (p = {r.p:.2g}, corrected); {r.back} of {r.predicted} are '
+                   f'predicted as {r.true}.')
     if len(f.pairs) and not len(f.standing_pairs):
         out.append(f'No pair of classes stands out among {int(f.pairs.n.sum())} errors (corrected for all pairs).')
     for r in f.corners.head(5).itertuples():
         out.append(f'The maps of {r[1]} lie in the {r.region} corner more than those of other classes: '
                    f'{percent(r.share)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}) '
-                   f'against {percent(r.others)}, on {percent(r.area)} of the area. Is there a mark in these photos?')
+                   f'against {percent(r.others)}, on {percent(r.area)} of the area. Is there a mark, or do these objects differ from the others there?')
     for r in [] if probes is None else probes[(probes.p < 0.05) & (probes.high < 0)].itertuples():
-        out.append(f'{r.probe} ({r.strength}) costs {-100*r.change:.1f} points ({-100*r.high:.1f} to {-100*r.low:.1f}, '
-                   f'n = {r.n}).')
+        text = loss_text(r)
+        out.append(f'{text[0].upper()}{text[1:]}.')
+    out += check_findings(checks)
     if note := coarse_note(*f.maps.maps.shape[1:]): out.append(note[0].upper() + note[1:] + '.')
     return out
 
@@ -96,10 +104,11 @@ def pair_rows(
     k: int = 15, # maximum number
 ) -> str:  # HTML
     "Table of pairs, least probable by chance first."
+    shown = (pairs[pairs.n > 1] if (pairs.n > 1).any() else pairs).head(k)
     rows = [[r.true, r.predicted, f'{r.n} of {r.of}', _percent_cell(r.rate), f'{percent(r.low)} to {percent(r.high)}',
-             r.back, (f'{r.p:.2g}', r.p)] for r in pairs.head(k).itertuples()]
-    more = f'<p class=soft>… and {len(pairs) - k} more in explain.json</p>' if len(pairs) > k else ''
-    return html_table(['true', 'predicted', 'images', 'rate', '95% interval', 'the other way round', 'p, corrected'],
+             r.back, (f'{r.p:.2g}', r.p)] for r in shown.itertuples()]
+    more = f'<p class=soft>… and {len(pairs) - len(shown)} more in explain.json</p>' if len(pairs) > len(shown) else ''
+    return html_table(['true', 'predicted', 'images', 'rate', '95% interval', 'reverse', 'p, corrected'],
                       rows) + more
 
 # %% ../nbs/69a_explain_report.ipynb #12
@@ -108,7 +117,7 @@ def probe_rows(
 ) -> str:   # HTML
     "Table of probes, largest loss first."
     end = max(0.05, *(-probes.low), *probes.high)
-    rows = [[r.probe, r.strength, (f'{100*r.change:+.1f}', r.change),
+    rows = [[r.probe, r.strength, (f'{100*r.change:+.1f}'.replace('-', '−'), r.change),
              (interval_bar(r.change, r.low, r.high, -end, end), r.change), r.lost, r.gained, (f'{r.p:.2g}', r.p)]
              for r in probes.itertuples()]
     return html_table(['change of the image', 'strength', 'points', '95% interval', 'lost', 'gained', 'p, corrected'],
@@ -139,8 +148,9 @@ def _tile(maps, pictures, i, note=''):
 
 def _channel_tiles(maps, pictures, position, channels, k=2):
     rows = maps.channels.rows
-    return [_tile(maps, pictures, position[r], f'channel {c}, {value:+.2f}')
-            for c, value in channels for r in rows[c, :k].tolist() if r in position]
+    return [replace(_tile(maps, pictures, position[r], f'channel {c}, adds {value:.2f}'),
+                    maps=maps.channels.maps[c, j], against=None)
+            for c, value in channels for j, r in enumerate(rows[c, :k].tolist()) if r in position]
 
 # %% ../nbs/69a_explain_report.ipynb #15
 def _where(regions, name):
@@ -149,17 +159,19 @@ def _where(regions, name):
     if not len(rows): return ''
     corner = rows[rows.index.str.contains(' ')].share.idxmax()
     def text(region, r):
-        return f'{region} {percent(r.share)} (other classes {percent(r.others)}, {percent(r.area)} of the area)'
-    return ('Of its maps lie: ' + '; '.join(text(k, rows.loc[k]) for k in ('center', 'border')) + '; most of the corners, '
-            + text(corner, rows.loc[corner]) + '.')
+        where = {'center': 'in the center', 'border': 'at the border'}.get(region, f'in the corner with most, {region},')
+        return f'{where} {percent(r.share)} (other classes {percent(r.others)}; area {percent(r.area)})'
+    return 'Share of its maps: ' + '; '.join(text(k, rows.loc[k]) for k in ('center', 'border', corner)) + '.'
 
 def _mean_map(maps, name):
     "Mean of the positive parts of maps, each of which adds up to one, as a picture in HTML"
     positive = np.clip(maps, 0, None)
     total = positive.sum((1, 2))
     if not total.any(): return ''
+    n_empty = int((total == 0).sum())
+    empty = f'; {n_empty} without a positive part'*(n_empty > 0)
     mean = (positive[total > 0]/total[total > 0, None, None]).mean(0)
-    return f'<p><img class=mean src="{data_uri("png", map_png(mean))}" alt="mean map of {escape(printable(name))}"><br><small>mean of {(total > 0).sum()} maps</small></p>'
+    return f'<p><img class=mean src="{data_uri("png", map_png(mean))}" alt="mean map of {escape(printable(name))}"><br><small>mean of {(total > 0).sum()} maps{empty}</small></p>'
 
 # %% ../nbs/69a_explain_report.ipynb #16
 def class_sections(
@@ -175,12 +187,13 @@ def class_sections(
     for c in table[table.n > 0].sort_values('top1', kind='stable').index:
         if classes and names[c] not in classes: continue
         r, (worst, best) = table.loc[c], chosen[c]
+        best = [i for i in best if m.predicted[i] == c]
         text = (f'<p>Top-1 {percent(r.top1)} ({percent(r.low)} to {percent(r.high)}, n = {r.n}). '
                 f'{_where(findings.regions, names[c])}</p>{_mean_map(m.maps[m.labels == c], names[c])}')
         out.append(Section(names[c], text,
-                           [('least probability of the true class', [_tile(m, pictures, i) for i in worst]),
-                            ('most', [_tile(m, pictures, i) for i in best]),
-                            ('channels that carry it, with the photos that excite them most',
+                           [('lowest probability of the true class', [_tile(m, pictures, i) for i in worst]),
+                            ('highest probability, correct', [_tile(m, pictures, i) for i in best]),
+                            ('channels that add most to its logit, and where they see it in the photos that excite them most',
                              _channel_tiles(m, pictures, position, carrying_channels(m, c)))]))
     return out
 
@@ -197,18 +210,19 @@ def pair_sections(
         confused = np.flatnonzero((m.labels == a) & (m.predicted == b))
         out.append(Section(f'{r.true} taken for {r.predicted}', '',
                            [('the photos', [_tile(m, pictures, i) for i in confused[:12]]),
-                                                                    ('channels that carry both classes',
+                                                                    ('channels that add to the logits of both classes',
                                                                      _channel_tiles(m, pictures, position,
                                                                                     shared_channels(m, a, b)))]))
     return out
 
 # %% ../nbs/69a_explain_report.ipynb #20
 def _list(items): return '<ul>' + ''.join(f'<li>{escape(printable(x))}</li>' for x in items) + '</ul>'
-def _recommendations(made, refused):
-    rows = [f'{r["policy"]} for {", ".join(r["classes"][:8])}{" …" if len(r["classes"]) > 8 else ""}: {r["reason"]}'
-            for r in made]
-    return (_list(rows) if rows
-            else '<p>None.</p>') + ('<details><summary>Considered and refused '
+def _recommendations(made, refused, note):
+    def whom(r):
+        return 'all classes' if r['all_classes'] else f'above all {", ".join(r["classes"][:8])}{" …"*(len(r["classes"]) > 8)}'
+    rows = [f'augment={r["policy"]}, {whom(r)}: {r["reason"]}' for r in made]
+    return f'<p class=soft>{escape(printable(note))}</p>'*bool(note) + (_list(rows) if rows
+            else '<p>None.</p>') + ('<details><summary>Considered and rejected '
                                     f'({len(refused)})</summary>{_list(r["reason"] for r in refused)}</details>'
                                     if refused else '')
 
@@ -219,16 +233,16 @@ def report_summary(
     made: list | None = None, # recommendations; None: not from these images
     refused=(),  # refusals
     checks=(),   # from `check_maps`
-    notes=(),    # plain sentences
+    note: str = '', # plain text above the recommendations
 ) -> str:        # HTML
     "The first part of a report: findings, and all tables."
-    parts = [('', f'<p class=soft>{escape(printable(lead))}</p>' + _list(sentences(findings, probes))),
+    parts = [('', f'<p class=soft>{escape(printable(lead))}</p>' + _list(sentences(findings, probes, checks))),
+             ('How to read the maps', _list(_READING)),
              ('Classes', class_rows(findings.classes)),
              ('Confused pairs', pair_rows(findings.pairs) if len(findings.pairs) else '<p>No errors.</p>'),
              ('Changes that keep the label', '' if probes is None else probe_rows(probes)),
-             ('Recommendations', '' if made is None else _recommendations(made, refused)),
-             ('Checks of the maps', check_rows(checks) if checks else ''),
-             ('How to read the maps', _list(_READING) + _list(notes)*bool(notes))]
+             ('Recommendations', '' if made is None else _recommendations(made, refused, note)),
+             ('Checks of the maps', check_rows(checks) if checks else '')]
     return ''.join(f'<h2>{title}</h2>{html}' if title else html for title, html in parts if html)
 
 _READING = ('Orange marks what raised the logit of the class most (Grad-CAM); every map is scaled by its own largest '

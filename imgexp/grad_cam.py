@@ -93,7 +93,7 @@ def _as_maps(values, layer, channels_last):
     # tokens behind the class token
     if values.ndim == 3 and side*side == values.shape[1] - 1: return values[:, 1:].mT.unflatten(2, (side, side))
     raise InputError(f'layer={layer!r} has outputs of shape {[*values.shape[1:]]} for each image, which is not a map: '
-                     'choose a convolutional layer')
+                     'choose a layer before the pooling')
 
 # %% ../nbs/02l_grad_cam.ipynb #14
 @contextmanager

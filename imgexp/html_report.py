@@ -81,7 +81,7 @@ class Tile:
                 f'src="{data_uri("webp", photo_webp(photo))}" alt="{_text(self.name)}" '
                 f'loading=lazy>{overlays}</div>'
                 f'<figcaption>{_text(self.note)}{"<br>"*bool(self.note)}<b>{"✗" if wrong else "✓"}</b> {said}<small '
-                f'title="{_text(self.name)}">{_text(self.name)}</small></figcaption></figure>')
+                f'title="{_text(self.name)}">{_text(self.name.rpartition("/")[2])}</small></figcaption></figure>')
 
 def _text(value): return escape(printable(value))
 
@@ -129,10 +129,12 @@ figcaption{font-size:.8rem;line-height:1.3}figcaption small{display:block;overfl
 body:has(#photo:checked) .m,body:has(#photo:checked) .d,body:has(#map:checked) .d,body:has(#mistake:checked) .m{display:none}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25em .7em;border-bottom:1px solid var(--line);text-align:left}
-th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--blue)}
+th button{all:unset;cursor:pointer;font-weight:600}th[data-up="1"] button::after{content:" ↑"}th[data-up="0"] button::after{content:" ↓"}
+th button:focus-visible{outline:2px solid var(--blue)}
 .bar{display:inline-block;position:relative;width:8rem;height:.9em;border-bottom:1px solid var(--line)}
 .bar i{position:absolute;top:.4em;height:.15em;background:var(--blue)}.bar b{position:absolute;top:.2em;width:.5em;height:.5em;margin-left:-.25em;border-radius:50%;background:var(--blue)}
 .bar u{position:absolute;top:0;bottom:0;width:1px;background:var(--soft)}
+@media(max-width:40rem){th,td{padding:.25em .4em}th{min-width:4.5rem}.scroll{border-right:3px solid var(--line)}}
 @media(max-width:30rem){figure,figure div{width:calc(50vw - 1.5rem)}figure div{height:calc(50vw - 1.5rem)}body{padding:.7rem}}
 @media print{fieldset{position:static}figure{break-inside:avoid}body{max-width:none}}
 '''
@@ -140,14 +142,13 @@ th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outli
 # %% ../nbs/69_html_report.ipynb #18
 _SORT = '''
 document.querySelectorAll('th button').forEach(b=>b.onclick=()=>{
-const th=b.parentNode,k=th.cellIndex,body=th.closest('table').tBodies[0],up=th.dataset.up!=='1';th.dataset.up=up?'1':'0';
-const v=r=>{const c=r.cells[k],t=c.dataset.v??c.textContent,n=parseFloat(t);return isNaN(n)?t:n};
+const th=b.parentNode,row=th.parentNode,k=th.cellIndex,body=th.closest('table').tBodies[0],up=th.dataset.up!=='1';[...row.cells].forEach(c=>delete c.dataset.up);th.dataset.up=up?'1':'0';
+const v=r=>{const c=r.cells[k],t=c.dataset.v??c.textContent,n=Number(t);return t===''||isNaN(n)?t:n};
 [...body.rows].sort((a,b)=>{a=v(a);b=v(b);return (typeof a===typeof b?(a>b)-(a<b):typeof a==='number'?-1:1)*(up?1:-1)}).forEach(r=>body.append(r))})
 '''
-_SWITCH = ('<fieldset><legend>on the photos</legend><label><input type=radio name=layer id=photo> '
-           'nothing</label><label><input type=radio name=layer id=map checked> the true class</label>'
-           '<label><input type=radio name=layer id=mistake> what spoke for a mistake (orange) and against '
-           '(blue)</label></fieldset>')
+_SWITCH = ('<fieldset><legend>overlay</legend><label><input type=radio name=layer id=photo> '
+           'none</label><label><input type=radio name=layer id=map checked> map of the true class</label>'
+           '<label><input type=radio name=layer id=mistake> for mistakes, predicted minus true class</label></fieldset>')
 
 def page(
     title: str, # plain text

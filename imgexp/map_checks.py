@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_mosaics', 'grid_game', 'redrawn', 'rank_correlation', 'center_blob', 'perturbation_curve', 'insertion_deletion',
-           'check_maps']
+           'check_maps', 'check_findings']
 
 # %% ../nbs/68b_map_checks.ipynb #2
 import copy
@@ -15,7 +15,8 @@ import torch
 
 from .errors import InputError
 from .grad_cam import GradCAM
-from .learner import autocast, to_input
+from .data import stratified_order
+from .learner import to_input
 from .models import build_model
 from .networks import find_head
 from .randomness import hashes
@@ -61,7 +62,7 @@ def grid_game(
     norm,    # (mean, std) of the channels
     layer: str = '', # whose activations the maps are made of
     batch_size: int = 16, # mosaics at once
-) -> np.ndarray: # float [n]: mean over the four classes; NaN if no map has a positive part
+) -> np.ndarray: # float [n, 4]; NaN for a map without a positive part
     "Share of each class's map that lies on its own photo in a mosaic; chance is 0.25."
     size, device, grad_cam, out = images.shape[1], next(model.parameters()).device, GradCAM(model, layer), []
     side = size if model.arch.startswith(('vit', 'maxvit')) else 2*size
@@ -69,8 +70,7 @@ def grid_game(
         rows = mosaics[start:start + batch_size]
         x = to_input(torch.from_numpy(np.stack([_mosaic(images[r], side) for r in rows])).to(device), norm)
         cams, classes = grad_cam(x), torch.from_numpy(np.asarray(labels)[rows]).to(device)
-        shares = torch.stack([_cell_shares(cams.maps(classes[:, k]))[:, k] for k in range(4)], 1)
-        out.append(shares.nanmean(1).cpu().numpy())
+        out.append(torch.stack([_cell_shares(cams.maps(classes[:, k]))[:, k] for k in range(4)], 1).cpu().numpy())
     return np.concatenate(out)
 
 # %% ../nbs/68b_map_checks.ipynb #11
@@ -84,7 +84,7 @@ def redrawn(
         new = copy.deepcopy(model)
         weight = find_head(new)[1].weight
         with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))*0.01)
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))*weight.std().cpu())
         return new.eval()
     report = model.report
     new = build_model(model.arch, find_head(model)[1].weight.shape[0], size=report.size, stem=report.stem,
@@ -164,29 +164,58 @@ def _summary(values):
     return {'mean': float(mean), 'low': float(mean - half), 'high': float(mean + half), 'n': len(good),
             'empty': len(values) - len(good)}
 
+def _by_photo(shares, mosaics):
+    "Mean share of each photo over the mosaics that hold it: photos are used again, so mosaics are not independent"
+    good = ~np.isnan(shares)
+    return np.array([shares[(mosaics == i) & good].mean() if ((mosaics == i) & good).any() else np.nan
+                     for i in np.unique(mosaics)])
+
+def _curve_rows(curves):
+    "Rows for insertion and deletion: means, and paired differences"
+    rows = []
+    for name, kinds in curves.items():
+        better = {'insertion': 'higher is better', 'deletion': 'lower is better'}[name]
+        rows += [{'check': name, 'maps': kind, 'expected': better, **_summary(v)} for kind, v in kinds.items()]
+        rows += [{'check': name, 'maps': f'map − {kind}', 'expected': 'above 0' if name == 'insertion' else 'below 0',
+                  **_summary(kinds['map'] - kinds[kind])} for kind in ('random', 'center')]
+    return rows
+
 def check_maps(
     model,   # torch network of `build_model`
     images,  # uint8 [n, size, size, 3], as the network sees them
     labels,  # int [n]
-    probs,   # float [n, classes]
+    mosaics, # int [m, 4] from `draw_mosaics`
     norm,    # (mean, std) of the channels
     layer: str = '', # whose activations the maps are made of
-    n_mosaics: int = 200, # of the grid game
-    n_images: int = 50,   # of the other checks
+    n_images: int = 50, # of the other checks
 ) -> list:   # of dicts: check, maps, expected, mean, low, high, n, empty
-    "Check a network's maps on its own photos; raises `InputError` with fewer than four classes."
-    mosaics, labels = draw_mosaics(probs, labels, n_mosaics), np.asarray(labels)
+    "Check a network's maps on its own photos."
+    labels = np.asarray(labels)
     networks = {'trained': model.eval(), 'head redrawn': redrawn(model, 'head'), 'all redrawn': redrawn(model, 'all')}
     rows = [{'check': 'grid game', 'maps': k, 'expected': 'near 1; chance is 0.25' if k == 'trained' else 'about 0.25',
-             **_summary(grid_game(m, images, labels, mosaics, norm, layer))}
+             **_summary(_by_photo(grid_game(m, images, labels, mosaics, norm, layer), mosaics))}
             for k, m in networks.items()]
-    sample = np.unique(mosaics)[:n_images]
-    x, c = to_input(torch.from_numpy(images[sample]).to(next(model.parameters()).device),
-                    norm), torch.from_numpy(labels[sample]).to(next(model.parameters()).device)
+    used, device = np.unique(mosaics), next(model.parameters()).device
+    sample = used[stratified_order(labels[used])[:n_images]]
+    x, c = to_input(torch.from_numpy(images[sample]).to(device), norm), torch.from_numpy(labels[sample]).to(device)
     maps = {k: GradCAM(m, layer)(x).maps(c).cpu().numpy() for k, m in networks.items()}
     rows.append({'check': 'rank correlation', 'maps': 'trained and all redrawn', 'expected': 'about 0',
                  **_summary(rank_correlation(maps['trained'], maps['all redrawn']))})
-    curves = insertion_deletion(model, images[sample], maps['trained'], labels[sample], norm)
-    better = {'insertion': 'higher is better', 'deletion': 'lower is better'}
-    return rows + [{'check': name, 'maps': kind, 'expected': better[name], **_summary(v)} for name,
-                   kinds in curves.items() for kind, v in kinds.items()]
+    return rows + _curve_rows(insertion_deletion(model, images[sample], maps['trained'], labels[sample], norm))
+
+def check_findings(
+    checks: list, # from `check_maps`
+) -> list:        # of str
+    "What the checks say against the maps, in sentences."
+    rows, out = {(r['check'], r['maps']): r for r in checks}, []
+    def interval(r): return f'{r["mean"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f}, n = {r["n"]})'.replace('-', '−')
+    for name, sign in (('insertion', 1), ('deletion', -1)):
+        for other, words in (('random', 'random maps'), ('center', 'a blob in the center')):
+            r = rows.get((name, f'map − {other}'))
+            if r and not (r['low'] > 0 if sign > 0 else r['high'] < 0):
+                out.append(f'By {name} the maps do no better than {words}: difference {interval(r)}.')
+    game, redrawn_maps = rows.get(('grid game', 'trained')), rows.get(('rank correlation', 'trained and all redrawn'))
+    if game and not game['low'] > 0.5: out.append(f'In the grid game only {interval(game)} of a map lies on its own photo.')
+    if redrawn_maps and not redrawn_maps['high'] < 0.25:
+        out.append(f'Maps of a network with random weights resemble these: rank correlation {interval(redrawn_maps)}.')
+    return out

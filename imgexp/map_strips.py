@@ -22,8 +22,8 @@ from .style import GREEN, RED, class_label, percent, styled
 
 # %% ../nbs/02n_map_strips.ipynb #5
 class StripParams(Parameters, heading='checkpoints'):
-    explain: int = param(0, 'validation photos whose Grad-CAM maps are drawn for each kept epoch and the best; 0 draws '
-                            'none', (0, 60), in_id=False)
+    explain: int = param(0, 'validation photos whose Grad-CAM maps are drawn for the best epoch and those in keep_weights; 0 '
+                            'draws none', (0, 60), in_id=False)
 
 # %% ../nbs/02n_map_strips.ipynb #7
 def strip_rows(

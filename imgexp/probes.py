@@ -25,24 +25,24 @@ class Probe:
     "A change of an image that keeps its label."
     change: Callable  # uint8 [h, w, 3] -> uint8 [h, w, 3]
     strength: str     # in words
-    augment: str      # training augmentation of this kind: a parameter and its value; '' if there is none
+    policy: str       # augmentation of this kind, one of AUGMENT; '' if there is none
 
 def _zoom(image, share=0.7):
     h, w = image.shape[:2]
     top, left = round(h*(1 - share)/2), round(w*(1 - share)/2)
     return cv2.resize(image[top:h - top, left:w - left], (w, h), interpolation=cv2.INTER_LINEAR)
 
-def _blur(image, share=0.01): return cv2.GaussianBlur(image, (0, 0), max(image.shape[:2])*share)
+def _blur(image, share=0.01): return cv2.GaussianBlur(image, (0, 0), max(1., max(image.shape[:2])*share))
 
 PROBES = {
-    'zoom': Probe(_zoom, 'the middle 70% of each side, enlarged', 'augment=crop-flip'),
-    'blur': Probe(_blur, 'Gaussian, 1% of the side', ''),
-    'rotation': Probe(lambda image: OPS['Rotate'](image, 15), '15° clockwise', 'augment=trivial'),
-    'gray': Probe(lambda image: OPS['Color'](image, -1.), 'without color', 'augment=color'),
-    'hue': Probe(lambda image: OPS['Hue'](image, 0.1), 'turned by 36°', 'augment=color'),
-    'dark': Probe(lambda image: OPS['Brightness'](image, -0.4), '60% of the brightness', 'augment=color'),
+    'zoom': Probe(_zoom, 'the middle 70% of each side, enlarged', 'crop-flip'),
+    'blur': Probe(_blur, 'Gaussian, σ 1% of the side, at least 1 px', ''),
+    'rotation': Probe(lambda image: OPS['Rotate'](image, 15), '15° clockwise, corners black', 'trivial'),
+    'gray': Probe(lambda image: OPS['Color'](image, -1.), 'without color', 'color'),
+    'hue': Probe(lambda image: OPS['Hue'](image, 0.1), 'turned by 36°', 'color'),
+    'dark': Probe(lambda image: OPS['Brightness'](image, -0.4), '60% of the brightness', 'color'),
     'mirror': Probe(lambda image: np.ascontiguousarray(image[:, ::-1]), 'left and right exchanged',
-                    'augment=crop-flip')}
+                    'crop-flip')}
 
 # %% ../nbs/68_probes.ipynb #9
 def paired_change(
@@ -78,19 +78,21 @@ def probe_predictions(
     batch_size: int = 64,    # images
     workers: int = 0,        # threads that load images
     bad: str = 'stop',       # if an image cannot be decoded: 'stop' or 'skip'
+    predicted=None, # int [n], classes predicted for the images as they are, if known
 ) -> tuple:      # {'': predictions as they are, probe: …}, int [n] each; labels int [n]
     "Predicted classes of a split, as it is and under each probe."
     model.eval()
     loader = Loader(table, split, size, batch_size, workers=workers, device=next(model.parameters()).device, bad=bad,
                     train=False)
-    probes = {'': None} | {k: p.change for k, p in PROBES.items() if k != 'mirror' or table.mirror}
+    probes = ({'': None} if predicted is None else {}) | {k: p.change for k, p in PROBES.items() if k != 'mirror' or table.mirror}
     predictions, labels = {k: [] for k in probes}, []
     for images, y in loader.at(0):
         labels.append(y.cpu().numpy())
         for k, change in probes.items():
             predictions[k].append(_predicted(model, images if change is None else _changed(images, change), norm,
                                              precision))
-    return {k: np.concatenate(v) for k, v in predictions.items()}, np.concatenate(labels)
+    known = {} if predicted is None else {'': np.asarray(predicted)}
+    return known | {k: np.concatenate(v) for k, v in predictions.items()}, np.concatenate(labels)
 
 # %% ../nbs/68_probes.ipynb #16
 def probe_table(
@@ -110,7 +112,9 @@ def class_losses(
     labels,            # int [n]
     probe: str,        # name of a probe
 ) -> dict:             # {class: change}, of classes that lose, largest loss first
-    "Change in accuracy of each class under one probe."
-    changes = {int(c): paired_change(predictions[''][labels == c] == c, predictions[probe][labels == c] == c)
-               for c in np.unique(labels)}
-    return dict(sorted(((c, v['change']) for c, v in changes.items() if v['high'] < 0), key=lambda cv: cv[1]))
+    "Change in accuracy of the classes that lose under one probe; p-values are corrected for the number of classes."
+    classes = np.unique(labels).tolist()
+    changes = [paired_change(predictions[''][labels == c] == c, predictions[probe][labels == c] == c) for c in classes]
+    p = holm([v['p'] for v in changes])
+    losing = [(c, v['change']) for c, v, p in zip(classes, changes, p) if p < 0.05 and v['change'] < 0]
+    return dict(sorted(losing, key=lambda cv: cv[1]))

@@ -27,6 +27,7 @@ class Channels:
     ):
         self.sums, self.n, self.top = np.zeros((n_classes, n_channels)), np.zeros(n_classes, np.int64), top
         self.excitation, self.rows = np.full((n_channels, top), -np.inf, np.float32), np.full((n_channels, top), -1)
+        self.maps = None # float32 [channels, top, h, w], activations of those images
 
     def add(
         self,
@@ -41,12 +42,17 @@ class Channels:
         self.n += np.bincount(labels.cpu().numpy(), minlength=len(self.n))
         scores = np.concatenate([self.excitation, cams.activations.mean((2, 3)).cpu().numpy().T], 1)
         rows = np.concatenate([self.rows, np.broadcast_to(rows, (len(scores), len(rows)))], 1)
+        maps = cams.activations.transpose(0, 1).cpu().numpy()
+        if self.maps is None: self.maps = np.zeros((len(maps), self.top, *maps.shape[2:]), np.float32)
         order = np.argsort(-scores, 1, kind='stable')[:, :self.top]
         self.excitation, self.rows = (np.take_along_axis(v, order, 1) for v in (scores, rows))
+        channel, old = np.arange(len(maps))[:, None], order < self.top
+        self.maps = np.where(old[..., None, None], self.maps[channel, np.minimum(order, self.top - 1)],
+                             maps[channel, np.maximum(order - self.top, 0)])
 
-    def contributions(self): # NaN for a class without images
-        "Mean contribution of each channel to the logit of a class, on its own images, float64 [classes, channels]."
-        with np.errstate(invalid='ignore', divide='ignore'): return self.sums/self.n[:, None]
+    def contributions(self, label): # NaN for a class without images
+        "Mean contribution of each channel to the logit of a class, on its own images, float64 [channels]."
+        with np.errstate(invalid='ignore', divide='ignore'): return self.sums[label]/self.n[label]
 
 # %% ../nbs/66_split_maps.ipynb #7
 @dataclass

@@ -43,7 +43,7 @@ class Trained:
     @property
     def title(self):
         arch = self.metadata.get('arch', 'network')
-        return f'{arch} at {self.size} px, {len(self.classes)} classes, {self.checkpoint}'
+        return f'{arch} at {self.size} px, {len(self.classes)} classes, checkpoint {self.checkpoint}'
     def __repr__(self): return f'{self.run!r}\n{self.title}'
     def _repr_html_(self): return self.run._repr_html_() + escape(self.title)
 
@@ -230,7 +230,7 @@ def checkpoint_path(
     if name in names: return run.dir/'checkpoints'/name
     available = ', '.join([*(k for k, v in aliases.items() if v), *names])
     raise InputError(f'run {run.name} has no checkpoint {checkpoint!r}: '
-                     + (f'choose one of {available}' if available else 'no epoch is finished yet'))
+                     + (f'choose one of {available}' if available else 'no epoch is finished yet: repeat the command that trains it'))
 
 # %% ../nbs/02o_trained.ipynb #23
 def weights_path(

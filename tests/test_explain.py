@@ -11,7 +11,7 @@ from imgexp.errors import InputError
 from imgexp.evaluate import load_run
 from imgexp.explain import explain_run
 from imgexp.explain_report import sentences
-from imgexp.recommendations import read_recommendations
+from imgexp.class_augment import read_recommendations
 from imgexp.samples import shapes
 from imgexp.train import train
 from imgexp.transfer import train as train_head
@@ -93,7 +93,8 @@ def test_names_are_escaped(project, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--classes', 'seven'], "'seven' is not a class of the network: choose from 0, 1"), (['--layer', 'layer9'], "layer='layer9' is not known"), (['--split', 'train'], 'split='),
     (['--checkpoint', 'first'], "has no checkpoint 'first'"), (['--per-class', '0'], 'per_class=0'), (['--out', 'map.png'], '--out is for a photo'),
-    (['photo.png'], 'give --out map.png'), (['none.png', '--out', 'map.png'], 'no such image'), (['text.jpg', '--out', 'map.png'], 'cannot be read'),
+    (['photo.png'], 'give --out map.png'), (['none.png', '--out', 'map.png'], 'no such image'), (['text.jpg', '--out', 'map.png'], 'not an image that can be read'), (['text.jpg', '--out', 'map.png', '--split', 'test'], '--split is for the images of a split'),
+    (['.', '--out', 'map.png'], 'is a folder'), (['--check'], 'the grid game needs photos of four classes'),
     (['text.jpg', '--out', 'map.gif'], 'ends in .png'), (['--layer', 'fc'], 'not a map')])
 def test_bad_input(project, launcher, args, message):
     run = train(data='digits', subset=0.1, epochs=1, **SMALL)
@@ -110,12 +111,48 @@ def test_data_that_changed_or_went(project, launcher, tmp_path):
         assert job.wait() == 2 and message in job.err and job.err.count('\n') <= 2, job.err
     first = next((folder/'train').rglob('*.png'))
     first.unlink()
-    fails('has changed since run')
+    fails('are missing or have changed')
     folder.rename(tmp_path/'elsewhere')
-    fails('photos')
+    fails('are missing or have changed')
 
 def test_a_keras_run_has_no_maps(project, launcher):
     from imgexp.start import start_run
     with start_run('10_keras_cnn', dict(data='digits', track='off')) as run: run.finish({})
     job = launcher.imgexp('explain', run.name, root=project, cwd=project)
     assert job.wait() == 2 and job.err.count('\n') == 1, job.err
+    (project/'a.png').touch()
+    job = launcher.imgexp('explain', run.name, 'a.png', '--out', 'map.png', root=project, cwd=project)
+    assert job.wait() == 2 and 'maps need a PyTorch network' in job.err, job.err
+
+def test_checks_use_photos_of_all_classes(monkeypatch):
+    "Rows of a table are in the order of their classes, so the first ones would be of two."
+    import imgexp.map_checks as m
+    from imgexp.models import build_model
+    labels, seen = np.repeat(np.arange(10), 20), []
+    monkeypatch.setattr(m, 'insertion_deletion', lambda model, images, maps, labels, norm: seen.extend(labels) or {})
+    m.check_maps(build_model('compact_resnet', 10, size=32), np.zeros((200, 32, 32, 3), np.uint8), labels, m.draw_mosaics(np.eye(10)[labels], labels, 200), ((0.5,)*3, (0.5,)*3), n_images=20)
+    assert np.bincount(seen, minlength=10).tolist() == [2]*10
+
+def test_a_gain_is_not_called_noise():
+    from imgexp.probes import probe_table
+    from imgexp.recommendations import recommend
+    labels = np.zeros(200, int)
+    predictions = {'': (np.arange(200) < 40).astype(int), 'gray': labels}
+    refused = recommend(probe_table(predictions, labels), predictions, labels, ['a', 'b'])[1]
+    assert refused[0]['reason'].endswith('no loss') and '−20.0 points' in refused[0]['reason']
+
+def test_channel_maps_are_those_of_their_photos():
+    "The best rows of each channel, found over several batches, keep their own activations."
+    import torch
+    from types import SimpleNamespace
+    from imgexp.split_maps import Channels
+    rng = np.random.default_rng(0)
+    activations, labels = rng.random((30, 5, 2, 2)).astype(np.float32), rng.integers(0, 3, 30)
+    channels = Channels(3, 5, top=4)
+    for rows in np.split(np.arange(30), 3):
+        a = torch.from_numpy(activations[rows])
+        channels.add(SimpleNamespace(activations=a, channel_weights=lambda targets: torch.ones(len(targets), 5)), torch.from_numpy(labels[rows]), rows)
+    for c in range(5):
+        best = np.argsort(-activations[:, c].mean((1, 2)))[:4]
+        assert channels.rows[c].tolist() == best.tolist()
+        np.testing.assert_array_equal(channels.maps[c], activations[best, c])
