@@ -26,6 +26,7 @@ from .cli_explain import explain_command
 from .cli_store import search_command, snapshots_app, store_app
 from .cli_sweep import sweep_app
 from .cli_zoo import zoo_app
+from .cli_phases import phases_app
 from .environment import package_version
 from .errors import InputError, RunBusy, RunFailed
 from .experiments import commands, declared_experiment, find_experiment
@@ -230,7 +231,8 @@ def _batch(
 
 # %% ../nbs/90c_cli.ipynb #21
 for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'sweep'), (snapshots_app, 'snapshots'),
-                    (store_app, 'store'), (zoo_app, 'zoo')): app.add_typer(_sub, name=_name)
+                    (store_app, 'store'), (zoo_app, 'zoo'),
+                    (phases_app, 'phases')): app.add_typer(_sub, name=_name)
 app.command('search')(search_command)
 app.command('explain')(explain_command)
 

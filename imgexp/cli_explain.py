@@ -19,11 +19,11 @@ from .output import Json, check_writable, parameter_option, say
 
 # %% ../nbs/90a_cli_explain.ipynb #4
 def _draw_photo(p, photo, out):
-    if out is None: raise InputError('a photo needs a picture to write to: give --out map.png')
+    if out is None: raise InputError('a photo needs an output file: give --out map.png')
     check_writable(out, '.png')
     from imgexp.explain import explained_network
     explained_network(p.run, p.checkpoint).explain_photo(photo, p.layer).savefig(out, dpi=120)
-    say(f'{display_path(out)}: {photo} and what speaks for its most probable classes')
+    say(f'{display_path(out)}: {photo} with the maps of its most probable classes')
 
 # %% ../nbs/90a_cli_explain.ipynb #5
 def explain_command(

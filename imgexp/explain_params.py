@@ -18,7 +18,7 @@ class ExplainParams(Parameters, heading='explanation'):
     per_class: int = param(10, 'worst photos, and best photos, of each class', (1, 1000))
     checkpoint: str = param('best', "best, last, or a checkpoint's name")
     layer: str = param('',
-                       'layer whose activations the maps are made of; empty is the one whose output the pooling sees')
+                       'layer at which the maps are computed; empty is the one whose output is pooled')
     probes: bool = param(True, 'measure the accuracy under changes that keep the label')
     checks: bool = param(False, 'check the maps with the grid game, redrawn weights, insertion and deletion; takes '
                                     'minutes')

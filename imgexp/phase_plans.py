@@ -8,11 +8,13 @@ __all__ = ['PLANS', 'SharedByPhases', 'Phase', 'equal_compute', 'read_plan', 'fi
 
 # %% ../nbs/55_phase_plans.ipynb #1016b7e9
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
 from .errors import InputError, unknown_name
 from .experiments import declared_experiment
 from .params import Parameters, from_declarations, param
+from .schedules import image_sizes
 
 # %% ../nbs/55_phase_plans.ipynb #07a01ff2
 @dataclass(frozen=True)
@@ -24,15 +26,12 @@ class Phase:
     by_class: bool = False # whether it takes `class_augment`
     @property
     def sides(self):
-        "Smallest and largest side of its training images, px"
-        sizes = str(self.values.get('sizes', '')).partition('@')[0]
-        sides = [int(s) for s in sizes.split('-')] if sizes else [self.values.get('size', 32)]
-        return sides[0], sides[-1]
+        "Side of the training images in each epoch, px"
+        return image_sizes(self.values.get('sizes', ''), self.values.get('size', 32), self.values['epochs'])
     @property
     def compute(self):
         "Passes over all training images, times the pixels of an image"
-        low, high = self.sides
-        return self.values.get('subset', 1.)*self.values['epochs']*(low**2 + low*high + high**2)/3
+        return self.values.get('subset', 1.)*sum(side**2 for side in self.sides)
 
 # %% ../nbs/55_phase_plans.ipynb #a912e5ea
 _FIFTH = dict(subset=0.2, augment='color', optimizer='adam', schedule='one-cycle', lr=0., keep_every=5)
@@ -47,16 +46,18 @@ def _phases(arch, first, second, third, targets):
 
 PLANS = {
     'seed': _phases(
-        'own_resnet50', dict(size=128, epochs=30, batch_size=128, micro_batch=32, min_scale=0.25, hold_out=10),
-        dict(size=224, epochs=30, batch_size=128, micro_batch=32, min_scale=0.08, hold_out=10),
-        dict(size=224, epochs=60, batch_size=256, micro_batch=64, min_scale=0.08, hold_out=10, optimizer='sgd', lr=0.1,
+        'own_resnet50', dict(size=128, epochs=30, batch_size=128, micro_batch=32, min_scale=0.25),
+        dict(size=224, epochs=30, batch_size=128, micro_batch=32, min_scale=0.08),
+        dict(size=224, epochs=60, batch_size=256, micro_batch=64, min_scale=0.08, optimizer='sgd', lr=0.1,
              weight_decay=5e-5, ema=0.9999, drop_path=0.05, warmup=2.), (0.5, 0.7, 0.78)),
     'small': _phases(
         'compact_resnet', dict(size=48, epochs=12, batch_size=64), dict(size=64, epochs=12, batch_size=64),
         dict(size=64, epochs=6, batch_size=64, augment='crop-flip', lr=0.002, ema=0.99, drop_path=0.1), (0., 0., 0.)),
+    'tiny': _phases(
+        'small_cnn', dict(size=20, epochs=6, batch_size=32), dict(size=28, epochs=6, batch_size=32),
+        dict(size=28, epochs=4, batch_size=32, augment='crop-flip', lr=0.003, ema=0.97), (0.3, 0.4, 0.8)),
     'one-run': (Phase('one run', dict(
-        recipe='rn50-ffcv-88', arch='own_resnet50', size=256, sizes='160-192@0.739-0.864', epochs=88, batch_size=256,
-        hold_out=10)),)}
+        recipe='rn50-ffcv-88', arch='own_resnet50', size=256, sizes='160-192@0.739-0.864', epochs=88, batch_size=256)),)}
 
 # %% ../nbs/55_phase_plans.ipynb #dfd0ef9f
 def equal_compute(
@@ -65,9 +66,14 @@ def equal_compute(
 ) -> tuple:        # a single `Phase`
     "The plan's compute in one run, with the values of its last phase."
     last, total = plan[-1], sum(f.compute for f in plan)
-    values = last.values | ({'sizes': f'{plan[0].sides[0]}-{last.sides[1]}'} if growing else {})
-    one = Phase('growing' if growing else 'one run', values | {'epochs': 1}, last.target)
-    return (Phase(one.name, values | {'epochs': max(1, round(total/one.compute))}, last.target),)
+    low, high = (side//32*32 for side in (plan[0].sides[0], last.sides[-1]))
+    if growing and not 0 < low < high == last.sides[-1]:
+        raise InputError(f'images cannot grow from {plan[0].sides[0]} to {last.sides[-1]} px: growing images have sides that '
+                         'are multiples of 32')
+    values = last.values | ({'sizes': f'{low}-{high}'} if growing else {})
+    name = 'growing images' if growing else 'one run'
+    by_epochs = (Phase(name, values | {'epochs': n}, last.target) for n in count(1))
+    return (next(a for a, b in pairwise(by_epochs) if b.compute - total >= total - a.compute),)
 
 # %% ../nbs/55_phase_plans.ipynb #fcf1f7bc
 _FIXED = ('start', 'extend', 'resume', 'data', 'seed', 'class_augment', 'lr_limit')  # set by the plan
@@ -112,7 +118,7 @@ def find_plan(
 
 # %% ../nbs/55_phase_plans.ipynb #6582a03d
 class PhaseOptions(Parameters, heading='phases'):
-    plan: str = param('small', 'small, seed, one-run, or a YAML file of phases; small:one-run or small:growing is the '
+    plan: str = param('tiny', 'tiny, small, seed, one-run, or a YAML file of phases; small:one-run or small:growing is the '
                                'same compute in one run')
     length: float = param(1.0, 'factor on the epochs of all phases', '(0, 1000]')
     shrink: float = param(1.0, 'shrink and perturb between phases, the factor on the kernels; 1 takes them as they are',
@@ -125,7 +131,7 @@ class PhaseOptions(Parameters, heading='phases'):
                       in_id=False)
     out: str = param('', 'folder of the plan; empty is one in runs/phases', in_id=False)
 
-_SHARED = ('data', 'classes', 'label_from', 'classes_at', 'columns', 'valid_fold', 'resplit', 'arch', 'class_augment',
+_SHARED = ('data', 'classes', 'label_from', 'classes_at', 'columns', 'valid_fold', 'hold_out', 'resplit', 'arch', 'class_augment',
            'seed', 'pack', 'workers', 'bad', 'threads', 'precision', 'compile', 'max_minutes', 'track', 'figures')
 _CHANGED = {'arch': {'default': '', 'allowed': None, 'help': 'architecture of all phases; empty is that of the plan'},
             'class_augment': {'help': 'explain, or recommendations.json of `imgexp explain`; policies by class for the '
@@ -157,7 +163,7 @@ def plan_table(
     import pandas as pd
     total, defaults, rows = sum(f.compute for f in plan), declared_experiment('03_train').params(), []
     for k, f in enumerate(plan, 1):
-        v, (low, high) = defaults | f.values, f.sides
+        v, low, high = defaults | f.values, f.sides[0], f.sides[-1]
         mixed = [f'{m} {v[m]:g}' for m in ('mixup', 'cutmix', 'erase', 'label_smoothing', 'ema', 'drop_path', 'clip')
                  if m in f.values]
         rows.append({'phase': k, 'name': f.name, 'images': f"{v['subset']*n:,.0f}" if n else f"{v['subset']:.0%}",

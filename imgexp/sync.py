@@ -9,6 +9,8 @@ __all__ = ['Sync']
 import atexit, os, subprocess, sys, tempfile
 from functools import partial
 
+from fastcore.basics import patch
+
 from .learner import StatefulCallback
 
 # %% ../nbs/02i_sync.ipynb #8e1618c4
@@ -35,27 +37,31 @@ class Sync(StatefulCallback):
         if written != self.seen: self.due, self.seen = True, written
         if self.due: self.copy()
 
-    def copy(self):
-        "Start the command, unless the one before is still running."
-        if self.process and self.process.poll() is None: return
+# %% ../nbs/02i_sync.ipynb #1ede4bcf
+@patch
+def copy(self: Sync):
+    "Start the command, unless the one before is still running."
+    if self.process and self.process.poll() is None: return
+    self._report()
+    self.due, self.errors = False, tempfile.TemporaryFile()
+    self.process = subprocess.Popen(self.command, shell=True, env=os.environ | {'RUN': self.folder},
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors,
+                                    start_new_session=True)  # Ctrl-C is for the training
+
+@patch
+def finish(self: Sync):
+    "Copy once more, and wait for the end of it."
+    try:
+        if self.process: self.process.wait(self.wait)
+        self.copy()
+        self.process.wait(self.wait)
         self._report()
-        self.due, self.errors = False, tempfile.TemporaryFile()
-        self.process = subprocess.Popen(self.command, shell=True, env=os.environ | {'RUN': self.folder},
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors,
-                                        start_new_session=True)  # Ctrl-C is for the training
+    except subprocess.TimeoutExpired: self.say(f'the copy by IMGEXP_SYNC is still going on after {self.wait:.0f} s')
 
-    def finish(self):
-        "Copy once more, and wait for the end of it."
-        try:
-            if self.process: self.process.wait(self.wait)
-            self.copy()
-            self.process.wait(self.wait)
-            self._report()
-        except subprocess.TimeoutExpired: self.say(f'the copy by IMGEXP_SYNC is still going on after {self.wait:.0f} s')
-
-    def _report(self):
-        "Say that the last command failed, with its last line"
-        if not self.process or not self.process.returncode: return
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors='replace').strip().splitlines()
-        self.say(f'the copy by IMGEXP_SYNC failed (exit status {self.process.returncode})' + ''.join(f': {line}' for line in lines[-1:]))
+@patch
+def _report(self: Sync):
+    "Say that the last command failed, with its last line"
+    if not self.process or not self.process.returncode: return
+    self.errors.seek(0)
+    lines = self.errors.read().decode(errors='replace').strip().splitlines()
+    self.say(f'the copy by IMGEXP_SYNC failed (exit status {self.process.returncode})' + ''.join(f': {line}' for line in lines[-1:]))

@@ -9,8 +9,9 @@ from imgexp.explain_params import ExplainParams
 from imgexp.look import LookParams
 from imgexp.population import PopulationParams
 from imgexp.search_params import SearchParams
+from imgexp.phase_plans import PhaseParams
 from imgexp.zoo_params import ZooParams
-tables = {'01k_look': LookParams, '30_curves': CurveParams, '40_snapshots': PopulationParams, '42_search': SearchParams, '50_zoo': ZooParams, '70_explain': ExplainParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
+tables = {'01k_look': LookParams, '30_curves': CurveParams, '40_snapshots': PopulationParams, '42_search': SearchParams, '50_zoo': ZooParams, '60_phases': PhaseParams, '70_explain': ExplainParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
 print(json.dumps([{n: table.cell() for n, table in tables.items()}, experiment_declarations()]))'''
 
 def derived():

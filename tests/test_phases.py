@@ -1,0 +1,152 @@
+"Phases: each starts with the best weights of the one before, and a plan survives being killed anywhere."
+import hashlib, json, os, random, signal, time
+import numpy as np
+import pytest
+import torch
+from imgexp.errors import InputError, RunFailed
+from imgexp.loader import Preprocessor
+from imgexp.phase_plans import PhaseParams, read_plan
+from imgexp.phase_runs import find_phases, run_phases
+from imgexp.runs import Run
+from imgexp.samples import shapes
+from imgexp.train import train
+
+KILLS = int(os.environ.get('IMGEXP_KILLS', 3))
+PLAN = '''
+- {name: a fifth, values: {subset: 0.2, size: 20, epochs: 2, lr: 0, optimizer: adam, keep_every: 1}}
+- {name: stronger, class_augment: true, values: {subset: 0.2, size: 28, epochs: 2, lr: 0, optimizer: adam, augment: color, mixup: 0.2}}
+- {name: everything, values: {size: 28, epochs: 2, ema: 0.9, label_smoothing: 0.1}}
+'''
+OPTIONS = ['--arch', 'small_cnn', '--data', 'digits', '--track', 'off']
+QUIET = dict(say=lambda text: None)
+
+@pytest.fixture
+def plan(project):
+    (project/'plan.yaml').write_text(PLAN)
+    return project/'plan.yaml'
+
+def params(plan, **values): return PhaseParams.check(dict(plan=str(plan), arch='small_cnn', data='digits', track='off') | values)
+def weights(folder):
+    "Bytes of the best weights of each phase"
+    from imgexp.checkpoints import best_weights
+    return [hashlib.sha256(best_weights(folder.run(k))[0].read_bytes()).hexdigest() for k in range(1, len(folder.phases) + 1)]
+
+def test_killed_anywhere_it_ends_with_the_same_bits(project, launcher, plan):
+    "kill -9 at moments drawn at random, within phases and between them; the same command continues."
+    def run(out): return launcher.imgexp('phases', 'run', str(plan), '--out', out, *OPTIONS, root=project/out, cwd=project)
+    for out in ('whole', 'killed'): (project/out).mkdir()
+    begun = time.monotonic()
+    assert (job := run('whole')).wait() == 0, job.err
+    took, chance, kills, phases = time.monotonic() - begun, random.Random(4), 0, set()
+    while True:
+        job = run('killed')
+        deadline = time.monotonic() + chance.uniform(0.03, 0.2)*took/(1 if kills < KILLS else 0.001)
+        while not job.ended() and time.monotonic() < deadline: time.sleep(0.02)
+        if job.ended(): break
+        phases.add(len(json.loads((project/'killed/plan.json').read_text())['runs']) if (project/'killed/plan.json').exists() else 0)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        kills += 1
+    assert job.wait() == 0, job.err
+    def found(out):
+        info = json.loads((project/out/'plan.json').read_text())
+        from imgexp.checkpoints import best_weights
+        return [hashlib.sha256(best_weights(Run(project/out/'runs'/name))[0].read_bytes()).hexdigest() for name in info['runs'].values()]
+    assert len(found('whole')) == 3 and found('killed') == found('whole')
+    assert len([*(project/'killed/runs').glob('2*')]) == 3  # no run was begun twice
+    print(f'{kills} kills, in phases {sorted(phases)}')
+
+def test_sigterm_keeps_a_checkpoint_and_says_75(project, launcher, plan):
+    job = launcher.imgexp('phases', 'run', str(plan), *OPTIONS, root=project, cwd=project)
+    from launch import until
+    until(lambda: 'epoch 1/2' in job.out + job.err or job.ended(), 'the first epoch')
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 75, job.err
+    again = launcher.imgexp('phases', 'run', str(plan), *OPTIONS, root=project, cwd=project)
+    assert again.wait() == 0 and 'everything' in again.out, again.err
+    status = launcher.imgexp('phases', 'status', '--json', root=project, cwd=project)
+    assert status.wait() == 0 and [r['state'] for r in json.loads(status.out)] == ['done']*3
+    report = launcher.imgexp('phases', 'report', root=project, cwd=project)
+    assert report.wait() == 0 and 'Phase 3, everything' in report.out and (project/'runs/phases/plan-digits/phases.png').exists(), report.err
+
+def test_targets(project, plan):
+    "stop ends with the reason, and the same plan goes on when the target is lowered; warn only says it."
+    plan.write_text(PLAN.replace('name: a fifth,', 'name: a fifth, target: 0.99,'))
+    said = []
+    with pytest.raises(RunFailed, match='target is 99%.*train for longer'): run_phases(params(plan, on_miss='stop'), **QUIET)
+    folder = run_phases(params(plan), say=said.append)
+    assert any('missed its target' in s for s in said) and folder.run(3).finished
+    said.clear()
+    run_phases(params(plan, on_miss='continue'), say=said.append)
+    assert not any('missed' in s for s in said)
+
+def test_a_changed_plan_is_told(project, plan):
+    run_phases(params(plan), **QUIET)
+    plan.write_text(PLAN.replace('size: 20, epochs: 2', 'size: 20, epochs: 3'))
+    with pytest.raises(InputError, match='phase 1 has run with epochs=2, and the plan now says 3.*--from 2 to keep'): run_phases(params(plan), **QUIET)
+    kept = find_phases('plan').run(1).name
+    plan.write_text(PLAN.replace('size: 20, epochs: 2', 'size: 20, epochs: 3').replace('ema: 0.9', 'ema: 0.8'))
+    folder = run_phases(params(plan, from_phase=2), **QUIET)
+    assert folder.run(1).name == kept and folder.run(3).params['ema'] == 0.8
+    with pytest.raises(InputError, match='has run with seed'): run_phases(params(plan, seed=1, out=str(folder.dir)), **QUIET)
+    with pytest.raises(InputError, match='has 3 phases'): run_phases(params(plan, from_phase=4), **QUIET)
+
+def test_explaining_sets_policies_by_class(project, plan):
+    "The file comes from the parent's validation images; a phase that does not take it goes without."
+    def recommend(run):
+        from imgexp.explain import explain_run
+        file = explain_run(run=run.name).folder/'recommendations.json'
+        contents = json.loads(file.read_text())
+        assert contents['split'] == 'valid' and contents['run'] == run.name
+        file.write_text(json.dumps(contents | {'recommend': [{'policy': 'trivial', 'classes': ['3', '5']}]}))
+        return file
+    folder = run_phases(params(plan, class_augment='explain'), recommend=recommend, **QUIET)
+    assert [bool(folder.run(k).params['class_augment']) for k in (1, 2, 3)] == [False, True, False]
+    assert folder.run(2).depends['class_augment']
+    with pytest.raises(InputError, match='class_augment=explain is for'): run_phases(params(plan, class_augment='explain', seed=1), **QUIET)
+
+def test_policies_by_class_leave_other_images_alone():
+    "Images of other classes, and all validation images, are those of a training without the file."
+    from imgexp.loader import Loader
+    table = shapes(200, size=32)
+    rows = np.arange(200)
+    def made(split, **kw):
+        loader = Loader(table, split, 32, 16, augment='color', seed=1, class_policies=kw)
+        out = {}
+        for images, _ in loader.at(3): out |= dict(zip(loader.rows.tolist(), images.numpy()))
+        return out
+    changed = {'circle': 'trivial'}
+    plain, other = made('train'), made('train', **changed)
+    differ = {r for r in plain if (plain[r] != other[r]).any()}
+    of_class = {r for r in plain if table.classes[table.labels[r]] == 'circle'}
+    assert differ and differ <= of_class and len(differ) > len(of_class)/2
+    before, after = made('valid'), made('valid', **changed)
+    assert all((before[r] == after[r]).all() for r in before)
+    twice = Preprocessor(table, 32, 'color', 1, class_policies=changed)
+    a, b = np.empty((200, 32, 32, 3), np.uint8), np.empty((200, 32, 32, 3), np.uint8)
+    twice(a, rows, 5); twice(b, rows[::-1].copy(), 5)
+    assert (a == b[::-1]).all()
+
+def test_a_start_shrinks_kernels_alone(project):
+    parent = train(data='digits', arch='small_cnn', size=28, subset=0.1, epochs=1, track='off')
+    from imgexp.evaluate import load_run
+    child = train(start=parent.name, shrink=0.4, size=28, epochs=1, subset=0.1, keep_weights='0', track='off', seed=3)
+    old, new = (load_run(r.name, c).model.state_dict() for r, c in ((parent, 'best'), (child, 'weights-0000')))
+    for k in old:
+        if old[k].ndim > 1: assert torch.corrcoef(torch.stack([old[k].flatten(), new[k].flatten()]))[0, 1] > 0.9 and not torch.equal(old[k], new[k])
+        else: assert torch.equal(old[k], new[k])
+    with pytest.raises(InputError, match='give start too'): train(shrink=0.5)
+
+@pytest.mark.parametrize('args, message', [
+    (['run', 'huge'], 'choose from seed'), (['run', 'plan.yaml', '--from', '2'], 'phase 1 is not finished'), (['run', 'plan.yaml', '--on-miss', 'cry'], 'on_miss'),
+    (['run', 'plan.yaml', '--length', '0'], 'length=0'), (['run', 'plan.yaml', '--data', 'nowhere'], 'no such folder'), (['status', 'none'], "no plan 'none'"), (['report'], 'no plan yet'),
+    (['run', 'small.yaml'], 'phase 1: target=50'), (['run', 'plan.yaml', '--arch', 'resnet99'], 'resnet99'), (['run', 'wide.yaml'], 'at least'), (['run', 'plan.yaml', '--class-augment', 'none.json'], 'no such file')])
+def test_bad_input(project, launcher, plan, args, message):
+    (project/'small.yaml').write_text('- {target: 50, values: {epochs: 1}}')
+    (project/'wide.yaml').write_text('- {values: {epochs: 1, size: 12}}')
+    job = launcher.imgexp('phases', *args, *(['--arch', 'small_cnn'] if args[0] == 'run' and '--arch' not in args else []), root=project, cwd=project)
+    assert job.wait() == 2 and message in job.err and job.err.strip().splitlines()[-1].startswith('imgexp: '), job.err
+
+def test_a_plan_file_names_its_mistakes(tmp_path):
+    (tmp_path/'p.yaml').write_text(PLAN)
+    assert [f.name for f in read_plan(tmp_path/'p.yaml')] == ['a fifth', 'stronger', 'everything']
