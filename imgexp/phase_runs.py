@@ -217,6 +217,8 @@ def run_phases(
     recommend=None, # called with the run of a phase, returns its recommendations.json; for `class_augment=explain`
 ) -> PhaseFolder:
     "Train the phases of a plan, or continue; raises `RunFailed` if one misses its target and `on_miss` is stop."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise InputError('a plan runs in one process: on several GPUs train phase by phase (torchrun … train --start RUN)')
     folder, experiment = open_phases(p), find_experiment('03_train')
     if not folder.info['test']:
         say('there are no test images: the validation images choose the best epochs, so their accuracy is a little too high '
