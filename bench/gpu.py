@@ -140,7 +140,30 @@ def transfer_runs(images, quick):
     return {'empty cache, s': first, 'another seed on cached features, s': second,
             'images of the data set over the first run, images/s': n/first, 'peak memory of the device, MB': mb}
 
-PARTS = {'tests': part_tests, 'resume': part_resume, 'loader': part_loader, 'step': part_step, 'transfer': part_transfer}
+def part_phases(args):
+    "Phase 1 of the plan `seed` from a JPEG pack: images a second (FFCV and timm publish theirs for 224 px)"
+    folder, images = data(args)
+    pack = str(packed_images(folder, images, 'jpeg'))
+    def run():
+        with tempfile.TemporaryDirectory() as place:
+            code = f'import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, json; print(json.dumps(gpu.phase_rate({pack!r}, {args.quick})))'
+            env = os.environ | {'IMGEXP_ROOT': place, 'WANDB_MODE': 'disabled'}
+            result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
+            if result.returncode: sys.exit(f'bench: {result.stderr[-2000:]}')
+            return json.loads(result.stdout.splitlines()[-1])
+    runs = interleave('phases', {'run': (run, 1 if args.quick else 3)}, 3, 0, settings(args), not args.dry)['run']
+    return summarize('phases', {k: [v[k] for v in runs] for k in runs[0]}, {})
+
+def phase_rate(pack, quick):
+    "Measurements of `part_phases`, in a separate process"
+    from imgexp.phase_plans import PLANS
+    from imgexp.train import train
+    values = PLANS['seed'][0].values | dict(subset=1., epochs=2, lr=1e-3, keep_every=0) | (dict(arch='own_resnet18', size=32, batch_size=16, micro_batch=0) if quick else {})
+    history = train(data=pack, track='off', figures=False, **values).history
+    seconds, images = history.seconds.diff().iloc[-1], history.images.diff().iloc[-1]
+    return {'phase 1 of seed at 128 px, second epoch, images/s': images/seconds}
+
+PARTS = {'tests': part_tests, 'resume': part_resume, 'loader': part_loader, 'step': part_step, 'transfer': part_transfer, 'phases': part_phases}
 
 # ---- Running
 

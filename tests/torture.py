@@ -143,7 +143,7 @@ class Torture:
         self.runs += 1
         if 'class_augment' in self.given:
             file = self.folder/'recommendations.json'
-            classes = sorted(c.name for c in (Path(self.data)/'train').iterdir())[:1]
+            classes = sorted(c.name for c in Path(self.data).iterdir())[:1]
             file.write_text(json.dumps({'schema': 1, 'split': 'valid', 'recommend': [{'policy': 'trivial', 'classes': classes}]}))
             self.given['class_augment'] = str(file)
         if option := next(iter({'extend', 'start'} & self.given.keys()), None):  # the same parent for all
