@@ -71,8 +71,9 @@ def sentences(
                    f'{percent(r.high)}, n = {r.n}).')
     for r in f.standing_pairs.head(5).itertuples():
         out.append(f'{r.n} of the {r.errors} misclassified images of {r.true} are predicted as {r.predicted}, more than '
-                   f'an even spread over the other classes would give (p = {r.p:.2g}, corrected); {r.back} of {r.predicted} are '
-                   f'predicted as {r.true}.')
+                   f'an even spread over the other classes would give (p = {r.p:.2g}, corrected); '
+                   + (f'1 image of {r.predicted} is' if r.back == 1 else f'{r.back} images of {r.predicted} are')
+                   + f' predicted as {r.true}.')
     if len(f.pairs) and not len(f.standing_pairs):
         out.append(f'No pair of classes stands out among {int(f.pairs.n.sum())} errors (corrected for all pairs).')
     for r in f.corners.head(5).itertuples():
@@ -159,7 +160,7 @@ def _where(regions, name):
     if not len(rows): return ''
     corner = rows[rows.index.str.contains(' ')].share.idxmax()
     def text(region, r):
-        where = {'center': 'in the center', 'border': 'at the border'}.get(region, f'in the {region} corner, the largest,')
+        where = {'center': 'in the center', 'border': 'at the border'}.get(region, f'in the corner with the largest share ({region})')
         return f'{where} {percent(r.share)} (other classes {percent(r.others)}; area {percent(r.area)})'
     return 'Share of its maps: ' + '; '.join(text(k, rows.loc[k]) for k in ('center', 'border', corner)) + '.'
 
@@ -221,7 +222,7 @@ def _recommendations(made, refused, note):
         return 'all classes' if r['all_classes'] else f'above all {", ".join(r["classes"][:8])}{" …"*(len(r["classes"]) > 8)}'
     rows = [f'augment={r["policy"]}, {whom(r)}: {r["reason"]}' for r in made]
     return f'<p class=soft>{escape(printable(note))}</p>'*bool(note) + (_list(rows) if rows
-            else '<p>None.</p>') + ('<details><summary>Considered and rejected '
+            else '<p>None.</p>'*bool(refused or not note)) + ('<details><summary>Considered and rejected '
                                     f'({len(refused)})</summary>{_list(r["reason"] for r in refused)}</details>'
                                     if refused else '')
 

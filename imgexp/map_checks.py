@@ -180,6 +180,7 @@ def _curve_rows(curves):
                   **_summary(kinds['map'] - kinds[kind])} for kind in ('random', 'center')]
     return rows
 
+# %% ../nbs/68b_map_checks.ipynb #b168c0c4
 def check_maps(
     model,   # torch network of `build_model`
     images,  # uint8 [n, size, size, 3], as the network sees them
@@ -203,6 +204,7 @@ def check_maps(
                  **_summary(rank_correlation(maps['trained'], maps['all redrawn']))})
     return rows + _curve_rows(insertion_deletion(model, images[sample], maps['trained'], labels[sample], norm))
 
+# %% ../nbs/68b_map_checks.ipynb #7eac3510
 def check_findings(
     checks: list, # from `check_maps`
 ) -> list:        # of str
