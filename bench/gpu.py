@@ -110,16 +110,19 @@ def part_step(args):
     if subprocess.run(command, cwd=ROOT, timeout=LIMIT).returncode: sys.exit('bench: the part step failed')
     return []
 
+def apart(call):
+    "What a function of this file returns in a process of its own, with empty runs/ and caches"
+    with tempfile.TemporaryDirectory() as place:
+        code = f'import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, json; print(json.dumps(gpu.{call}))'
+        env = os.environ | {'IMGEXP_ROOT': place, 'XDG_CACHE_HOME': place, 'WANDB_MODE': 'disabled'}
+        result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
+        if result.returncode: sys.exit(f'bench: {result.stderr[-2000:]}')
+        return json.loads(result.stdout.splitlines()[-1])
+
 def part_transfer(args):
     "Transfer with a ResNet-50 (random weights): seconds with an empty cache and with cached features, memory"
     folder, images = data(args)
-    def run():
-        with tempfile.TemporaryDirectory() as place:
-            code = f'import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, json; print(json.dumps(gpu.transfer_runs({str(images)!r}, {args.quick})))'
-            env = os.environ | {'IMGEXP_ROOT': place, 'XDG_CACHE_HOME': place, 'WANDB_MODE': 'disabled'}
-            result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
-            if result.returncode: sys.exit(f'bench: {result.stderr[-2000:]}')
-            return json.loads(result.stdout.splitlines()[-1])
+    def run(): return apart(f'transfer_runs({str(images)!r}, {args.quick})')
     runs = interleave('transfer', {'run': (run, 1 if args.quick else 3)}, 3, 0, settings(args), not args.dry)['run']
     return summarize('transfer', {k: [v[k] for v in runs] for k in runs[0]}, {})
 
@@ -144,13 +147,7 @@ def part_phases(args):
     "Phase 1 of the plan `seed` from a JPEG pack: images a second (FFCV and timm publish theirs for 224 px)"
     folder, images = data(args)
     pack = str(packed_images(folder, images, 'jpeg'))
-    def run():
-        with tempfile.TemporaryDirectory() as place:
-            code = f'import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, json; print(json.dumps(gpu.phase_rate({pack!r}, {args.quick})))'
-            env = os.environ | {'IMGEXP_ROOT': place, 'WANDB_MODE': 'disabled'}
-            result = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=LIMIT)
-            if result.returncode: sys.exit(f'bench: {result.stderr[-2000:]}')
-            return json.loads(result.stdout.splitlines()[-1])
+    def run(): return apart(f'phase_rate({pack!r}, {args.quick})')
     runs = interleave('phases', {'run': (run, 1 if args.quick else 3)}, 3, 0, settings(args), not args.dry)['run']
     return summarize('phases', {k: [v[k] for v in runs] for k in runs[0]}, {})
 
