@@ -66,13 +66,12 @@ def compare_phases(
     import pandas as pd
     from scipy.stats import t
     wide = table.pivot(index='seed', columns='training', values='test_top1')
-    wide, rows = wide.dropna(), []
+    rows = []
     for name in dict.fromkeys(table.training):
-        if name not in wide: continue
-        gain, n = wide[name] - wide['one run'], len(wide)
-        half = t.ppf(0.975, n - 1)*gain.std(ddof=1)/n**0.5 if n > 1 else np.nan
-        own = table[table.training == name]
-        rows.append({'training': name, 'seeds': n, 'test top-1': wide[name].mean(), 'sd': wide[name].std(ddof=1),
+        gain, own = (wide[name] - wide['one run']).dropna(), table[table.training == name]
+        n = len(gain)
+        half = t.ppf(0.975, n - 1)*gain.std(ddof=1)/n**0.5 if n > 1 and name != 'one run' else np.nan
+        rows.append({'training': name, 'seeds': n, 'test top-1': own.test_top1.mean(), 'sd': own.test_top1.std(ddof=1),
                      'against one run': gain.mean(), 'low': gain.mean() - half, 'high': gain.mean() + half,
                      'first answer': own.first_valid_top1.mean(), 'after share of the time': own.first_share_of_time.mean(),
                      'minutes': own.minutes.mean()})
