@@ -14,7 +14,9 @@ from pathlib import Path
 from .errors import InputError, unknown_name
 from .experiments import declared_experiment
 from .params import Parameters, from_declarations, param
+from .recipes import recipe
 from .schedules import image_sizes
+from .sources import SOURCE_OPTIONS
 
 # %% ../nbs/55_phase_plans.ipynb #07a01ff2
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ PLANS = {
         dict(size=64, epochs=6, batch_size=64, augment='crop-flip', lr=0.002, ema=0.99, drop_path=0.1), (0., 0., 0.)),
     'tiny': _phases(
         'small_cnn', dict(size=20, epochs=6, batch_size=32), dict(size=28, epochs=6, batch_size=32),
-        dict(size=28, epochs=4, batch_size=32, augment='crop-flip', lr=0.003, ema=0.97), (0.3, 0.4, 0.8)),
+        dict(size=28, epochs=4, batch_size=32, augment='crop-flip', lr=0.003, ema=0.97), (0., 0., 0.5)),
     'one-run': (Phase('one run', dict(
         recipe='rn50-ffcv-88', arch='own_resnet50', size=256, sizes='160-192@0.739-0.864', epochs=88, batch_size=256)),)}
 
@@ -76,7 +78,7 @@ def equal_compute(
     return (next(a for a, b in pairwise(by_epochs) if b.compute - total >= total - a.compute),)
 
 # %% ../nbs/55_phase_plans.ipynb #fcf1f7bc
-_FIXED = ('start', 'extend', 'resume', 'data', 'seed', 'class_augment', 'lr_limit')  # set by the plan
+_FIXED = ('start', 'extend', 'resume', 'data', 'classes', *SOURCE_OPTIONS, 'seed', 'class_augment', 'lr_limit')  # of the plan
 
 def _phase(path, k, entry):
     "A phase from an entry of a file"
@@ -85,15 +87,20 @@ def _phase(path, k, entry):
         raise refuse('give a name, and values of imgexp train')
     unknown = [n for n in entry if n not in ('name', 'values', 'target', 'class_augment')]
     if unknown: raise refuse(f'{unknown[0]!r} is not known: choose from name, values, target, class_augment')
-    values, target = dict(entry['values']), entry.get('target', 0.)
+    values, target, by_class = dict(entry['values']), entry.get('target', 0.), entry.get('class_augment', False)
+    if not all(isinstance(n, str) for n in values): raise refuse('the names of values must be text')
+    if not isinstance(by_class, bool): raise refuse(f'class_augment={by_class!r} must be true or false')
     for n in _FIXED:
-        if n in values: raise refuse(f'{n} is not a value of a phase: leave it out')
+        if n in values: raise refuse(f'{n} is the same for all phases, or set by the plan: leave it out')
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
         raise refuse(f'target={target!r} is not a fraction: give the top-1 to reach, for example 0.5')
-    try: checked = declared_experiment('03_train').params.check(values)
+    try:
+        if name := values.pop('recipe', ''):
+            values = recipe(name, values.get('batch_size', 0), values.get('epochs', 0)) | values
+        checked = declared_experiment('03_train').params.check(values)
     except InputError as e: raise refuse(e) from None
     values = {n: checked[n] for n in values} | {'epochs': checked['epochs']}
-    return Phase(str(entry.get('name', f'phase {k}')), values, float(target), bool(entry.get('class_augment')))
+    return Phase(str(entry.get('name', f'phase {k}')), values, float(target), by_class)
 
 def read_plan(
     path, # YAML file
@@ -112,7 +119,9 @@ def find_plan(
     "Find a plan; raises `InputError` for an unknown name."
     base, _, variant = name.partition(':')
     if variant not in ('', 'one-run', 'growing'): raise unknown_name(variant, ['one-run', 'growing'], f'variant of {base}')
-    if base not in PLANS and not Path(base).is_file(): raise unknown_name(base, list(PLANS), 'plan (or a YAML file)')
+    if base not in PLANS and not Path(base).is_file():
+        if base.endswith(('.yaml', '.yml')): raise InputError(f'plan={base!r}: no such file')
+        raise unknown_name(base, list(PLANS), 'plan (or a YAML file)')
     plan = PLANS[base] if base in PLANS else read_plan(base)
     return equal_compute(plan, variant == 'growing') if variant else plan
 

@@ -8,6 +8,7 @@ __all__ = ['GPUS', 'phase_history', 'plot_phases', 'compare_phases', 'gpu_hours'
 # %% ../nbs/60_phases.ipynb #bfea049b
 import numpy as np
 
+from .errors import InputError
 from .files import write_text
 from .metrics import wilson
 from .phase_runs import PhaseFolder
@@ -24,7 +25,7 @@ def phase_history(
     rows, before = [], 0.
     for k, phase in enumerate(folder.phases, 1):
         run = folder.run(k)
-        if not run or not len(run.history): break
+        if not run or not len(run.history): continue
         p, history = run.params, run.history
         sides = image_sizes(p['sizes'], p['size'], p['epochs']) if p['sizes'] else [p['size']]*p['epochs']
         images, n = np.diff(history.images.to_numpy(), prepend=0), run.metrics.get('valid', {}).get('top1', {}).get('n', 0)
@@ -34,6 +35,7 @@ def phase_history(
         rows.append(pd.DataFrame({'phase': k, 'name': phase['name'], 'epoch': history.epoch, 'compute': spent,
                                   'valid_top1': top1, 'low': low, 'high': high}))
         before = spent[-1]
+    if not rows: raise InputError(f'plan {folder.name}: no phase has a finished epoch: `imgexp phases run` trains it')
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/60_phases.ipynb #aedba49e
@@ -60,7 +62,7 @@ def plot_phases(
 
 # %% ../nbs/60_phases.ipynb #d58786c4
 def compare_phases(
-    table, # DataFrame with a row for each training and seed: training, seed, test_top1, test_n, first_valid_top1, minutes
+    table, # DataFrame with a row for each training and seed: training, seed, test_top1, first_valid_top1, first_share_of_time, minutes
 ): # DataFrame, a row for each training: mean test accuracy, its standard deviation over seeds, difference to one run
     "Accuracy of each way of training over seeds; differences are paired by seed, with a 95% t interval."
     import pandas as pd
@@ -114,7 +116,7 @@ def save_phases_report(
         share = (h[h.phase == k].compute.iloc[-1] - (h[h.phase < k].compute.max() if k > 1 else 0))/h.compute.iloc[-1]
         target = f', target {f["target"]:.0%}' if f['target'] else ''
         lines.append(f'Phase {k}, {f["name"]}: validation top-1 {accuracy_text(run.metrics["valid"]["top1"])}{target}, '
-                     f'after {duration(run.metrics["seconds"])} and {share:.0%} of the compute.')
+                     f'after {duration(run.metrics["seconds"])} and {share:.0%} of the compute so far.')
         if run.metrics.get('test'): lines.append(f'Test top-1 {accuracy_text(run.metrics["test"]["top1"])}.')
     lines.append(f'In all {duration(total)} of training.')
     write_text(folder.dir/'phases.csv', h.to_csv(index=False))

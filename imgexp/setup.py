@@ -29,7 +29,7 @@ from .packs import prepare_images, preparation
 from .parallel import from_rank_zero
 from .sources import DataParams, PackParams, source_record, load_images, source_options
 from .params import Parameters, RunParams, param, seeds
-from .parents import ParentParams, extended_values, find_parent, shrink_and_perturb, start_weights, started_values
+from .parents import ParentParams, check_splits, extended_values, find_parent, shrink_and_perturb, start_weights, started_values
 from .recipes import RECIPES, recipe
 from .runs import Run
 from .schedules import image_sizes, schedule
@@ -191,6 +191,7 @@ def dependencies(
                 'extend': parent_id(extended) if extended else '', 'start': model.report.weights_id if p.start else ''}
     depends = {'data': data, 'weights': '' if p.start else model.report.weights_id}
     depends |= {k: v for k, v in optional.items() if v}
+    if p.start and (warning := check_splits(find_parent(p.start, 'start'), p, data)): print(warning)
     for run in _unfinished_on_other_images(p, depends):
         before, now = (d.get('prepared', 'as they are') for d in (run.depends, depends))
         pack = run.depends.get('prepared', 'off').replace('presize', 'memory')
