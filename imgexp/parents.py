@@ -110,6 +110,7 @@ def start_weights(
                          'has other strides above 40 px: choose a size on the same side, or start with another run')
     return file, metadata
 
+# %% ../nbs/02m_parents.ipynb #8bde596a
 def check_splits(
     parent,    # the finished `Run`
     p,         # parameters of 03_train
@@ -125,6 +126,7 @@ def check_splits(
                              f'images here: give the same {k}')
     return ''
 
+# %% ../nbs/02m_parents.ipynb #b501746c
 def shrink_and_perturb(
     model,         # network, changed in place
     fresh,         # the same network with new initial weights

@@ -102,6 +102,7 @@ def _phase(path, k, entry):
     values = {n: checked[n] for n in values} | {'epochs': checked['epochs']}
     return Phase(str(entry.get('name', f'phase {k}')), values, float(target), by_class)
 
+# %% ../nbs/55_phase_plans.ipynb #3da8a466
 def read_plan(
     path, # YAML file
 ) -> tuple: # of `Phase`

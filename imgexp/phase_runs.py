@@ -236,6 +236,7 @@ def run_phases(
     with hold_lock(path/'lock', 1, RunBusy(f'plan {path.name} is being trained by another process: wait for it, or stop it')):
         return _run_phases(p, say, recommend)
 
+# %% ../nbs/57_phase_runs.ipynb #dff65b74
 def _check_phases(p, plan):
     "InputError for values of later phases that would only be found when their turn comes"
     experiment = find_experiment('03_train')
@@ -247,6 +248,7 @@ def _check_phases(p, plan):
     if not Path(p.class_augment).is_file():
         raise InputError(f'class_augment={p.class_augment!r}: no such file: `imgexp explain RUN` writes recommendations.json')
 
+# %% ../nbs/57_phase_runs.ipynb #c0d488fc
 def _run_phases(p, say, recommend):
     folder, experiment = open_phases(p), find_experiment('03_train')
     if not folder.info['test']:
