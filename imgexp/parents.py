@@ -117,14 +117,13 @@ def check_splits(
     data: str, # fingerprint of the images
 ) -> str:      # what to warn about; '' for nothing
     "Raise `InputError` if the parent divided the same images into other splits, and may have been trained on test images."
-    if parent.depends.get('data') != data:
-        return f'run {parent.name} was trained on other images: if test images of this training are among them, it has seen them'
-    for k in ('classes', *SOURCE_OPTIONS):
+    for k in ('classes', *SOURCE_OPTIONS) if p.data in (parent.params['data'], _data(parent)) else ():
         before = parent.params.get(k, DataParams.table()[k].default)
         if p[k] != before:
             raise InputError(f'{k}={p[k]!r}: run {parent.name} has {before!r}, so it may have been trained on what are test '
                              f'images here: give the same {k}')
-    return ''
+    if parent.depends.get('data') == data: return ''
+    return f'run {parent.name} was trained on other images: if test images of this training are among them, it has seen them'
 
 # %% ../nbs/02m_parents.ipynb #b501746c
 def shrink_and_perturb(

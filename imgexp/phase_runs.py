@@ -279,7 +279,8 @@ def _train_phase(folder, experiment, k, values, say):
     checked = experiment.params.check(values | {'resume': 'reuse'})
     run = experiment.train(checked, observer)
     observer(run, {})
-    return run if k < len(folder.phases) else experiment.train(checked)  # evaluates the test images
+    untested = k == len(folder.phases) and run.metrics.get('test', run) is None  # there are test images
+    return experiment.train(checked) if untested else run
 
 # %% ../nbs/57_phase_runs.ipynb #d8230d19
 @patch

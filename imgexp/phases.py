@@ -50,7 +50,7 @@ def plot_phases(
     total = max(h.compute.iloc[-1] for h in histories.values())
     for (label, h), color in zip(histories.items(), (BLUE, ORANGE, GREEN, GRAY)):
         for k, part in h.groupby('phase'):
-            ax.plot(part.compute/total, part.valid_top1, '.-', color=color, label=label if k == 1 else None)
+            ax.plot(part.compute/total, part.valid_top1, '.-', color=color, label=label if k == h.phase.min() else None)
             ax.fill_between(part.compute/total, part.low, part.high, color=color, alpha=0.15, lw=0)
             if k < h.phase.max(): ax.axvline(part.compute.iloc[-1]/total, color=color, ls=':', lw=1)
     ax.set(xlabel='compute (images × pixels)', ylabel='validation top-1')
@@ -80,7 +80,7 @@ def compare_phases(
     return pd.DataFrame(rows).set_index('training')
 
 # %% ../nbs/60_phases.ipynb #8cdeb368
-GPUS = { # training images of 224 px a second with ResNet-50 in mixed precision; GPUs; basis
+GPUS = { # training images of 224 px a second with ResNet-50 in mixed precision, and the basis of the figure
     '1 T4': (430, 'V100 by memory bandwidth (320 of 900 GB/s); not measured'),
     '1 V100': (1200, 'NVIDIA DeepLearningExamples, ResNet50 v1.5, DGX-1 16GB'),
     '1 A100': (2470, 'NVIDIA DeepLearningExamples, ResNet50 v1.5, DGX A100'),
@@ -113,7 +113,7 @@ def save_phases_report(
             lines.append(f'Phase {k}, {f["name"]}: not finished.')
             continue
         total += run.metrics['seconds']
-        share = (h[h.phase == k].compute.iloc[-1] - (h[h.phase < k].compute.max() if k > 1 else 0))/h.compute.iloc[-1]
+        share = (h[h.phase == k].compute.iloc[-1] - (h[h.phase < k].compute.max() if (h.phase < k).any() else 0))/h.compute.iloc[-1]
         target = f', target {f["target"]:.0%}' if f['target'] else ''
         lines.append(f'Phase {k}, {f["name"]}: validation top-1 {accuracy_text(run.metrics["valid"]["top1"])}{target}, '
                      f'after {duration(run.metrics["seconds"])} and {share:.0%} of the compute so far.')

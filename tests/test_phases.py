@@ -150,3 +150,17 @@ def test_bad_input(project, launcher, plan, args, message):
 def test_a_plan_file_names_its_mistakes(tmp_path):
     (tmp_path/'p.yaml').write_text(PLAN)
     assert [f.name for f in read_plan(tmp_path/'p.yaml')] == ['a fifth', 'stronger', 'everything']
+
+def test_a_start_with_other_splits_is_refused(project, tmp_path):
+    "Test images here may have been training images there; a parent of the same splits is taken, with its images."
+    import cv2
+    rng, folder = np.random.default_rng(0), tmp_path/'photos'
+    for c in 'ab':
+        (folder/'train'/c).mkdir(parents=True)
+        for k in range(12): cv2.imwrite(str(folder/'train'/c/f'{k}.png'), rng.integers(0, 255, (28, 28, 3), np.uint8))
+    small = dict(arch='small_cnn', size=28, epochs=1, track='off')
+    for data, other in (('digits', dict(resplit='50/25/25')), (str(folder), dict(hold_out=3))):
+        parent = train(data=data, **small)
+        with pytest.raises(InputError, match=f'{[*other][0]}=.*may have been trained on what are test images here'): train(start=parent.name, **other, size=28, epochs=1)
+        with pytest.raises(InputError, match='may have been trained'): train(start=parent.name, data=data, **other, size=28, epochs=1)
+        assert train(start=parent.name, size=28, epochs=1, track='off').params['data'] == data
