@@ -11,7 +11,7 @@ from imgexp.grad_cam import GradCAM, layer_names, map_layer
 from imgexp.models import build_model, default_size
 from imgexp.networks import archs, block_tensors, blocks, drop_probs
 from imgexp.origins import file_origin
-from imgexp.resnets import OWN_RESNETS, BasicBlock, BottleneckBlock, ResNet, own_resnet50
+from imgexp.resnets import OWN_RESNETS, BasicBlock, BottleneckBlock, ResNet
 from imgexp.tensor_files import from_torch
 from imgexp.weights import published_weights, weights_id
 
@@ -71,7 +71,7 @@ def test_size_and_cost_are_the_published_ones(name):
     assert info.params == meta['num_params'] and info.multiply_adds/1e9 == pytest.approx(meta['_ops'], abs=6e-4)
 
 def test_parameters_of_resnet50():
-    with torch.device('meta'): assert sum(p.numel() for p in own_resnet50().parameters()) == 25_557_032
+    with torch.device('meta'): assert sum(p.numel() for p in OWN_RESNETS['own_resnet50']().parameters()) == 25_557_032
 
 def test_odd_sizes():
     a, b = seeded(OWN_RESNETS['own_resnet18'], 4).eval(), seeded(torchvision.models.resnet18, num_classes=4).eval()
