@@ -72,7 +72,7 @@ def extended_values(
     if values['sizes']: values['sizes'] = str(image_sizes(values['sizes'], values['size'], values['epochs'])[-1])
     values['data'] = _data(parent)
     values['steps'] = values['steps']//values['epochs']*p.epochs
-    base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs')}
+    base = {k: v for k, v in values.items() if k not in (*p.not_in_id(), 'epochs', 'start', 'shrink')}
     return base | {'extend': _name(p.extend, parent)}
 
 # %% ../nbs/02m_parents.ipynb #ab5f68ff

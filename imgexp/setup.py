@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from .augment import augment_id
-from .checkpoints import parent_id
+from .checkpoints import newest_checkpoint, parent_id, read_weights
 from .class_augment import recommendations_id
 from .contents import table_id
 from .data import keep_subset
@@ -143,7 +143,9 @@ def _begin(p, table):
     "The network as training begins, and the normalization of its weights; None if it is that of the training images"
     build = partial(build_model, p.arch, len(table.classes), retrain=p.retrain, size=p.size, drop_path=p.drop_path)
     if not p.start:
-        return (build(weights=p.weights, seed=seeds(p)['init'], head_init=p.head_init),
+        checkpoint = newest_checkpoint(find_parent(p.extend, 'extend')) if p.extend else None
+        stem = read_weights(checkpoint, verified=True)[1]['stem'] if checkpoint else 'auto'
+        return (build(weights=p.weights, stem=stem, seed=seeds(p)['init'], head_init=p.head_init),
                 IMAGENET if p.weights else None)
     parent = find_parent(p.start, 'start')
     file, metadata = start_weights(parent, table.classes, p.size)

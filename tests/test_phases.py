@@ -164,3 +164,13 @@ def test_a_start_with_other_splits_is_refused(project, tmp_path):
         with pytest.raises(InputError, match=f'{[*other][0]}=.*may have been trained on what are test images here'): train(start=parent.name, **other, size=28, epochs=1)
         with pytest.raises(InputError, match='may have been trained'): train(start=parent.name, data=data, **other, size=28, epochs=1)
         assert train(start=parent.name, size=28, epochs=1, track='off').params['data'] == data
+
+def test_a_started_run_can_be_extended(project):
+    "It keeps the stem of the first parent, which another size would not have chosen, and needs that parent no longer."
+    small = dict(data='digits', arch='resnet18', subset=0.05, epochs=1, batch_size=16, track='off', figures=False)
+    first = train(size=64, **small)
+    second = train(start=first.name, size=32, shrink=0.5, **{k: v for k, v in small.items() if k not in ('data', 'arch')})
+    import shutil
+    shutil.rmtree(first.dir)
+    third = train(extend=second.name, epochs=1, track='off', figures=False)
+    assert len(third.history) == 1 and third.params['start'] == '' and third.depends['extend']
