@@ -41,9 +41,10 @@ def find_parent(
     run = finished[0] if len(finished) == 1 else _find_run(name, option)
     if not run.finished:
         raise InputError(f'{option}={name!r}: run {run.name} is not finished: repeat its command to finish it first')
-    allowed = ('03_train', '20_transfer')[:1 + (option == 'start')]
+    allowed, rule = {'extend': (('03_train',), 'only runs of 03_train can be extended'),
+                     'start': (('03_train', '20_transfer'), 'only runs of 03_train and 20_transfer have such weights')}[option]
     if run.notebook in allowed: return run
-    raise InputError(f'{option}={name!r}: run {run.name} is of {run.notebook}: choose a run of {" or ".join(allowed)}')
+    raise InputError(f'{option}={name!r}: run {run.name} is of {run.notebook}: {rule}')
 
 def _find_run(name, option):
     try: return find_run(name)
