@@ -15,7 +15,7 @@ import numpy as np
 from .data import read
 from .decoding import BadImage, resize
 from .errors import RunFailed
-from .loader import center_boxes
+from .evaluation_image import center_boxes
 from .randomness import order, uniforms
 from .text import printable
 
