@@ -71,7 +71,7 @@ class _Session:
     def size(self): return self.config['size']
     def _run(self, pixels, outputs, targets=None):
         inputs = {'images': np.ascontiguousarray(pixels)}
-        if self.config['maps'] == 'target' and 'maps' in outputs:
+        if self.config['maps'] == 'target':
             inputs['targets'] = np.full(len(pixels), -1) if targets is None else np.asarray(targets, np.int64)
         return self.session.run(outputs, inputs, self.partial)
 
