@@ -1,5 +1,7 @@
 "Phases: each starts with the best weights of the one before, and a plan survives being killed anywhere."
-import hashlib, json, os, random, shlex, signal, time
+import hashlib, json, os, random, shlex, signal, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -232,6 +234,41 @@ def test_next_commands_do_what_they_say(project, launcher, plan):
     assert job.wait() == 2 and 'phase 2 has run with shrink=0.5, here 0.8' in job.err  # --from 2 was for that time
     ended('phases', 'run', report[2])
     assert find_phases(report[2]).info['runs'] == folder.info['runs'] and len([*(project/'runs').glob('2*')]) == 8
+
+def test_the_images_of_a_subset_are_the_same_elsewhere(project, plan):
+    "The file that names them doesn't depend on the place of the data, the order of its listing, or hash seeds."
+    here, there = project/'here/photos', project/'another/disk/photos'
+    pictures(here, ('cat', 'ant', 'bee'), 20)
+    for file in sorted(here.rglob('*.png'), reverse=True):
+        copy = there/file.relative_to(here)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    code = """
+import os, sys
+class Listing(list):
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+def ordered(list_entries, backwards):  # whatever the file system does
+    def listed(*args): return Listing(sorted(list_entries(*args), key=lambda e: getattr(e, 'name', e), reverse=backwards))
+    return listed
+os.scandir, os.listdir = (ordered(f, sys.argv[3] == 'backwards') for f in (os.scandir, os.listdir))
+from imgexp.phase_plans import PhaseParams
+from imgexp.phase_runs import open_phases
+folder = open_phases(PhaseParams(plan=sys.argv[1], data=sys.argv[2], arch='small_cnn'))
+print(hash('cat'), next(os.scandir(sys.argv[2] + '/train').__iter__()).name, folder.dir)
+"""
+    def subsets(data, order, seed):
+        env = os.environ | {'IMGEXP_ROOT': str(data.parent), 'PYTHONHASHSEED': seed}
+        done = subprocess.run([sys.executable, '-c', code, str(plan), str(data), order], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        hashed, first, folder = done.stdout.split()
+        return hashed, first, [(Path(folder)/f'images-{k}.txt').read_text() for k in (1, 2)]
+    (hash_here, first_here, images), (hash_there, first_there, others) = subsets(here, 'forwards', '1'), subsets(there, 'backwards', '2')
+    assert hash_here != hash_there and (first_here, first_there) == ('ant', 'cat')  # the machines do differ
+    assert images == others
+    names = images[0].splitlines()
+    assert len(names) == len({*names}) and all((there/name).is_file() for name in names)
+    assert Counter(Path(name).parent.name for name in names) == dict(ant=3, bee=3, cat=3)  # a fifth of 16, as 4 are held out
 
 @pytest.mark.parametrize('args, message', [
     (['run', 'huge'], 'choose from seed'), (['run', 'plan.yaml', '--from', '2'], 'phase 1 is not finished'), (['run', 'plan.yaml', '--on-miss', 'cry'], 'on_miss'),
