@@ -6,13 +6,13 @@
 __all__ = ['phases_app', 'phases_plan', 'phases_run', 'phases_status', 'phases_report']
 
 # %% ../nbs/90a_cli_phases.ipynb #eb5d8417
-import inspect
-from typing import Annotated
+import inspect, shlex
+from typing import Annotated, Optional
 
 import typer
 
 from .files import display_path
-from .output import Json, parameter_option, print_table, say, stop_on_sigterm
+from .output import Json, option_words, parameter_option, print_table, say, stop_on_sigterm
 from .phase_plans import PhaseParams, plan_table, resolve_plan
 
 # %% ../nbs/90a_cli_phases.ipynb #817a7ea8
@@ -21,8 +21,10 @@ phases_app = typer.Typer(help='Trainings in phases, each a run that starts with 
 
 _Name = Annotated[str, typer.Argument(help='A plan in runs/phases, part of its name, or its folder; by default the one '
                                            'changed last.')]
-_Plan = Annotated[str, typer.Argument(help=PhaseParams.table()['plan'].metadata['help'])]
-_From = Annotated[int, typer.Option('--from', min=1, help=PhaseParams.table()['from_phase'].metadata['help'])]
+_Plan = Annotated[str, typer.Argument(help=PhaseParams.table()['plan'].metadata['help'] + '. The name of a plan in '
+                                           'runs/phases, or its folder, takes the options from there, except sync.')]
+_From = Annotated[Optional[int], typer.Option('--from', min=1, help=PhaseParams.table()['from_phase'].metadata['help'] +
+                                             ' [default: 1]')]
 
 def _with_parameters(command, own, leave_out=()):
     "Give a command the parameters of a plan as options"
@@ -33,37 +35,43 @@ def _with_parameters(command, own, leave_out=()):
     return command
 
 # %% ../nbs/90a_cli_phases.ipynb #0ee6bf6d
-def _checked(plan, values, from_phase=1):
-    given = {k: v for k, v in values.items() if v is not None}
-    return PhaseParams.check(given | {'plan': plan} | ({'from_phase': from_phase} if from_phase > 1 else {}))
+def _checked(**values):
+    p = PhaseParams.check({k: v for k, v in values.items() if v is not None})
+    from imgexp.phase_runs import recall_plan
+    return recall_plan(p)
 
+def _next(action, name, **options):
+    options = {'from' if n == 'from_phase' else n: v for n, v in options.items() if n != 'plan'}
+    say('next: ' + shlex.join(['imgexp', 'phases', action, name, *option_words(options)]))
+
+# %% ../nbs/90a_cli_phases.ipynb #1b0f6c52
 def phases_plan(
-    plan='tiny',    # a plan, as for `find_plan`
+    plan='tiny',    # a plan, as for `find_plan`, or its folder
     as_json=False,  # print JSON instead of a table
     **values,       # of `PhaseParams`, as text
 ):
     "Show what each phase trains on and with, and its share of the compute."
-    p = _checked(plan, values)
+    p = _checked(plan=plan, **values)
     from imgexp.phase_runs import training_images
     table = plan_table(resolve_plan(p), training_images(p))
     print_table(table.loc[:, (table != '').any()], as_json)
-    if not as_json: say(f'next: imgexp phases run {plan}')
+    if not as_json: _next('run', p.plan, **p.changed())
 
 def phases_run(
-    plan='tiny',    # a plan, as for `find_plan`
-    from_phase=1,   # first phase to train
+    plan='tiny',    # a plan, as for `find_plan`, or its folder
+    from_phase=None, # first phase to train; by default 1, or as recorded
     as_json=False,  # print JSON instead of a table
     **values,       # of `PhaseParams`, as text
 ):
     "Train the phases; the same command continues after any interruption."
     stop_on_sigterm()
-    p = _checked(plan, values, from_phase)
+    p = _checked(plan=plan, from_phase=from_phase, **values)
     from imgexp.explain import explain_run
     from imgexp.phase_runs import run_phases
     def recommend(run): return explain_run(run=run.name, say=say).folder/'recommendations.json'
     folder = run_phases(p, say, recommend)
     _show(folder, as_json)
-    if not as_json: say(f'next: imgexp phases report {folder.name}')
+    if not as_json: _next('report', p.out or folder.name)
 
 def _show(folder, as_json):
     table = folder.table()
@@ -71,7 +79,7 @@ def _show(folder, as_json):
 
 _own = {'plan': (_Plan, 'tiny'), 'as_json': (Json, False)}
 phases_app.command('plan')(_with_parameters(phases_plan, _own, ('on_miss', 'sync', 'out')))
-phases_app.command('run')(_with_parameters(phases_run, _own | {'from_phase': (_From, 1)}))
+phases_app.command('run')(_with_parameters(phases_run, _own | {'from_phase': (_From, None)}))
 
 # %% ../nbs/90a_cli_phases.ipynb #d104560f
 @phases_app.command('status')

@@ -122,7 +122,7 @@ def find_plan(
     if variant not in ('', 'one-run', 'growing'): raise unknown_name(variant, ['one-run', 'growing'], f'variant of {base}')
     if base not in PLANS and not Path(base).is_file():
         if base.endswith(('.yaml', '.yml')): raise InputError(f'plan={base!r}: no such file')
-        raise unknown_name(base, list(PLANS), 'plan (or a YAML file)')
+        raise unknown_name(base, list(PLANS), 'plan (or a YAML file, or a plan in runs/phases)')
     plan = PLANS[base] if base in PLANS else read_plan(base)
     return equal_compute(plan, variant == 'growing') if variant else plan
 

@@ -26,6 +26,19 @@ def checkpoint(run, step=4000):
     folder.mkdir(parents=True)
     (folder/'COMMITTED.json').write_text('{}')
 
+def test_folders_of_sweeps_plans_and_the_like_are_not_listed(project, root):
+    "Each folder that a module makes in runs/ beside the runs is known to the table of runs; other folders are named there."
+    import re
+    modules = '\n'.join(f.read_text() for f in (root/'imgexp').glob('*.py'))
+    names = {*re.findall(r"runs_dir\(\)/'(\w+)'", modules)}
+    assert {'curves', 'phases', 'snapshots', 'store', 'sweeps', 'zoo'} <= names
+    run = start_run('demo', P).stop()
+    for name in names | {'holiday-photos'}: (project/'runs'/name).mkdir()
+    listed = json.loads(imgexp('runs', 'ls', '--json', cwd=project, IMGEXP_ROOT=str(project)).stdout)
+    assert [r['run'] for r in listed] == [run.name, 'holiday-photos']
+    text = imgexp('runs', 'ls', cwd=project, IMGEXP_ROOT=str(project)).stdout
+    assert 'other folders: 1 run\n' in text and 'phases' not in text
+
 # -- who works on a run
 
 @pytest.fixture
