@@ -6,8 +6,8 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #2498c5d2
-import errno, io, os, re, signal, socket, sys, tempfile, threading, time
+# %% ../nbs/70d_app.ipynb #df766b01
+import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
 from collections import deque
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from html import escape
@@ -20,7 +20,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #01bcaffa
+# %% ../nbs/70d_app.ipynb #56fdc608
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -45,7 +45,7 @@ def check_photo(
     if pixels > MAX_MEGAPIXELS*1e6 or pixels*scans > _MAX_DECODED:
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
 
-# %% ../nbs/70d_app.ipynb #26cba232
+# %% ../nbs/70d_app.ipynb #f55dab16
 def read_photo(
     model: Model,
     path, # of an uploaded file
@@ -60,7 +60,7 @@ def read_photo(
     try: return model.pixels(raw)
     except BadImage: raise BadPhoto('This photo is damaged or cut short: please choose another one.') from None
 
-# %% ../nbs/70d_app.ipynb #8ce4259f
+# %% ../nbs/70d_app.ipynb #2796625e
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -76,7 +76,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #53781f4e
+# %% ../nbs/70d_app.ipynb #3c6c9c7b
 _TOP = 5
 
 def _text(value):
@@ -106,7 +106,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #eb779488
+# %% ../nbs/70d_app.ipynb #3b35da29
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -115,7 +115,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #0c3b5185
+# %% ../nbs/70d_app.ipynb #f1ca943d
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -123,21 +123,30 @@ def _accuracy_line(config):
     return (f"Top-1 accuracy {top1['value']:.1%} (n = {top1['n']:,} {accuracy.get('split', 'test')} images, "
             f"95% interval {top1['low']:.1%} to {top1['high']:.1%}).")
 
+def _paragraphs(*lines): return ''.join(f'<p>{escape(_text(line))}</p>' for line in lines if line)
+
+def _heading(title, config):
+    "What the page is, how often it is right and what it is not for, as HTML"
+    return f'<h1>{escape(title)}</h1>' + _paragraphs(' '.join(filter(None, [_accuracy_line(config), config.get('not_for')])))
+
 def _notes(config):
-    "The lines below the answer, as HTML"
-    first = ' '.join(filter(None, [_accuracy_line(config), config.get('not_for', '')]))
-    network = f"{config.get('arch', '')} at {config['size']} px, {len(config['classes'])} classes."
-    return ''.join(f'<p>{escape(_text(line))}</p>' for line in
-                   (first, f'{network} Photos are used for the answer alone, and deleted within two minutes.'.strip()))
+    "The lines at the end of the page, as HTML"
+    return _paragraphs('Photos are used for the answer alone, and deleted within two minutes.',
+                       f"{config.get('arch', '')} at {config['size']} px, {len(config['classes'])} classes.".strip())
 
 def _groups(model):
-    "{group: files of its examples}"
+    "{group: {file: class} of its examples}"
     out = {}
     for e in model.config.get('examples') or []:
-        if (file := model.folder/e['file']).is_file(): out.setdefault(_text(e.get('group') or 'Examples'), []).append(str(file))
+        if (file := model.folder/e['file']).is_file(): out.setdefault(_text(e.get('group') or 'Examples'), {})[str(file)] = _text(e['class'])
     return out
 
-# %% ../nbs/70d_app.ipynb #2f424f75
+def _name_examples(groups):
+    "JavaScript that tells screen readers the class of each example"
+    names = [name for files in groups.values() for name in files.values()]
+    return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {json.dumps(names)}[i])"
+
+# %% ../nbs/70d_app.ipynb #269f1e8d
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
     class Photo(gr.Image):
@@ -152,25 +161,37 @@ def _photo_class(gr):
             return str(path)
     return Photo
 
-# %% ../nbs/70d_app.ipynb #a66b5738
+# %% ../nbs/70d_app.ipynb #90518e4c
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
-#title h1 { margin: 8px 0 0; font-size: 1.6em; overflow-wrap: anywhere; }
+#title h1 { margin: 4px 0 0; font-size: 1.6em; overflow-wrap: anywhere; }
+#title .html-container, #notes .html-container { padding: 0; }
+#title p, #notes p { margin: 4px 0; font-size: .95em; opacity: .8; overflow-wrap: anywhere; }
 #sentence p { margin: 0; padding: 10px 14px; border-left: 4px solid #C44500; overflow-wrap: anywhere; }
-#notes p { margin: 2px 0; font-size: 0.9em; overflow-wrap: anywhere; }
-#bars .container, #bars .label { overflow-wrap: anywhere; }
+#bars { min-height: 200px; }
+#bars .bar { height: 8px; }
+#bars .bar::-webkit-meter-bar, #bars .bar::-webkit-meter-optimum-value { background: none; border: none; }
+#bars .bar::-moz-meter-bar { background: none; }
+#bars .text, #bars h2 { overflow-wrap: anywhere; }
+#examples { flex-wrap: wrap; gap: 12px 28px; justify-content: flex-start; }
+#examples > .block { flex: 0 1 auto; min-width: 0 !important; width: auto; }
+#examples .label { font-size: .95em; overflow-wrap: anywhere; }
+#examples .label svg { display: none; }
+#examples .gallery-item { width: 84px; height: 84px; }
+#examples .gallery-item * { width: 100%; height: 100%; max-height: none; margin: 0; padding: 0; object-fit: cover; display: block; }
 '''
 
 def _add_examples(gr, photo, groups):
     "A row of photos for each group; a click or the Enter key takes one"
-    for group, files in groups.items():
-        rows = gr.Dataset(components=[photo], samples=[[f] for f in files], label=group, type='index', samples_per_page=12)
-        paths = [row[0]['path'] for row in rows.samples]  # copies that the page may show
-        rows.click(paths.__getitem__, rows, photo, queue=False, show_progress='hidden', api_visibility='private')
-        rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
+    with gr.Row(elem_id='examples'):
+        for group, files in groups.items():
+            rows = gr.Dataset(components=[photo], samples=[[f] for f in files], label=group, type='index', samples_per_page=len(files))
+            paths = [row[0]['path'] for row in rows.samples]  # copies that the page may show
+            rows.click(paths.__getitem__, rows, photo, show_progress='hidden', concurrency_limit=None, api_visibility='private')
+            rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #f3eaa957
+# %% ../nbs/70d_app.ipynb #ad8c9e43
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -178,29 +199,31 @@ def make_app(
     "The page of an exported network; `serve_model` launches it with all of its limits."
     import gradio as gr
     title, maps = _text(model.config.get('title') or 'Image classification'), bool(model.config['maps'])
+    groups = _groups(model)
     def answer(photo, with_map=False):
         bars, picture, sentence = reply(model, photo, with_map, events)
         alert = gr.update(value=sentence and f'<p role="alert">{escape(sentence)}</p>', visible=bool(sentence))
         return gr.update(value=bars, visible=not sentence), alert, *[gr.update(value=picture, visible=picture is not None)]*maps
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 60)) as app:
-        gr.HTML(f'<h1>{escape(title)}</h1>', elem_id='title')
+        gr.HTML(_heading(title, model.config), elem_id='title', padding=False)
         with gr.Row():
             with gr.Column():
                 photo = _photo_class(gr)(label='Photo', sources=['upload', 'clipboard'], type='filepath', height=320, elem_id='photo',
                                          buttons=[], placeholder='Drop a photo here\n- or -\nclick to choose one')
                 inputs = [photo] + [gr.Checkbox(label='Show where the network looks (Grad-CAM)', elem_id='switch')]*maps
             with gr.Column():
-                sentence = gr.HTML(visible=False, elem_id='sentence')
+                sentence = gr.HTML(visible=False, elem_id='sentence', padding=False)
                 bars = gr.Label(label='Most probable classes', num_top_classes=_TOP, elem_id='bars')
                 outputs = [bars, sentence] + [gr.Image(label='What the network sees', format='jpeg', visible=False, interactive=False,
                                                        buttons=[], elem_id='map', alt_text='Map of the most probable class')]*maps
-        _add_examples(gr, photo, _groups(model))
-        gr.HTML(_notes(model.config), elem_id='notes')
+        if groups: _add_examples(gr, photo, groups)
+        app.load(None, js=_name_examples(groups), api_visibility='private')
+        gr.HTML(_notes(model.config), elem_id='notes', padding=False)
         gr.on([i.change for i in inputs], answer, inputs, outputs, concurrency_limit=2, trigger_mode='always_last',
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #137423bb
+# %% ../nbs/70d_app.ipynb #32f1513a
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config'
                      r'|gradio_api/(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
@@ -227,7 +250,7 @@ def remove_uploads(
         with suppress(OSError): path.unlink()
         total -= size
 
-# %% ../nbs/70d_app.ipynb #80985a0c
+# %% ../nbs/70d_app.ipynb #4c06352c
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
@@ -268,7 +291,7 @@ class _Limits:
             return message
         return bounded
 
-# %% ../nbs/70d_app.ipynb #46fcf4be
+# %% ../nbs/70d_app.ipynb #58b81ba4
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -284,7 +307,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #36917051
+# %% ../nbs/70d_app.ipynb #ccea7668
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -312,11 +335,11 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #5989abeb
+# %% ../nbs/70d_app.ipynb #23ecce1d
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
-    theme = gr.themes.Default(primary_hue='orange', neutral_hue='gray', font=['system-ui', 'sans-serif'], font_mono=['monospace'])
+    theme = gr.themes.Default(primary_hue='orange', neutral_hue='gray', font=['system-ui', 'sans-serif'], font_mono=['system-ui', 'sans-serif'])
     app.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False, show_error=False,
                theme=theme, css=_CSS, footer_links=[], run_history=False, max_file_size=MAX_MEGABYTES*2**20, ssr_mode=False, pwa=False,
                mcp_server=False, enable_monitoring=False, state_session_capacity=256,
