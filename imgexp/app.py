@@ -6,7 +6,7 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #df766b01
+# %% ../nbs/70d_app.ipynb #8c78b9e1
 import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
 from collections import deque
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,7 +20,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #56fdc608
+# %% ../nbs/70d_app.ipynb #531dab01
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -45,7 +45,7 @@ def check_photo(
     if pixels > MAX_MEGAPIXELS*1e6 or pixels*scans > _MAX_DECODED:
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
 
-# %% ../nbs/70d_app.ipynb #f55dab16
+# %% ../nbs/70d_app.ipynb #2637ce1d
 def read_photo(
     model: Model,
     path, # of an uploaded file
@@ -60,7 +60,7 @@ def read_photo(
     try: return model.pixels(raw)
     except BadImage: raise BadPhoto('This photo is damaged or cut short: please choose another one.') from None
 
-# %% ../nbs/70d_app.ipynb #2796625e
+# %% ../nbs/70d_app.ipynb #38c567bd
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -76,7 +76,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #3c6c9c7b
+# %% ../nbs/70d_app.ipynb #08fee230
 _TOP = 5
 
 def _text(value):
@@ -106,7 +106,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #3b35da29
+# %% ../nbs/70d_app.ipynb #cdc56724
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -115,7 +115,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #f1ca943d
+# %% ../nbs/70d_app.ipynb #b1bb7911
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -146,7 +146,7 @@ def _name_examples(groups):
     names = [name for files in groups.values() for name in files.values()]
     return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {json.dumps(names)}[i])"
 
-# %% ../nbs/70d_app.ipynb #269f1e8d
+# %% ../nbs/70d_app.ipynb #2b2a1afd
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
     class Photo(gr.Image):
@@ -161,7 +161,7 @@ def _photo_class(gr):
             return str(path)
     return Photo
 
-# %% ../nbs/70d_app.ipynb #90518e4c
+# %% ../nbs/70d_app.ipynb #4c9e9550
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -179,7 +179,7 @@ footer { display: none !important; }
 #examples .label { font-size: .95em; overflow-wrap: anywhere; }
 #examples .label svg { display: none; }
 #examples .gallery-item { width: 84px; height: 84px; }
-#examples .gallery-item * { width: 100%; height: 100%; max-height: none; margin: 0; padding: 0; object-fit: cover; display: block; }
+#examples .gallery-item * { width: 100%; height: 100%; max-height: none; margin: 0; padding: 0; border: none; object-fit: cover; display: block; }
 '''
 
 def _add_examples(gr, photo, groups):
@@ -191,7 +191,7 @@ def _add_examples(gr, photo, groups):
             rows.click(paths.__getitem__, rows, photo, show_progress='hidden', concurrency_limit=None, api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #ad8c9e43
+# %% ../nbs/70d_app.ipynb #5e8a638f
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -223,7 +223,7 @@ def make_app(
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #32f1513a
+# %% ../nbs/70d_app.ipynb #df45218b
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config'
                      r'|gradio_api/(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
@@ -250,7 +250,7 @@ def remove_uploads(
         with suppress(OSError): path.unlink()
         total -= size
 
-# %% ../nbs/70d_app.ipynb #4c06352c
+# %% ../nbs/70d_app.ipynb #569d7849
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
@@ -291,7 +291,7 @@ class _Limits:
             return message
         return bounded
 
-# %% ../nbs/70d_app.ipynb #58b81ba4
+# %% ../nbs/70d_app.ipynb #6c3a485e
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -307,7 +307,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #ccea7668
+# %% ../nbs/70d_app.ipynb #93441e70
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -335,7 +335,7 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #23ecce1d
+# %% ../nbs/70d_app.ipynb #b907e549
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
@@ -353,6 +353,7 @@ def serve_model(
 ):
     "Serve the page of an exported network until SIGINT or SIGTERM; raises `CannotServe` and `BadExport`."
     _check_address(host, port)
+    os.environ['ORT_DISABLE_TELEMETRY'] = '1'  # since 1.29, ONNX Runtime calls its maker
     model, events, out = Model(folder, threads), deque(), sys.stdout
     with _stop_signals() as stop, _upload_folder() as uploads, redirect_stdout(_Silent(events)), redirect_stderr(_Silent(events)):
         app = make_app(model, events)
