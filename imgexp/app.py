@@ -6,7 +6,7 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #8c78b9e1
+# %% ../nbs/70d_app.ipynb #4efd9c51
 import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
 from collections import deque
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,7 +20,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #531dab01
+# %% ../nbs/70d_app.ipynb #fe4c19ac
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -45,7 +45,7 @@ def check_photo(
     if pixels > MAX_MEGAPIXELS*1e6 or pixels*scans > _MAX_DECODED:
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
 
-# %% ../nbs/70d_app.ipynb #2637ce1d
+# %% ../nbs/70d_app.ipynb #e28ff096
 def read_photo(
     model: Model,
     path, # of an uploaded file
@@ -60,7 +60,7 @@ def read_photo(
     try: return model.pixels(raw)
     except BadImage: raise BadPhoto('This photo is damaged or cut short: please choose another one.') from None
 
-# %% ../nbs/70d_app.ipynb #38c567bd
+# %% ../nbs/70d_app.ipynb #9000ff2a
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -76,7 +76,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #08fee230
+# %% ../nbs/70d_app.ipynb #4db4dc13
 _TOP = 5
 
 def _text(value):
@@ -106,7 +106,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #cdc56724
+# %% ../nbs/70d_app.ipynb #e37150d7
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -115,7 +115,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #b1bb7911
+# %% ../nbs/70d_app.ipynb #62566343
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -146,7 +146,7 @@ def _name_examples(groups):
     names = [name for files in groups.values() for name in files.values()]
     return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {json.dumps(names)}[i])"
 
-# %% ../nbs/70d_app.ipynb #2b2a1afd
+# %% ../nbs/70d_app.ipynb #3f185bba
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
     class Photo(gr.Image):
@@ -161,7 +161,7 @@ def _photo_class(gr):
             return str(path)
     return Photo
 
-# %% ../nbs/70d_app.ipynb #4c9e9550
+# %% ../nbs/70d_app.ipynb #5f317a42
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -191,7 +191,7 @@ def _add_examples(gr, photo, groups):
             rows.click(paths.__getitem__, rows, photo, show_progress='hidden', concurrency_limit=None, api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #5e8a638f
+# %% ../nbs/70d_app.ipynb #fb8e16b7
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -223,20 +223,20 @@ def make_app(
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #df45218b
+# %% ../nbs/70d_app.ipynb #c828b82b
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config'
                      r'|gradio_api/(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
 _HEADERS = [(b'content-security-policy', b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"),
             (b'referrer-policy', b'no-referrer'), (b'x-content-type-options', b'nosniff')]
-_MAX_STORED = 500*2**20  # bytes of uploads, half of them still arriving
+_MAX_STORED = 500*2**20  # bytes of uploads, at most half of them still arriving
 
 def remove_uploads(
     folder,              # of uploads
     saved=(),            # files that stay
     max_age: float = 60, # in seconds
     max_size: float = np.inf, # in bytes, of all files together
-):
+) -> int: # bytes that are left
     "Remove uploads that are old, and then the oldest until the rest fits."
     entries, now = [], time.time()
     for path in Path(folder).rglob('*'):
@@ -249,12 +249,13 @@ def remove_uploads(
         if now - mtime <= max_age and total <= max_size: break
         with suppress(OSError): path.unlink()
         total -= size
+    return total
 
-# %% ../nbs/70d_app.ipynb #569d7849
+# %% ../nbs/70d_app.ipynb #979e86b2
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
-        self.app, self.folder, self.saved, self.arriving = app, folder, saved, 0
+        self.app, self.folder, self.saved, self.arriving, self.stored = app, folder, saved, 0, 0
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         path, headers = scope['path'], dict(scope['headers'])
@@ -273,8 +274,9 @@ class _Limits:
         if not upload: return await self.app(scope, self._bounded(receive, limit), send_with_headers)
         if self.arriving + length > _MAX_STORED/2: return await refuse(503, 'Too many uploads at the moment: please try again.')
         self.arriving += length
+        self.stored += length  # at most this, until the folder is looked at
         try:
-            remove_uploads(self.folder, self.saved, max_size=_MAX_STORED - 2*self.arriving)
+            if self.stored > _MAX_STORED: self.stored = self.arriving + remove_uploads(self.folder, self.saved, max_size=_MAX_STORED/2)
             await self.app(scope, self._bounded(receive, limit), send_with_headers)
         finally: self.arriving -= length
     def _is_open(self, path):
@@ -291,7 +293,7 @@ class _Limits:
             return message
         return bounded
 
-# %% ../nbs/70d_app.ipynb #6c3a485e
+# %% ../nbs/70d_app.ipynb #dc4c9c0e
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -307,7 +309,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #93441e70
+# %% ../nbs/70d_app.ipynb #47d44421
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -335,7 +337,7 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #b907e549
+# %% ../nbs/70d_app.ipynb #e89e2fa6
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
