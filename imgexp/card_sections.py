@@ -32,7 +32,7 @@ def markdown_text(
     "A name in Markdown and its tables, where none of it is markup."
     return _MARKUP.sub(lambda m: f'&#{ord(m[0])};', printable(text).strip())
 
-# %% ../nbs/70c_card_sections.ipynb #cs012
+# %% ../nbs/70c_card_sections.ipynb #cs013
 def bullet_list(
     items: dict, # {label: Markdown}; empty ones are left out
 ) -> str:
@@ -52,7 +52,7 @@ def _table(header, rows, names=(0,)):
     lines = [header, ['---' if i in names else '---:' for i in range(len(header))], *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
-# %% ../nbs/70c_card_sections.ipynb #cs015
+# %% ../nbs/70c_card_sections.ipynb #cs016
 _HUB = 'https://huggingface.co/datasets/'
 
 def _last_part(path):
@@ -83,7 +83,7 @@ def data_origin(
     except InputError: return DataOrigin(_last_part(value))
     return DataOrigin(value, entry, entry.page.removeprefix(_HUB) if entry.page.startswith(_HUB) else '')
 
-# %% ../nbs/70c_card_sections.ipynb #cs018
+# %% ../nbs/70c_card_sections.ipynb #cs019
 def data_section(
     run, # a `Run`
     data: DataOrigin,
@@ -104,7 +104,7 @@ def data_section(
         'Citation': entry.citation if entry else '' if data.hub else 'unknown',
         'Fingerprint': f"`{printable(run.depends.get('data', 'unknown'))}`"})
 
-# %% ../nbs/70c_card_sections.ipynb #cs021
+# %% ../nbs/70c_card_sections.ipynb #cs022
 _PATHS = ('data', 'weights', 'start', 'extend', 'class_augment', 'augment', 'pack')
 
 def _shown(name, value):
@@ -123,7 +123,7 @@ def _command(run):
         words += ['--' + name.replace('_', '-'), _shown(name, value)]
     return printable(shlex.join(words))
 
-# %% ../nbs/70c_card_sections.ipynb #cs025
+# %% ../nbs/70c_card_sections.ipynb #cs026
 SPLIT_LABELS = {'test': 'test', 'valid': 'validation'}
 
 def _is_evaluated(trained):
@@ -143,7 +143,7 @@ def split_scores(
     missing = 'no metrics in the run' if evaluated and 'test' not in metrics else 'not evaluated'
     return {'test': test or missing, 'valid': valid or 'not evaluated'}
 
-# %% ../nbs/70c_card_sections.ipynb #cs026
+# %% ../nbs/70c_card_sections.ipynb #cs027
 def _accuracy(scores, name):
     accuracy = scores.get(name)
     return interval_text(*(accuracy[k] for k in ('value', 'low', 'high'))) if accuracy else 'unknown'
@@ -170,7 +170,7 @@ def _results(trained, scores):
               for split, n in skipped.items() if n]
     return f'## Results\n\n{table}\n\n' + ' '.join(notes)
 
-# %% ../nbs/70c_card_sections.ipynb #cs030
+# %% ../nbs/70c_card_sections.ipynb #cs031
 def _calibration(probs, labels):
     rows = [[f'{percent(b.above)} to {percent(b.up_to)}', percent(b.confidence), interval_text(b.top1, b.low, b.high),
              f'{b.n:,}'] for b in reliability(probs, labels, 5).itertuples() if b.n]
@@ -182,7 +182,7 @@ def _calibration(probs, labels):
             f'probabilities are on average {tendency} by {100*abs(confidence - top1):.1f} points. ECE is the expected '
             'calibration error over 15 bins of equal width, from 0 (calibrated) to 1. No temperature was fitted.')
 
-# %% ../nbs/70c_card_sections.ipynb #cs031
+# %% ../nbs/70c_card_sections.ipynb #cs032
 _FOLD = 30 # rows above which a table is folded
 
 def _folded(table, n):
@@ -208,7 +208,7 @@ def _confusion_section(probs, labels, classes, k=10):
     shown = f'The {k} most frequent of {len(pairs):,} confused pairs' if len(pairs) > k else 'All confused pairs'
     return f'## Confusions\n\n{table}\n\n{shown}, of {len(labels):,} validation images.'
 
-# %% ../nbs/70c_card_sections.ipynb #cs036
+# %% ../nbs/70c_card_sections.ipynb #cs038
 def _findings(trained):
     run = trained.run
     files = sorted(run.dir.glob('explain/valid-*/explain.json'), key=lambda f: f.stat().st_mtime, reverse=True)
@@ -221,7 +221,7 @@ def _findings(trained):
     lines = '\n'.join(f'- {markdown_text(s)}' for s in same['sentences'])
     return f"## Findings\n\nFrom `imgexp explain` on {same.get('n', 0):,} validation images:\n\n{lines}"
 
-# %% ../nbs/70c_card_sections.ipynb #cs039
+# %% ../nbs/70c_card_sections.ipynb #cs041
 def result_sections(
     trained,      # a `Network`
     scores: dict, # from `split_scores`
@@ -236,7 +236,7 @@ def result_sections(
                    _confusion_section(*predictions, trained.classes)]
     return [_results(trained, scores), *details, _findings(trained)]
 
-# %% ../nbs/70c_card_sections.ipynb #cs042
+# %% ../nbs/70c_card_sections.ipynb #cs044
 def _trained_part(p):
     "What was trained, in words"
     k, epochs = p.get('retrain', -1), p.get('finetune_epochs')
@@ -261,7 +261,7 @@ def _architecture(trained):
                  f'deviation {std}',
         'Output': f'probabilities of {len(trained.classes):,} classes'})
 
-# %% ../nbs/70c_card_sections.ipynb #cs043
+# %% ../nbs/70c_card_sections.ipynb #cs045
 _MAIN = ('epochs', 'finetune_epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay', 'schedule', 'label_smoothing',
          'augment', 'views', 'mixup', 'cutmix', 'erase', 'ema', 'drop_path') # shown even if they have their defaults
 
@@ -284,7 +284,7 @@ def _training(trained):
     return (f'## Training\n\n{facts}\n\n```bash\n{_command(run)}\n```\n\nFolders and files are named by the last part of '
             'their paths; what is not in the command has its default.')
 
-# %% ../nbs/70c_card_sections.ipynb #cs044
+# %% ../nbs/70c_card_sections.ipynb #cs046
 _PACKAGES = ('imgexp', 'torch', 'torchvision', 'fastai', 'numpy', 'opencv-python-headless', 'simplejpeg', 'pillow')
 
 def _environment(run):

@@ -55,7 +55,7 @@ pixels = torch.from_numpy(load().pixels('photo.jpg'))/255  # [{trained.size}, {t
 x = ((pixels - torch.tensor({mean}))/torch.tensor({std})).permute(2, 0, 1)[None]
 with torch.no_grad(): probabilities = network(x).softmax(1)[0]"""
 
-# %% ../nbs/70c_model_card.ipynb #mc015
+# %% ../nbs/70c_model_card.ipynb #mc016
 def _use(trained, repo, examples):
     folder = repo.rpartition('/')[2]
     get = f'hf download {repo} --local-dir {folder}\ncd {folder}\n' if repo else ''
@@ -83,7 +83,7 @@ probabilities and Grad-CAM maps; `preprocess.py` makes the input from a photo. T
 {_torch_code(trained)}
 ```""" + (f'\n\nExamples from the data described below:\n\n{shown}' if shown else '')
 
-# %% ../nbs/70c_model_card.ipynb #mc016
+# %% ../nbs/70c_model_card.ipynb #mc017
 _PLAN = 'A Gradio Space on the Hugging Face Hub needs a paid plan (its basic hardware has 2 vCPU and 16 GB of memory)'
 
 def _app(space):
@@ -94,7 +94,7 @@ def _app(space):
             f"looks (Gradio {space['sdk_version']}). {_PLAN}; on your own machine, where `imgexp serve RUN` opens the "
             'same page, it needs none.')
 
-# %% ../nbs/70c_model_card.ipynb #mc018
+# %% ../nbs/70c_model_card.ipynb #mc019
 _LICENSES = frozenset("""apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
 bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
@@ -114,7 +114,7 @@ def license_fields(
     raise InputError(f'license={license!r} is not the identifier of a license: give for example cc-by-4.0, or leave it '
                      'out if it is unknown')
 
-# %% ../nbs/70c_model_card.ipynb #mc021
+# %% ../nbs/70c_model_card.ipynb #mc022
 def _license_section(license):
     fields = license_fields(license)
     name = fields.get('license_name', fields['license'])
@@ -134,7 +134,7 @@ def _citation(run, title, repo):
     return (f'## Citation\n\n```bibtex\n@misc{{model,\n{lines}\n}}\n\n@software{{imgexp,\n  title = {{imgexp}},\n'
             f'  author = {{{{The imgexp authors}}}},\n  url = {{{_IMGEXP}}}\n}}\n```\n\n{unknown} unknown here.')
 
-# %% ../nbs/70c_model_card.ipynb #mc023
+# %% ../nbs/70c_model_card.ipynb #mc024
 _COLORS = ('red', 'yellow', 'green', 'blue', 'indigo', 'purple', 'pink', 'gray')
 _RULES = {'sdk': ('gradio', 'only gradio is supported'),
           'sdk_version': (r'\d+\.\d+\.\d+', 'give a full version like 6.0.1'),
@@ -158,7 +158,7 @@ def _space_fields(space, title, n_classes):
             raise InputError(f'{name}={fields[name]!r} of the Space: {advice}')
     return fields
 
-# %% ../nbs/70c_model_card.ipynb #mc026
+# %% ../nbs/70c_model_card.ipynb #mc027
 def _eval_results(scores, data, n_classes):
     "An `EvalResult` for each accuracy of each split"
     from huggingface_hub import EvalResult
@@ -175,7 +175,7 @@ def _eval_results(scores, data, n_classes):
                 metric_value=value, metric_args=about | ({'k': k} if k > 1 else {})))
     return out
 
-# %% ../nbs/70c_model_card.ipynb #mc027
+# %% ../nbs/70c_model_card.ipynb #mc028
 def _front_matter(trained, title, license, scores, data, space):
     "YAML between its two lines of dashes"
     try: from huggingface_hub import ModelCardData
@@ -187,7 +187,7 @@ def _front_matter(trained, title, license, scores, data, space):
                            pipeline_tag='image-classification', tags=tags, **measured, **(space or {}))
     return f'---\n{fields.to_yaml()}\n---'
 
-# %% ../nbs/70c_model_card.ipynb #mc029
+# %% ../nbs/70c_model_card.ipynb #mc030
 def _summary(trained, scores, data):
     classes = [markdown_text(c) for c in trained.classes[:20]] + ['…']*(len(trained.classes) > 20)
     split, top1 = next(((split, s['top1']) for split, s in scores.items() if not isinstance(s, str)), ('', None))
@@ -198,7 +198,7 @@ def _summary(trained, scores, data):
     return (f"An image classifier: `{printable(trained.metadata['arch'])}` trained on {markdown_text(data.name)}, for "
             f'{len(trained.classes):,} classes: {", ".join(classes)}. {result}\n\n{not_for(len(trained.classes))}')
 
-# %% ../nbs/70c_model_card.ipynb #mc030
+# %% ../nbs/70c_model_card.ipynb #mc031
 def model_card(
     trained, # a `Network`, from `load_run`
     license: str = '', # identifier of the license of the weights (cc-by-4.0); '' if it is unknown
