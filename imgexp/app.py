@@ -6,7 +6,7 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #4efd9c51
+# %% ../nbs/70d_app.ipynb #430f4132
 import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
 from collections import deque
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,7 +20,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #fe4c19ac
+# %% ../nbs/70d_app.ipynb #100234f1
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -45,7 +45,7 @@ def check_photo(
     if pixels > MAX_MEGAPIXELS*1e6 or pixels*scans > _MAX_DECODED:
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
 
-# %% ../nbs/70d_app.ipynb #e28ff096
+# %% ../nbs/70d_app.ipynb #c12c48f5
 def read_photo(
     model: Model,
     path, # of an uploaded file
@@ -60,7 +60,7 @@ def read_photo(
     try: return model.pixels(raw)
     except BadImage: raise BadPhoto('This photo is damaged or cut short: please choose another one.') from None
 
-# %% ../nbs/70d_app.ipynb #9000ff2a
+# %% ../nbs/70d_app.ipynb #c361babb
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -76,7 +76,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #4db4dc13
+# %% ../nbs/70d_app.ipynb #342f0669
 _TOP = 5
 
 def _text(value):
@@ -106,7 +106,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #e37150d7
+# %% ../nbs/70d_app.ipynb #dc075c2e
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -115,7 +115,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #62566343
+# %% ../nbs/70d_app.ipynb #6fd4b7b3
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -146,7 +146,7 @@ def _name_examples(groups):
     names = [name for files in groups.values() for name in files.values()]
     return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {json.dumps(names)}[i])"
 
-# %% ../nbs/70d_app.ipynb #3f185bba
+# %% ../nbs/70d_app.ipynb #c1e07838
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
     class Photo(gr.Image):
@@ -161,7 +161,7 @@ def _photo_class(gr):
             return str(path)
     return Photo
 
-# %% ../nbs/70d_app.ipynb #5f317a42
+# %% ../nbs/70d_app.ipynb #3146867a
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -169,6 +169,7 @@ footer { display: none !important; }
 #title .html-container, #notes .html-container { padding: 0; }
 #title p, #notes p { margin: 4px 0; font-size: .95em; opacity: .8; overflow-wrap: anywhere; }
 #sentence p { margin: 0; padding: 10px 14px; border-left: 4px solid #C44500; overflow-wrap: anywhere; }
+#sentence:not(:has(p)), #map:not(:has(img)) { display: none; }
 #bars { min-height: 200px; }
 #bars .bar { height: 8px; }
 #bars .bar::-webkit-meter-bar, #bars .bar::-webkit-meter-optimum-value { background: none; border: none; }
@@ -191,7 +192,7 @@ def _add_examples(gr, photo, groups):
             rows.click(paths.__getitem__, rows, photo, show_progress='hidden', concurrency_limit=None, api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #fb8e16b7
+# %% ../nbs/70d_app.ipynb #d7c526b6
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -202,8 +203,7 @@ def make_app(
     groups = _groups(model)
     def answer(photo, with_map=False):
         bars, picture, sentence = reply(model, photo, with_map, events)
-        alert = gr.update(value=sentence and f'<p role="alert">{escape(sentence)}</p>', visible=bool(sentence))
-        return gr.update(value=bars, visible=not sentence), alert, *[gr.update(value=picture, visible=picture is not None)]*maps
+        return bars, sentence and f'<p role="alert">{escape(sentence)}</p>', *[picture]*maps
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 60)) as app:
         gr.HTML(_heading(title, model.config), elem_id='title', padding=False)
         with gr.Row():
@@ -212,9 +212,9 @@ def make_app(
                                          buttons=[], placeholder='Drop a photo here\n- or -\nclick to choose one')
                 inputs = [photo] + [gr.Checkbox(label='Show where the network looks (Grad-CAM)', elem_id='switch')]*maps
             with gr.Column():
-                sentence = gr.HTML(visible=False, elem_id='sentence', padding=False)
+                sentence = gr.HTML(elem_id='sentence', padding=False)
                 bars = gr.Label(label='Most probable classes', num_top_classes=_TOP, elem_id='bars')
-                outputs = [bars, sentence] + [gr.Image(label='What the network sees', format='jpeg', visible=False, interactive=False,
+                outputs = [bars, sentence] + [gr.Image(label='What the network sees', format='jpeg', interactive=False,
                                                        buttons=[], elem_id='map', alt_text='Map of the most probable class')]*maps
         if groups: _add_examples(gr, photo, groups)
         app.load(None, js=_name_examples(groups), api_visibility='private')
@@ -223,7 +223,7 @@ def make_app(
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #c828b82b
+# %% ../nbs/70d_app.ipynb #fa5b1339
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config'
                      r'|gradio_api/(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
@@ -251,7 +251,7 @@ def remove_uploads(
         total -= size
     return total
 
-# %% ../nbs/70d_app.ipynb #979e86b2
+# %% ../nbs/70d_app.ipynb #9487409c
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
@@ -293,7 +293,7 @@ class _Limits:
             return message
         return bounded
 
-# %% ../nbs/70d_app.ipynb #dc4c9c0e
+# %% ../nbs/70d_app.ipynb #19974187
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -309,7 +309,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #47d44421
+# %% ../nbs/70d_app.ipynb #78a6bce4
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -337,7 +337,7 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #e89e2fa6
+# %% ../nbs/70d_app.ipynb #bc4a396b
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware

@@ -111,7 +111,7 @@ class Server:
     def parts(self, event):
         if not event['success']: return None, event['output'], None
         bars, sentence, picture = event['output']['data']
-        return bars.get('value'), re.sub('<[^>]*>', '', sentence.get('value') or ''), picture.get('value')
+        return bars, re.sub('<[^>]*>', '', sentence), picture
     def answer(self, raw, name='photo.png', with_map=False):
         return self.ask(photo(self.upload(raw, name).json()[0]), with_map)
     def memory(self): return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{self.process.pid}/status').read_text())[1])/1024
