@@ -6,10 +6,10 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #430f4132
+# %% ../nbs/70d_app.ipynb #61a70120
 import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
 from collections import deque
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #100234f1
+# %% ../nbs/70d_app.ipynb #3224f1d9
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -30,8 +30,8 @@ class BadPhoto(ValueError):
 
 def check_photo(
     raw: bytes, # a file's content
-):
-    "Raise `BadPhoto` for a file that is not to be decoded: no image, or too large a one."
+) -> float: # megapixels
+    "Size of a photo; raises `BadPhoto` for a file that is not to be decoded: no image, or too large a one."
     kind = image_kind(raw[:16])
     if not raw: raise BadPhoto('This file is empty: please choose another one.')
     if kind == 'HEIC': raise BadPhoto('HEIC photos cannot be read here: please save it as a JPEG first.')
@@ -44,8 +44,11 @@ def check_photo(
     scans = raw.count(b'\xff\xda') if kind == 'JPEG' else 1
     if pixels > MAX_MEGAPIXELS*1e6 or pixels*scans > _MAX_DECODED:
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
+    return pixels/1e6
 
-# %% ../nbs/70d_app.ipynb #c12c48f5
+# %% ../nbs/70d_app.ipynb #ade5fef8
+_large = threading.Lock()  # decoding one large photo at a time bounds the memory
+
 def read_photo(
     model: Model,
     path, # of an uploaded file
@@ -56,11 +59,11 @@ def read_photo(
             raise BadPhoto(f'This file is too large: please choose one of at most {MAX_MEGABYTES} MB.')
         raw = Path(path).read_bytes()
     except OSError: raise BadPhoto('This photo has been deleted in the meantime: please choose it again.') from None
-    check_photo(raw)
-    try: return model.pixels(raw)
+    try:
+        with _large if check_photo(raw) > 4 else nullcontext(): return model.pixels(raw)
     except BadImage: raise BadPhoto('This photo is damaged or cut short: please choose another one.') from None
 
-# %% ../nbs/70d_app.ipynb #c361babb
+# %% ../nbs/70d_app.ipynb #ab63feb7
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -76,7 +79,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #342f0669
+# %% ../nbs/70d_app.ipynb #3f106ea3
 _TOP = 5
 
 def _text(value):
@@ -106,7 +109,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #dc075c2e
+# %% ../nbs/70d_app.ipynb #3a6d2b49
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -115,7 +118,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #6fd4b7b3
+# %% ../nbs/70d_app.ipynb #c2552d89
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -146,7 +149,7 @@ def _name_examples(groups):
     names = [name for files in groups.values() for name in files.values()]
     return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {json.dumps(names)}[i])"
 
-# %% ../nbs/70d_app.ipynb #c1e07838
+# %% ../nbs/70d_app.ipynb #d840111a
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
     class Photo(gr.Image):
@@ -161,7 +164,7 @@ def _photo_class(gr):
             return str(path)
     return Photo
 
-# %% ../nbs/70d_app.ipynb #3146867a
+# %% ../nbs/70d_app.ipynb #746f91c8
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -192,7 +195,7 @@ def _add_examples(gr, photo, groups):
             rows.click(paths.__getitem__, rows, photo, show_progress='hidden', concurrency_limit=None, api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #d7c526b6
+# %% ../nbs/70d_app.ipynb #321b23df
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -223,7 +226,7 @@ def make_app(
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #fa5b1339
+# %% ../nbs/70d_app.ipynb #357cf384
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config'
                      r'|gradio_api/(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
@@ -251,7 +254,7 @@ def remove_uploads(
         total -= size
     return total
 
-# %% ../nbs/70d_app.ipynb #9487409c
+# %% ../nbs/70d_app.ipynb #de91e079
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
@@ -293,7 +296,7 @@ class _Limits:
             return message
         return bounded
 
-# %% ../nbs/70d_app.ipynb #19974187
+# %% ../nbs/70d_app.ipynb #aaaaaa2f
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -309,7 +312,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #78a6bce4
+# %% ../nbs/70d_app.ipynb #0f82cd18
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -337,7 +340,7 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #bc4a396b
+# %% ../nbs/70d_app.ipynb #9075b980
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
