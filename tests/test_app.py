@@ -1,5 +1,5 @@
 "The page of an exported network: every file gets an answer or one sentence, attacks get nothing, and nothing stays."
-import hashlib, io, itertools, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, zlib
+import hashlib, io, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, zlib
 from contextlib import closing, suppress
 from pathlib import Path
 import numpy as np
@@ -354,7 +354,7 @@ def test_a_port_in_use_is_one_line(server, export):
     with pytest.raises(CannotServe, match=f'^port {server.port} is in use: choose another one$'): serve_model(export, port=server.port)
 
 def test_nothing_stays_and_nobody_else_was_called(server):
-    server.upload(picture())
+    assert server.answer(picture(), with_map=True)[0]
     assert list(server.tmp.iterdir())
     assert server.stop() == 0
     assert not list(server.tmp.iterdir()), 'uploads'
