@@ -266,8 +266,19 @@ def _decode_odd_jpeg(raw):
     return np.ascontiguousarray(to_upright(image)) if to_upright else image
 
 # %% ../nbs/01b_decoding.ipynb #32111fdc
+def _by_rows(convert, width, height):
+    "RGB image, uint8 [h, w, 3], from `convert(top, bottom)`; a few rows at a time, which bounds the memory"
+    image, step = np.empty((height, width, 3), np.uint8), max(1, 2**20//width)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        image[top:bottom] = convert(top, bottom)
+    return image
+
 def _to_rgb(image):
     "Convert what OpenCV decoded unchanged (16 bit, gray, transparent) to RGB, uint8 [h, w, 3]"
+    return _by_rows(lambda top, bottom: _rows_to_rgb(image[top:bottom]), image.shape[1], len(image))
+
+def _rows_to_rgb(image):
     if image.dtype == np.uint16: image = (image >> 8).astype(np.uint8)
     if image.ndim == 2: return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 3: return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -285,11 +296,14 @@ def _decode_pillow(raw):
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with without_warnings(), open_image(raw) as f:
-            image = ImageOps.exif_transpose(f).convert('RGBA')
+            image = ImageOps.exif_transpose(f)
+            def convert(top, bottom):
+                rows = np.asarray(image.crop((0, top, image.width, bottom)).convert('RGBA'))
+                return _rows_to_rgb(np.ascontiguousarray(rows[..., [2, 1, 0, 3]]))
+            return _by_rows(convert, *image.size)
     except UnidentifiedImageError: raise BadImage(_why_unreadable(raw)) from None
     except Image.DecompressionBombError as e: raise BadImage(f'cannot be read: {e}') from None
     except Exception as e: raise BadImage(f'is damaged: {e}') from None
-    return _to_rgb(np.ascontiguousarray(np.array(image)[..., [2, 1, 0, 3]]))
 
 # %% ../nbs/01b_decoding.ipynb #0fa3cc53
 _PIXEL_CHUNKS = (b'IHDR', b'PLTE', b'tRNS', b'IDAT')  # chunks of a PNG that determine its pixels

@@ -1,5 +1,5 @@
 "The page of an exported network: every file gets an answer or one sentence, attacks get nothing, and nothing stays."
-import hashlib, io, itertools, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, zlib
+import hashlib, io, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, zlib
 from contextlib import closing, suppress
 from pathlib import Path
 import numpy as np
@@ -111,7 +111,7 @@ class Server:
     def parts(self, event):
         if not event['success']: return None, event['output'], None
         bars, sentence, picture = event['output']['data']
-        return bars.get('value'), re.sub('<[^>]*>', '', sentence.get('value') or ''), picture.get('value')
+        return bars, re.sub('<[^>]*>', '', sentence), picture
     def answer(self, raw, name='photo.png', with_map=False):
         return self.ask(photo(self.upload(raw, name).json()[0]), with_map)
     def memory(self): return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{self.process.pid}/status').read_text())[1])/1024
@@ -354,7 +354,7 @@ def test_a_port_in_use_is_one_line(server, export):
     with pytest.raises(CannotServe, match=f'^port {server.port} is in use: choose another one$'): serve_model(export, port=server.port)
 
 def test_nothing_stays_and_nobody_else_was_called(server):
-    server.upload(picture())
+    assert server.answer(picture(), with_map=True)[0]
     assert list(server.tmp.iterdir())
     assert server.stop() == 0
     assert not list(server.tmp.iterdir()), 'uploads'
