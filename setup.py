@@ -9,7 +9,7 @@ config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
-extras['all'] = [r for name in ('keras', 'hub', 'lab', 'dev') for r in extras[name]]
+extras['all'] = [r for name in ('keras', 'hub', 'lab', 'deploy', 'dev') for r in extras[name]]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

@@ -22,6 +22,7 @@ import typer
 
 from .cli_curve import curve_app, curve_arguments
 from .cli_data import SOURCE_TABLE, cache_app, data_app
+from .cli_deploy import export_command, serve_command
 from .cli_explain import explain_command
 from .cli_store import search_command, snapshots_app, store_app
 from .cli_sweep import sweep_app
@@ -235,6 +236,8 @@ for _sub, _name in ((cache_app, 'cache'), (curve_app, 'curve'), (sweep_app, 'swe
                     (phases_app, 'phases')): app.add_typer(_sub, name=_name)
 app.command('search')(search_command)
 app.command('explain')(explain_command)
+app.command('export')(export_command)
+app.command('serve')(serve_command)
 
 # %% ../nbs/90c_cli.ipynb #23
 STOPPED = 75  # exit status: stopped, the same command continues (EX_TEMPFAIL in sysexits.h)

@@ -5,13 +5,14 @@ from readme import ROOT
 _CELLS = '''import json
 from imgexp.experiments import EXPERIMENTS, experiment_declarations, find_experiment
 from imgexp.curve_folder import CurveParams
+from imgexp.deploy_params import DeployParams
 from imgexp.explain_params import ExplainParams
 from imgexp.look import LookParams
 from imgexp.population import PopulationParams
 from imgexp.search_params import SearchParams
 from imgexp.phase_plans import PhaseParams
 from imgexp.zoo_params import ZooParams
-tables = {'01k_look': LookParams, '30_curves': CurveParams, '40_snapshots': PopulationParams, '42_search': SearchParams, '50_zoo': ZooParams, '60_phases': PhaseParams, '70_explain': ExplainParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
+tables = {'01k_look': LookParams, '30_curves': CurveParams, '40_snapshots': PopulationParams, '42_search': SearchParams, '50_zoo': ZooParams, '60_phases': PhaseParams, '70_explain': ExplainParams, '71_deploy': DeployParams} | {n: find_experiment(n).cell_params for n in EXPERIMENTS}
 print(json.dumps([{n: table.cell() for n, table in tables.items()}, experiment_declarations()]))'''
 
 def derived():

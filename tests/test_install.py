@@ -46,7 +46,7 @@ def test_the_wheel_names_its_license_command_and_extras(wheel):
     meta = info['METADATA']
     plain = [l for l in meta.splitlines() if l.startswith('Requires-Dist:') and 'extra ==' not in l]
     assert not re.search('tensorflow|keras|nbdev|jupyterlab', ' '.join(plain)), 'the main job needs none of these'
-    for extra in ('all', 'keras', 'hub', 'lab', 'dev', 'bench'): assert f'Provides-Extra: {extra}' in meta
+    for extra in ('all', 'keras', 'hub', 'lab', 'deploy', 'dev', 'bench'): assert f'Provides-Extra: {extra}' in meta
 
 def test_imports_outside_a_checkout(installed, tmp_path):
     modules = sorted(p.stem for p in (installed/'imgexp').glob('*.py') if not p.stem.startswith('_'))

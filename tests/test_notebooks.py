@@ -8,9 +8,9 @@ from readme import _LINK, render
 
 pytestmark = pytest.mark.fast
 
-EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 80'.split()    # notebooks that papermill runs
+EXPERIMENTS = '03 10 20 30 40 41 42 50 60 70 71 80'.split()    # notebooks that papermill runs
 MAY_TAKE = EXPERIMENTS + ['01k']                            # others that may have a parameters cell
-HEAVY_MODULES = 'resnets networks weights models cost parallel learner callbacks checkpoints sync parents recipes lr_finder fit results setup train phase_runs phases cutting features transfer prefix_tree snapshot_features search zoo_rows zoo_runs zoo_export zoo_dataset weight_predictors zoo grad_cam split_maps probes recommendations map_checks explain_report explain map_strips'.split()  # import torch
+HEAVY_MODULES = 'resnets networks weights models cost parallel learner callbacks checkpoints sync parents recipes lr_finder fit results setup train phase_runs phases cutting features transfer prefix_tree snapshot_features search zoo_rows zoo_runs zoo_export zoo_dataset weight_predictors zoo grad_cam split_maps probes recommendations map_checks explain_report explain map_strips onnx_export deploy'.split()  # import torch
 HEAVY = 'torch tensorflow keras wandb optuna ray gradio'.split()
 
 NOTEBOOKS = sorted(ROOT.glob('nbs/*.ipynb'))
