@@ -6,8 +6,9 @@
 __all__ = ['MAX_MEGAPIXELS', 'MAX_MEGABYTES', 'BadPhoto', 'check_photo', 'read_photo', 'blend_map', 'reply', 'make_app',
            'remove_uploads', 'CannotServe', 'serve_model']
 
-# %% ../nbs/70d_app.ipynb #66159b51
+# %% ../nbs/70d_app.ipynb #6e985971
 import errno, io, json, os, re, signal, socket, sys, tempfile, threading, time
+from abc import ABCMeta
 from collections import deque
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from html import escape
@@ -22,7 +23,7 @@ import numpy as np
 from .decoding import BadImage, image_kind, open_image, without_warnings
 from .predictor import Model
 
-# %% ../nbs/70d_app.ipynb #4648b247
+# %% ../nbs/70d_app.ipynb #62538863
 MAX_MEGAPIXELS, MAX_MEGABYTES = 50, 20  # of a photo
 _MAX_DECODED = 5e9  # pixels × scans of a JPEG
 _KINDS = 'JPEG', 'PNG', 'WebP', 'GIF', 'BMP', 'TIFF', 'AVIF'
@@ -52,7 +53,7 @@ def check_photo(
         raise BadPhoto(f'This photo is too large: please choose one of at most {MAX_MEGAPIXELS} megapixels.')
     return pixels/1e6
 
-# %% ../nbs/70d_app.ipynb #2275ce11
+# %% ../nbs/70d_app.ipynb #a470b271
 _large = threading.Lock()  # decoding one large photo at a time bounds the memory
 
 def read_photo(
@@ -68,7 +69,7 @@ def read_photo(
         with _large if check_photo(raw) > 4 else nullcontext(): return model.pixels(raw)
     except BadImage: raise BadPhoto(_DAMAGED) from None
 
-# %% ../nbs/70d_app.ipynb #29c6edf9
+# %% ../nbs/70d_app.ipynb #82ba5ea7
 _MAP_FOR, _MAP_OPACITY = (255, 96, 0), 200  # as in the figures: RGB and largest opacity, 0 to 255
 
 def blend_map(
@@ -84,7 +85,7 @@ def blend_map(
     opacity = large[..., None]*(_MAP_OPACITY/255)
     return np.round(gray + opacity*(np.float32(_MAP_FOR) - gray)).astype(np.uint8)
 
-# %% ../nbs/70d_app.ipynb #66c83bd0
+# %% ../nbs/70d_app.ipynb #d98d0058
 _TOP = 5
 
 def _text(value):
@@ -102,7 +103,7 @@ def _answer(model, photo, with_map):
 def reply(
     model: Model,
     photo,           # path of an uploaded file; None: there is none
-    with_map: bool = False,
+    with_map: bool = False, # whether to draw a picture
     events=None,     # deque that receives ('answered', 'refused' or 'failed', seconds)
 ) -> tuple: # {class: probability} or None, picture or None, sentence or ''
     "Answer a photo, or say in one sentence why there is no answer."
@@ -114,7 +115,7 @@ def reply(
     if events is not None: events.append((outcome, time.perf_counter() - start))
     return out
 
-# %% ../nbs/70d_app.ipynb #56306805
+# %% ../nbs/70d_app.ipynb #5b9a2b39
 def _log_line(events):
     "What happened since the last line, and forget it; '' for nothing"
     done = [events.popleft() for _ in range(len(events))]
@@ -123,7 +124,7 @@ def _log_line(events):
     counts = ', '.join(f'{outcomes.count(k)} {k}' for k in ('answered', 'refused', 'failed') if k in outcomes)
     return f'{time.strftime("%Y-%m-%d %H:%M:%S")} {counts}, {median(seconds):.3f} s (at most {max(seconds):.3f} s)'
 
-# %% ../nbs/70d_app.ipynb #7ec04951
+# %% ../nbs/70d_app.ipynb #fbfa48b7
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
@@ -156,22 +157,22 @@ def _name_examples(groups):
     names = json.dumps([name for files in groups.values() for name in files.values()])
     return f"() => document.querySelectorAll('#examples button').forEach((b, i) => b.ariaLabel = b.title = {names}[i])"
 
-# %% ../nbs/70d_app.ipynb #a0172f75
+# %% ../nbs/70d_app.ipynb #cdd98518
 def _photo_class(gr):
     "A `gr.Image` that leaves decoding to the page"
-    class Photo(gr.Image):
-        "Photo to upload or paste; its value is a path."
-        is_template = True  # shown as an Image is
-        def preprocess(self, payload):
-            if payload is None or not payload.path: return None
-            inside = Path(payload.path).resolve().is_relative_to(Path(self.GRADIO_CACHE).resolve())
-            return payload.path if inside else ''  # a file that is not there
-        async def async_move_resource_to_block_cache(self, path):
-            self.temp_files.add(str(path))
-            return str(path)
-    return Photo
+    def preprocess(self, payload):
+        if payload is None or not payload.path: return None
+        inside = Path(payload.path).resolve().is_relative_to(Path(self.GRADIO_CACHE).resolve())
+        return payload.path if inside else ''  # a file that is not there
+    async def move(self, path):
+        self.temp_files.add(str(path))
+        return str(path)
+    members = {'is_template': True,  # shown as an Image is
+               'preprocess': preprocess, 'async_move_resource_to_block_cache': move}
+    # a class statement would have Gradio write an app.pyi beside this file
+    return ABCMeta.__new__(type(gr.Image), 'Photo', (gr.Image,), members)
 
-# %% ../nbs/70d_app.ipynb #ed16bb70
+# %% ../nbs/70d_app.ipynb #8f38c947
 _CSS = '''
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 footer { display: none !important; }
@@ -204,7 +205,7 @@ def _add_examples(gr, photo, groups):
             rows.click(paths.__getitem__, rows, photo, concurrency_limit=None, show_progress='hidden', api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
-# %% ../nbs/70d_app.ipynb #96633fc6
+# %% ../nbs/70d_app.ipynb #666b51e7
 def make_app(
     model: Model,
     events=None, # deque for `reply`
@@ -236,7 +237,7 @@ def make_app(
               show_progress='minimal', api_visibility='private')
     return app.queue(max_size=64, api_open=False)
 
-# %% ../nbs/70d_app.ipynb #6a084d8a
+# %% ../nbs/70d_app.ipynb #7ac3f742
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config|gradio_api/'
                      r'(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
 _FILES = '/gradio_api/file='
@@ -264,7 +265,18 @@ def remove_uploads(
         total -= size
     return total
 
-# %% ../nbs/70d_app.ipynb #3472a531
+# %% ../nbs/70d_app.ipynb #70fd4957
+def _bounded(receive, limit):
+    "ASGI's `receive`, disconnected after `limit` bytes"
+    received = 0
+    async def bounded():
+        nonlocal received
+        message = await receive()
+        received += len(message.get('body', b''))
+        return message if received <= limit else {'type': 'http.disconnect'}
+    return bounded
+
+# %% ../nbs/70d_app.ipynb #a67728cb
 class _Limits:
     "ASGI middleware that closes unused routes and bounds what is uploaded"
     def __init__(self, app, folder, saved):
@@ -284,30 +296,22 @@ class _Limits:
         length = headers.get(b'content-length', b'%d' % limit if upload else b'0')
         length = int(length) if length.isdigit() else limit + 1
         if length > limit: return await refuse(413, _LARGE_FILE)
-        if not upload: return await self.app(scope, self._bounded(receive, limit), send_with_headers)
+        receive = _bounded(receive, limit)
+        if not upload: return await self.app(scope, receive, send_with_headers)
         if self.arriving + length > _MAX_STORED/2: return await refuse(503, 'Too many uploads at the moment: please try again.')
         self.arriving += length
         self.stored += length  # at most this, until the folder is looked at
         try:
             if self.stored > _MAX_STORED:
                 self.stored = self.arriving + remove_uploads(self.folder, self.saved, max_size=_MAX_STORED/2)
-            await self.app(scope, self._bounded(receive, limit), send_with_headers)
+            await self.app(scope, receive, send_with_headers)
         finally: self.arriving -= length
     def _is_open(self, path):
         if not path.startswith(_FILES): return bool(_ROUTES.fullmatch(path))
         with suppress(OSError, ValueError): return Path(path[len(_FILES):]).resolve().is_relative_to(self.folder)
         return False
-    def _bounded(self, receive, limit):
-        received = 0
-        async def bounded():
-            nonlocal received
-            message = await receive()
-            received += len(message.get('body', b''))
-            if received > limit: return {'type': 'http.disconnect'}
-            return message
-        return bounded
 
-# %% ../nbs/70d_app.ipynb #6b0a7cf9
+# %% ../nbs/70d_app.ipynb #3845bf67
 class CannotServe(ValueError):
     "The page can't be served; the message says what to do."
 
@@ -323,7 +327,7 @@ def _check_address(host, port):
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
         raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
 
-# %% ../nbs/70d_app.ipynb #c441ddcf
+# %% ../nbs/70d_app.ipynb #907e4f3d
 class _Silent(io.TextIOBase):
     "Takes the place of stderr and stdout; counts tracebacks"
     def __init__(self, events): self.events = events
@@ -352,7 +356,7 @@ def _upload_folder():
             del os.environ['GRADIO_TEMP_DIR']
             if before is not None: os.environ['GRADIO_TEMP_DIR'] = before
 
-# %% ../nbs/70d_app.ipynb #1beffa26
+# %% ../nbs/70d_app.ipynb #47f7724e
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
@@ -370,10 +374,11 @@ def _warm_up(model):
     model.probabilities(black)
     if model.config['maps']: model.explain(black)
 
+# %% ../nbs/70d_app.ipynb #7ff21202
 def serve_model(
     folder='',               # of an export; '' is the one that this file is in
     host: str = '127.0.0.1', # address to listen at; '0.0.0.0' for all of the machine's
-    port: int = 7860,
+    port: int = 7860,        # 1 to 65535
     threads: int = 1,        # CPU threads for one photo
 ):
     "Serve the page of an exported network until SIGINT or SIGTERM; raises `CannotServe` and `BadExport`."

@@ -360,6 +360,8 @@ def test_nothing_stays_and_nobody_else_was_called(server):
     assert not list(server.tmp.iterdir()), 'uploads'
     assert set(re.findall(r'[\d.:]{7,}|[\w.]+\.\w{2,}', server.connections.read_text())) <= {'127.0.0.1'}
     assert server.err.read_text() == ''
+    import imgexp.app
+    assert not Path(imgexp.app.__file__).with_suffix('.pyi').exists(), 'written by Gradio'
     first, *lines = server.out.read_text().splitlines()
     assert first == f'{server.url} (Ctrl+C stops)' and lines
     for line in lines: assert re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\d+ (answered|refused|failed),? )+[\d.]+ s \(at most [\d.]+ s\)', line.replace(', ', ' ')), line
