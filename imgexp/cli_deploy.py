@@ -43,9 +43,9 @@ export_command.__signature__ = inspect.Signature([
 
 # %% ../nbs/90a_cli_deploy.ipynb #c0becb50
 def serve_command(
-    name: Annotated[str, typer.Argument(metavar='RUN|FOLDER', help="A run's name or directory, or the folder of an export.")],
-    host: Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 shows the page to the network.')] = '127.0.0.1',
-    port: Annotated[int, typer.Option(min=0, max=65535, help='Port to listen on; 0 takes a free one.')] = 7860,
+    name: Annotated[str, typer.Argument(metavar='RUN|FOLDER', help="A run's name or directory, or the folder of an export.")], # text
+    host: Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 shows the page to the network.')] = '127.0.0.1', # IP or name
+    port: Annotated[int, typer.Option(help='Port to listen on.')] = 7860, # 1 to 65535
 ):
     "Show the web page of a run or of an export, until Ctrl+C."
     from imgexp.bundle import check_installed

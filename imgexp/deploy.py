@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from .bundle import check_installed, check_target, code_files, hashes, license_text, move_into_place, requirements
+from .bundle import check_installed, check_target, code_files, file_hashes, license_text, move_into_place, requirements
 from .deploy_params import DeployParams, photo_license, read_superclasses
 from .errors import InputError, RunFailed
 from .evaluate import load_run
@@ -24,7 +24,7 @@ from .files import display_path, file_sha256, read_json, short_path, write_json,
 from .model_card import license_fields, model_card, not_for
 from .onnx_export import export_onnx
 from .params import takes
-from .predictor import BadExport, Model, check_files, read_config
+from .predictor import BadExport, Model, check_files, read_export
 from .start import find_run
 from .trained import Network, weights_path
 
@@ -129,8 +129,9 @@ def _write(folder, p, trained, say):
     exported = export_onnx(trained.model, trained.metadata['norm'], folder/'model.onnx', _sample(valid, trained.size), say=say)
     config = _config(trained, p, exported, examples)
     _write_files(folder, p, trained, valid, examples, config)
-    write_json(folder/'config.json', config | {'files': hashes(folder)})
+    write_json(folder/'config.json', config | {'files': file_hashes(folder)})
 
+# %% ../nbs/71_deploy.ipynb #4a465694
 @takes(DeployParams)
 def export_run(
     say=lambda text: None, # called with messages
@@ -152,7 +153,7 @@ def export_run(
         _write(part, p, trained, say)
         move_into_place(part, folder.absolute())
     finally: shutil.rmtree(part, ignore_errors=True)
-    return Export(folder, read_config(folder))
+    return Export(folder, read_export(folder))
 
 # %% ../nbs/71_deploy.ipynb #b11035e4
 _REPO = re.compile(r'[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}')
@@ -170,7 +171,7 @@ def push_export(
 ) -> str:      # its URL
     "Upload an export to Hugging Face, with the login of `hf auth login`; raises `RunFailed` without network or rights."
     check_repo(repo)
-    check_files(folder, read_config(folder))
+    check_files(folder, read_export(folder))
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     kind = 'space' if (Path(folder)/'app.py').is_file() else 'model'
@@ -194,13 +195,13 @@ def exported_folder(
 ) -> Path:
     "The folder of an export; a run is exported unless its best weights were; raises `InputError`."
     if (Path(name)/'config.json').is_file() and not (Path(name)/'params.json').is_file():
-        try: check_files(name, read_config(name))
+        try: check_files(name, read_export(name))
         except BadExport as e: raise InputError(str(e)) from None
         return Path(name)
     trained = exportable(name)
     folder = trained.run.dir/'export'
     try:
-        check_files(folder, config := read_config(folder))
+        check_files(folder, config := read_export(folder))
         if config.get('weights') == _weights_id(trained, 'best'): return folder
     except BadExport: pass
     say(f'exporting {trained.run.name} to {display_path(folder)}')

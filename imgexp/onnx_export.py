@@ -91,6 +91,9 @@ def _quiet():
     finally: logging.disable(level)
 
 # %% ../nbs/70a_onnx_export.ipynb #1b6f376e
+#| export
+
+# %% ../nbs/70a_onnx_export.ipynb #234adec8
 def _record(module, inputs):
     "The computation, gradient included, as a graph of plain tensor operations"
     from torch._decomp import core_aten_decompositions
@@ -121,6 +124,7 @@ def _multiply_by_single_matrices(graph):
             product = graph.graph.call_function(aten.matmul.default, (node.args[0], matrix))
         node.replace_all_uses_with(product)
 
+# %% ../nbs/70a_onnx_export.ipynb #43cb9aa4
 def _compute_constants(graph):
     "Replace what depends neither on the input nor on weights (masks of shifted windows) by its value"
     values = {}
@@ -135,6 +139,7 @@ def _compute_constants(graph):
         constant.meta['val'] = value
         node.replace_all_uses_with(constant)
 
+# %% ../nbs/70a_onnx_export.ipynb #26200e40
 def _write(graph, inputs, path, has_maps):
     names = ['images', 'targets'][:len(inputs)]
     n = torch.export.Dim('n', min=1, max=4096)
@@ -161,6 +166,7 @@ def _differences(session, module, images, takes_target):
 
 # %% ../nbs/70a_onnx_export.ipynb #ae77a1e5
 def _compare(path, module, images, takes_target):
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # its builds for Linux call home
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -183,6 +189,7 @@ def _export(module, inputs, path, images):
         os.replace(file, path)
     return differences
 
+# %% ../nbs/70a_onnx_export.ipynb #7f88c2de
 def export_onnx(
     model,        # from `build_model`; it stays as it is
     norm,         # (mean, std) of the channels
