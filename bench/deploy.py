@@ -89,7 +89,7 @@ def odd_files(photos, folder, n):
         kind, save = [*kinds.items()][i % len(kinds)]
         buffer = io.BytesIO()
         save(Image.open(photo).convert('RGB'), buffer)
-        name = f'{i:03}.img'  # the kind is seen in the contents
+        name = f'{i:03}.jpg'  # the library looks at the contents
         (Path(folder)/name).write_bytes(buffer.getvalue())
         out[name] = kind
     return out
@@ -143,3 +143,77 @@ def agree(args):
         files = [Path(pictures.table.source.path(pictures.table.indices[r])) for r in pictures.rows]
         for name, f in {'the export, test photos': model.pixels, **usual_transforms(trained.size)}.items(): compare(name, files, plain, f)
     write('deploy-agree', rows)
+
+# ---- The page
+
+class Visitor:
+    "One visitor of the page over HTTP: upload a photo, ask, read the events, fetch the map."
+    def __init__(self, url, fn): self.url, self.fn = url, fn
+    def answer(self, raw, with_map):
+        import requests
+        path = requests.post(f'{self.url}/gradio_api/upload', files={'files': ('photo.jpg', raw)}, timeout=60).json()[0]
+        name = os.urandom(5).hex()
+        photo = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
+        joined = requests.post(f'{self.url}/gradio_api/queue/join', json={'data': [photo, with_map], 'fn_index': self.fn, 'session_hash': name}, timeout=60)
+        joined.raise_for_status()
+        import json
+        with requests.get(f'{self.url}/gradio_api/queue/data', params={'session_hash': name}, stream=True, timeout=60) as events:
+            for line in events.iter_lines():
+                event = json.loads(line[5:]) if line.startswith(b'data:') else {}
+                if event.get('msg') != 'process_completed': continue
+                bars, sentence, picture = event['output']['data']
+                assert event['success'] and bars['label'], sentence
+                if with_map: requests.get(picture['url'], timeout=60).raise_for_status()
+                return
+
+def page(args):
+    import re, requests
+    from imgexp.deploy import export_run
+    trained = trained_run(args.shared)
+    photos = [p.read_bytes() for p in sorted((args.shared/'data/clothing/test').rglob('*.jpg'))[:100]]
+    with tempfile.TemporaryDirectory() as d:
+        folder = export_run(run=str(trained.run.dir), out=f'{d}/export', space=True).folder
+        subprocess.run([sys.executable, '-m', 'venv', f'{d}/venv'], check=True)
+        subprocess.run([f'{d}/venv/bin/pip', 'install', '-q', '-r', str(folder/'requirements.txt')], check=True)
+        installed = sum(f.stat().st_size for f in Path(f'{d}/venv').rglob('*') if f.is_file() and not f.is_symlink())/1e6
+        env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'OMP_NUM_THREADS')}
+        rows = []
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            server = subprocess.Popen([f'{d}/venv/bin/python', 'app.py'], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+            try:
+                server.stdout.readline()  # it says where it listens when it is ready
+                ready, url = time.perf_counter() - start, 'http://127.0.0.1:7860'
+                config = requests.get(f'{url}/config', timeout=20).json()
+                visitor = Visitor(url, next(i for i, f in enumerate(config['dependencies']) if len(f['targets']) == 2))
+                for with_map in (False, True):
+                    seconds, errors = [], []
+                    def visit(raw):
+                        begun = time.perf_counter()
+                        try: visitor.answer(raw, with_map)
+                        except Exception as e: errors.append(e)
+                        else: seconds.append(time.perf_counter() - begun)
+                    threads = [threading.Thread(target=visit, args=(photos[i],)) for i in range(50)]
+                    begun = time.perf_counter()
+                    for t in threads: t.start()
+                    for t in threads: t.join()
+                    total = time.perf_counter() - begun
+                    memory = int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{server.pid}/status').read_text())[1])/1000
+                    rows.append(dict(maps=with_map, visitors=50, errors=len(errors), answers_per_second=round(len(seconds)/total, 1), median_s=round(statistics.median(seconds), 2),
+                                     p95_s=round(sorted(seconds)[int(0.95*len(seconds))], 2), ready_s=round(ready, 1), peak_MB=round(memory), installed_MB=round(installed), **machine('cpu')))
+                    log(str(rows[-1]))
+            finally:
+                server.terminate()
+                server.wait()
+    write('deploy-page', rows)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('what', choices=['speed', 'agree', 'page'])
+    parser.add_argument('shared', type=Path, nargs='?')
+    parser.add_argument('--rounds', type=int, default=0, help='(30 of speed, 3 of page)')
+    args = parser.parse_args()
+    args.rounds = args.rounds or {'speed': 30}.get(args.what, 3)
+    {'speed': speed, 'agree': agree, 'page': page}[args.what](args)
+
+if __name__ == '__main__': main()

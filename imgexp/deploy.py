@@ -84,7 +84,7 @@ def _config(trained, p, exported, examples):
     "What config.json holds, without the hashes"
     run, metrics = trained.run, trained.run.metrics
     prepared, split = run.depends.get('prepared', ''), 'test' if metrics.get('test') else 'valid'
-    return {'schema': 1, 'title': p.title or f'{trained.metadata["arch"]} trained on {_data_name(run)}', 'arch': trained.metadata['arch'],
+    return {'schema': 1, 'title': p.title or f'{trained.metadata["arch"]} on {_data_name(run)}', 'arch': trained.metadata['arch'],
             'classes': [str(c) for c in trained.classes], 'size': trained.size, 'presize': int(prepared.partition('-')[2] or 0),
             'crop': 1.0 if trained.size <= 64 else 0.875, 'norm': trained.metadata['norm'], 'stem': trained.metadata['stem'],
             'head': trained.metadata['head'], 'weights': _weights_id(trained, p.checkpoint), 'maps': exported['maps'], 'run': run.name, 'checkpoint': p.checkpoint,
@@ -100,10 +100,11 @@ def _write_files(folder, p, trained, valid, examples, config):
     "Everything but the ONNX file and config.json"
     weights = {k: v.contiguous() for k, v in trained.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder/'model.safetensors', {'imgexp': json.dumps(trained.metadata)})
+    (folder/'model.safetensors').chmod(0o644)  # safetensors writes for the owner alone
     for name, data, *_ in examples:
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_bytes(data)
-    card = model_card(trained, license=p.license, title=p.title, examples=[Path(name).name for name, *_ in examples],
+    card = model_card(trained, license=p.license, title=config['title'], examples=[Path(name).name for name, *_ in examples],
                       space={'sdk_version': version('gradio')} if p.space else None,
                       predictions=None if valid is None else (valid.probs, valid.labels))
     texts = code_files(p.space) | {'README.md': card, 'LICENSE': license_text(), 'requirements.txt': requirements(p.space)}

@@ -81,7 +81,7 @@ probabilities and Grad-CAM maps; `preprocess.py` makes the input from a photo. T
 
 ```python
 {_torch_code(trained)}
-```""" + (f'\n\nExamples from the data described below:\n\n{shown}' if shown else '')
+```""" + (f'\n\nExamples:\n\n{shown}' if shown else '')
 
 # %% ../nbs/70c_model_card.ipynb #mc017
 _PLAN = 'A Gradio Space on the Hugging Face Hub needs a paid plan (its basic hardware has 2 vCPU and 16 GB of memory)'
