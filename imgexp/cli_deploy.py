@@ -48,10 +48,12 @@ def serve_command(
     port: Annotated[int, typer.Option(help='Port to listen on.')] = 7860, # 1 to 65535
 ):
     "Show the web page of a run or of an export, until Ctrl+C."
-    from imgexp.bundle import check_installed
+    from imgexp.bundle import check_installed, find_export
     check_installed('gradio', 'onnxruntime')
-    from imgexp.deploy import exported_folder
-    folder = exported_folder(name, say)
+    folder = find_export(name)  # needs no torch
+    if folder is None:
+        from imgexp.deploy import exported_folder
+        folder = exported_folder(name, say)
     from imgexp.app import CannotServe, serve_model
     try: serve_model(folder, host, port)
     except CannotServe as e: raise InputError(str(e)) from None

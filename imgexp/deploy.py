@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from .bundle import check_installed, check_target, code_files, file_hashes, license_text, move_into_place, requirements
+from .bundle import check_installed, check_target, code_files, file_hashes, find_export, license_text, move_into_place, requirements
 from .deploy_params import DeployParams, photo_license, read_superclasses
 from .errors import InputError, RunFailed
 from .evaluate import load_run
@@ -195,10 +195,7 @@ def exported_folder(
     say=lambda text: None, # called with messages
 ) -> Path:
     "The folder of an export; a run is exported unless its best weights were; raises `InputError`."
-    if (Path(name)/'config.json').is_file() and not (Path(name)/'params.json').is_file():
-        try: check_files(name, read_export(name))
-        except BadExport as e: raise InputError(str(e)) from None
-        return Path(name)
+    if (folder := find_export(name)) is not None: return folder
     trained = exportable(name)
     folder = trained.run.dir/'export'
     try:
