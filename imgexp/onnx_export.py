@@ -32,9 +32,9 @@ def _weights_of_maps(model, cam, x):
 class _Exported(nn.Module):
     "The computation of the ONNX file"
     has_maps = True
-    def __init__(self, cam, norm, weights, n_classes):
+    def __init__(self, network, cam, norm, weights, n_classes):
         super().__init__()
-        self.cam, self.norm, self.weights, self.n_classes = cam, norm, weights, n_classes
+        self.network, self.cam, self.norm, self.weights, self.n_classes = network, cam, norm, weights, n_classes
     def forward(self, images, targets=None):
         cams = self.cam(to_input(images, self.norm))
         probs = cams.logits.softmax(1)
@@ -46,11 +46,11 @@ class _Exported(nn.Module):
 class _Answers(nn.Module):
     "The computation of an ONNX file without maps"
     has_maps = False
-    def __init__(self, model, norm, n_classes):
+    def __init__(self, network, norm, n_classes):
         super().__init__()
-        self.model, self.norm, self.n_classes = model, norm, n_classes
+        self.network, self.norm, self.n_classes = network, norm, n_classes
     def forward(self, images):
-        logits = self.model(to_input(images, self.norm))
+        logits = self.network(to_input(images, self.norm))
         return logits, logits.softmax(1)
 
 # %% ../nbs/70a_onnx_export.ipynb #f9c0cb34
@@ -90,9 +90,6 @@ def _quiet():
             yield
     finally: logging.disable(level)
 
-# %% ../nbs/70a_onnx_export.ipynb #1b6f376e
-#| export
-
 # %% ../nbs/70a_onnx_export.ipynb #234adec8
 def _record(module, inputs):
     "The computation, gradient included, as a graph of plain tensor operations"
@@ -106,7 +103,8 @@ def _record(module, inputs):
         return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]
                                                                              + [DimDynamic.STATIC]*(x.ndim - 1)))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        graph = make_fx(module, core_aten_decompositions(), 'symbolic', _allow_non_fake_inputs=True)(*map(any_number, inputs))
+        trace = make_fx(module, core_aten_decompositions(), 'symbolic', _allow_non_fake_inputs=True)
+        graph = trace(*map(any_number, inputs))
     _compute_constants(graph)
     _multiply_by_single_matrices(graph)
     graph.graph.eliminate_dead_code()
@@ -114,11 +112,12 @@ def _record(module, inputs):
     return graph
 
 def _multiply_by_single_matrices(graph):
-    "Replace batched products with a repeated matrix by products with the matrix itself, which ONNX Runtime would repeat in memory"
+    "Replace batched products with a repeated matrix, which ONNX Runtime would keep in memory, by products with the matrix"
     aten = torch.ops.aten
+    views = (aten.view.default, aten.expand.default, aten.alias.default, aten._unsafe_view.default)
     for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
         matrix = node.args[1]
-        while matrix.target in (aten.view.default, aten.expand.default, aten.alias.default, aten._unsafe_view.default): matrix = matrix.args[0]
+        while matrix.target in views: matrix = matrix.args[0]
         if matrix.meta['val'].ndim != 2 or matrix.meta['val'].shape != node.args[1].meta['val'].shape[1:]: continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(aten.matmul.default, (node.args[0], matrix))
@@ -155,7 +154,8 @@ def _differences(session, module, images, takes_target):
     while i < len(images):
         batch = images[i:i + sizes[0]]
         targets = [np.arange(i, i + len(batch))%module.n_classes - 1]*takes_target
-        ours = module(torch.from_numpy(batch), *map(torch.from_numpy, targets))
+        ours = [*module(torch.from_numpy(batch), *map(torch.from_numpy, targets))]
+        with torch.no_grad(): ours[0] = module.network(to_input(torch.from_numpy(batch), module.norm))
         theirs = session.run(None, dict(zip(('images', 'targets'), [batch, *targets])))
         for k, (a, b) in enumerate(zip(ours, theirs)):
             a = a.detach().numpy()
@@ -175,8 +175,8 @@ def _compare(path, module, images, takes_target):
     name, worst = max(differences.items(), key=lambda item: item[1])
     if worst > TOLERANCE:
         raise RunFailed(f'the exported network differs from the trained one (by {worst:.1g} in its {name}, allowed is '
-                        f'{TOLERANCE:g}), so nothing was written: this is an error of the exporter of torch {torch.__version__}; '
-                        'try another version')
+                        f'{TOLERANCE:g}), so nothing was written: this is an error of the exporter of torch '
+                        f'{torch.__version__}; try another version')
     return differences
 
 # %% ../nbs/70a_onnx_export.ipynb #540b1a3d
@@ -205,7 +205,9 @@ def export_onnx(
     weights = _weights_of_maps(model, cam, to_input(torch.from_numpy(images[:2]), norm))
     n_classes, takes_target = cam(to_input(torch.from_numpy(images[:1]), norm)).logits.shape[1], weights is None
     inputs = (torch.from_numpy(images[:2]), torch.tensor([-1, 0]))[:1 + takes_target]
-    try: return {'maps': 'target' if takes_target else 'all', 'differences': _export(_Exported(cam, norm, weights, n_classes), inputs, path, images)}
+    module = _Exported(model, cam, norm, weights, n_classes)
+    try: return {'maps': 'target' if takes_target else 'all', 'differences': _export(module, inputs, path, images)}
     except Exception as e:  # of the exporter: some operations have no gradient there
-        say(f'the maps of {getattr(model, "arch", "this network")} cannot be exported ({type(e).__name__}): the file gives answers only')
+        say(f'the maps of {getattr(model, "arch", "this network")} cannot be exported ({type(e).__name__}): '
+            'the file gives answers only')
     return {'maps': '', 'differences': _export(_Answers(model, norm, n_classes), inputs[:1], path, images)}
