@@ -9,6 +9,7 @@ __all__ = ['TOLERANCE', 'export_onnx']
 import copy, logging, os, tempfile, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -91,18 +92,22 @@ def _quiet():
     finally: logging.disable(level)
 
 # %% ../nbs/70a_onnx_export.ipynb #234adec8
+def _attention(query, key, value, mask=None, dropout_p=0., is_causal=False, scale=None):
+    "Scaled dot-product attention of a network in evaluation mode, in plain products, whose gradient ONNX knows"
+    scores = query @ key.mT * (scale or query.shape[-1]**-0.5)
+    return (scores if mask is None else scores + mask).softmax(-1) @ value
+
 def _record(module, inputs):
     "The computation, gradient included, as a graph of plain tensor operations"
     from torch._decomp import core_aten_decompositions
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     def any_number(x):  # of images, all of one size
         return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]
                                                                              + [DimDynamic.STATIC]*(x.ndim - 1)))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), patch.object(nn.functional, 'scaled_dot_product_attention', _attention):
         trace = make_fx(module, core_aten_decompositions(), 'symbolic', _allow_non_fake_inputs=True)
         graph = trace(*map(any_number, inputs))
     _compute_constants(graph)
@@ -116,10 +121,14 @@ def _multiply_by_single_matrices(graph):
     aten = torch.ops.aten
     views = (aten.view.default, aten.expand.default, aten.alias.default, aten._unsafe_view.default)
     for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
-        matrix = node.args[1]
-        while matrix.target in views: matrix = matrix.args[0]
-        if matrix.meta['val'].ndim != 2 or matrix.meta['val'].shape != node.args[1].meta['val'].shape[1:]: continue
+        matrix, transposed = node.args[1], False
+        while matrix.target in views or matrix.target is aten.permute.default and [*matrix.args[1]] == [0, 2, 1]:
+            transposed ^= matrix.target is aten.permute.default
+            matrix = matrix.args[0]
+        shape, product_shape = [[*n.meta['val'].shape] for n in (matrix, node.args[1])]
+        if len(shape) != 2 or product_shape[1:] != shape[::-1 if transposed else 1]: continue
         with graph.graph.inserting_before(node):
+            if transposed: matrix = graph.graph.call_function(aten.permute.default, (matrix, [1, 0]))
             product = graph.graph.call_function(aten.matmul.default, (node.args[0], matrix))
         node.replace_all_uses_with(product)
 
