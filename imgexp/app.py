@@ -141,7 +141,8 @@ def _heading(title, config):
 
 def _notes(config):
     "The lines at the end of the page, as HTML"
-    return _paragraphs('Photos are used for the answer alone, and deleted within two minutes.',
+    return _paragraphs('The examples are photos that the network gets right with confidence: they say nothing about its accuracy.' if config.get('examples') else '',
+                       'Photos are used for the answer alone, and deleted within two minutes.',
                        f"{config.get('arch', '')} at {config['size']} px, {len(config['classes'])} classes.".strip())
 
 def _groups(model):

@@ -41,12 +41,16 @@ def predict(image):
 
 if __name__ == '__main__':
     import sys
-    if len(sys.argv) < 2: sys.exit('usage: python model.py PHOTO …')
-    network = load()
+    if len(sys.argv) < 2 or sys.argv[1].startswith('-'): sys.exit('usage: python model.py PHOTO …')
+    try: network = load()
+    except BadExport as e: sys.exit(str(e))
+    bad = 0
     for path in sys.argv[1:]:
-        try: answer = [*network.predict(path).items()][:5]
-        except (OSError, ValueError) as e: sys.exit(f'{path}: {e}')
-        print(path, *(f'{p:6.1%} {name}' for name, p in answer), sep='\n  ')
+        try: print(path, *(f'{p:6.1%} {name}' for name, p in [*network.predict(path).items()][:5]), sep='\n  ')
+        except (OSError, ValueError) as e:
+            bad = 1
+            print(f'{path}: {getattr(e, "strerror", None) or e}', file=sys.stderr)
+    sys.exit(bad)
 '''
 _APP_TAIL = '''
 if __name__ == '__main__': serve_model(Path(__file__).parent, host='0.0.0.0')

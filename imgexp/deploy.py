@@ -68,7 +68,13 @@ def _examples(p, trained, valid, say):
     if p.examples: return folder_examples(p.examples, groups)
     if valid is None: return []
     license, shareable = photo_license(trained.run.params['data'])
-    if shareable: return split_examples(valid.images.table, valid.images.rows, valid.probs, groups)
+    if shareable:
+        examples = split_examples(valid.images.table, valid.images.rows, valid.probs, groups)
+        missing = [g for g in dict.fromkeys(groups.values()) if g not in {group for *_, group in examples}]
+        if missing:
+            say(f'no example of {", ".join(missing[:5])}{" …" if len(missing) > 5 else ""}: no validation photo is right '
+                'with more than 50%')
+        return examples
     say(f'no examples: the license of the photos ({license or "unknown"}) may not allow passing them on '
         '(--examples FOLDER takes your own)')
     return []
@@ -119,14 +125,14 @@ class Export:
     def model(self): return Model(self.folder)
     def __repr__(self):
         size = sum(f.stat().st_size for f in self.folder.rglob('*') if f.is_file())
-        files = [n for n in self.config['files'] if '/' not in n]
+        files = ['config.json', *(n for n in self.config['files'] if '/' not in n)]
         return (f'{self.config["title"]}\n{short_path(self.folder)}: {size/1e6:.1f} MB, {", ".join(files)}, '
-                f'{len(self.config["examples"])} examples')
+                f'examples: {len(self.config["examples"])}')
 
 def _write(folder, p, trained, say):
     valid = _validation(trained, say)
     examples = _examples(p, trained, valid, say)
-    say('writing and comparing model.onnx')
+    say(f'writing and comparing model.onnx of {trained.run.name}')
     exported = export_onnx(trained.model, trained.metadata['norm'], folder/'model.onnx', _sample(valid, trained.size), say=say)
     config = _config(trained, p, exported, examples)
     _write_files(folder, p, trained, valid, examples, config)

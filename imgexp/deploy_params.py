@@ -16,9 +16,9 @@ from .params import Parameters, param
 # %% ../nbs/70a_deploy_params.ipynb #7f0a67e8
 class DeployParams(Parameters, heading='export'):
     run: str = param('', "a run's name, part of it, or its directory; empty trains a small example")
-    out: str = param('', "folder to write; empty is export/ in the run's directory")
+    out: str = param('', "folder to write; by default export/ in the run's directory")
     checkpoint: str = param('best', "best, last, or a checkpoint's name")
-    license: str = param('', 'license of the weights (apache-2.0, cc-by-4.0); empty says that it is not stated')
+    license: str = param('', 'license of the weights (for example cc-by-4.0); empty says that it is not stated')
     title: str = param('', 'title of the model card and the page; empty is made from the network and the data')
     examples: str = param('', 'folder of photos for the page, in folders by class; empty takes validation photos if their '
                               'license allows it')

@@ -53,7 +53,8 @@ def _threads():
 @cache
 def _packages():
     "Version of each installed package, by name; reading them takes a fifth of a second"
-    versions = {d.metadata['Name']: d.version for d in importlib.metadata.distributions()}
+    versions = {}
+    for d in importlib.metadata.distributions(): versions.setdefault(d.metadata['Name'], d.version)  # the first is imported
     return sorted(versions.items(), key=lambda kv: str(kv[0]).lower())
 
 # %% ../nbs/00d_environment.ipynb #dd3c5c93

@@ -81,15 +81,15 @@ probabilities and Grad-CAM maps; `preprocess.py` makes the input from a photo. T
 
 ```python
 {_torch_code(trained)}
-```""" + (f'\n\nExamples:\n\n{shown}' if shown else '')
+```""" + (f'\n\nExamples, chosen because the network is right and confident:\n\n{shown}' if shown else '')
 
 # %% ../nbs/70c_model_card.ipynb #mc017
 _PLAN = 'A Gradio Space on the Hugging Face Hub needs a paid plan (its basic hardware has 2 vCPU and 16 GB of memory)'
 
 def _app(space):
     if space is None:
-        return (f'## App\n\nThis folder has no app; whoever has the run can add one with `imgexp export RUN --space`. '
-                f'{_PLAN}; `imgexp serve RUN`, on your own machine, needs none.')
+        return (f'## App\n\n`pip install gradio imgexp` and `imgexp serve .` show a page on your own machine; `imgexp export RUN --space` makes a Space. '
+                f'{_PLAN}; your own machine needs none.')
     return (f"## App\n\n`python {space['app_file']}` opens a page that classifies photos and shows where the network "
             f"looks (Gradio {space['sdk_version']}). {_PLAN}; on your own machine, where `imgexp serve RUN` opens the "
             'same page, it needs none.')

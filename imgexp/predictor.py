@@ -44,9 +44,9 @@ def check_files(
     "Raise `BadExport` if a file is missing or differs from the exported one."
     for name in names or config['files']:
         file = Path(folder)/name
-        if not file.is_file(): raise BadExport(f'{file} is missing: export the run again')
+        if not file.is_file(): raise BadExport(f'{file} is missing: download the folder again, or export the run again')
         if _sha256(file) != config['files'].get(name):
-            raise BadExport(f'{file} has changed since the export (its SHA-256 is not that in config.json): export the run again')
+            raise BadExport(f'{file} has changed since the export (its SHA-256 is not that in config.json): download the folder again, or export the run again')
 
 # %% ../nbs/70b_predictor.ipynb #fab7ac6e
 class _Session:
