@@ -109,8 +109,11 @@ def check_target(
 def find_export(
     name, # folder
 ):        # its path; None if it is no export
-    "The folder of an export; raises `InputError` if its files have changed."
-    if not (Path(name)/'config.json').is_file() or (Path(name)/'params.json').is_file(): return None
+    "The folder of an export; raises `InputError` for any other folder but a run's, and if its files have changed."
+    config, params = ((Path(name)/file).is_file() for file in ('config.json', 'params.json'))
+    if Path(name).is_dir() and not config and not params:
+        raise InputError(f'{str(name)!r} is a folder without config.json: neither an export nor the directory of a run')
+    if not config or params: return None
     try: predictor.check_files(name, predictor.read_export(name))
     except predictor.BadExport as e: raise InputError(str(e)) from None
     return Path(name)

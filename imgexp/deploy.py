@@ -150,7 +150,8 @@ def export_run(
     trained = exportable(p.run, p.checkpoint)
     folder = Path(p.out).expanduser() if p.out else trained.run.dir/'export'
     check_target(folder)
-    license_fields(p.license)  # raises for what is no license
+    if 'license_name' in license_fields(p.license):
+        say(f'license {p.license!r} is not one that Hugging Face lists: the card says `other` and its name')
     if trained.precision != 'fp32':
         say(f'the run computed in {trained.precision}, the export computes in fp32: probabilities may differ slightly')
     part = folder.absolute().with_name(f'.{folder.name}.part')
