@@ -44,7 +44,7 @@ def exportable(
 
 @dataclass
 class _Pass:
-    "Validation images and what the network says about them; empty if the images are gone"
+    "Validation images and what the network says about them"
     probs: np.ndarray
     labels: np.ndarray
     images: object  # `Pictures`
@@ -90,12 +90,14 @@ def _config(trained, p, exported, examples):
     "What config.json holds, without the hashes"
     run, metrics = trained.run, trained.run.metrics
     prepared, split = run.depends.get('prepared', ''), 'test' if metrics.get('test') else 'valid'
+    evaluated = _weights_id(trained, p.checkpoint) == _weights_id(trained, metrics['checkpoint'])  # the metrics are of these weights
     return {'schema': 1, 'title': p.title or f'{trained.metadata["arch"]} on {_data_name(run)}', 'arch': trained.metadata['arch'],
             'classes': [str(c) for c in trained.classes], 'size': trained.size, 'presize': int(prepared.partition('-')[2] or 0),
             'crop': 1.0 if trained.size <= 64 else 0.875, 'norm': trained.metadata['norm'], 'stem': trained.metadata['stem'],
-            'head': trained.metadata['head'], 'weights': _weights_id(trained, p.checkpoint), 'maps': exported['maps'], 'run': run.name, 'checkpoint': p.checkpoint,
+            'head': trained.metadata['head'], 'weights': _weights_id(trained, p.checkpoint), 'maps': exported['maps'],
+            'run': run.name, 'checkpoint': p.checkpoint,
             'commit': (read_json(run.dir/'params.json') or {}).get('git', ''), 'license': p.license,
-            'accuracy': {'split': split, 'top1': metrics[split]['top1']}, 'not_for': not_for(len(trained.classes)),
+            'accuracy': {'split': split, 'top1': metrics[split]['top1']} if evaluated else None, 'not_for': not_for(len(trained.classes)),
             'differences': exported['differences'],
             'examples': [{'file': name, 'class': label, 'group': group} for name, _, label, group in examples]}
 

@@ -31,7 +31,8 @@ _SHAREABLE = re.compile(r'(CC0|CC-BY|MIT|BSD|Apache)(?!.*ImageNet)|ships inside 
 def photo_license(
     data: str, # the run's parameter `data`: a catalog name, a folder, a file
 ) -> tuple: # license as far as known, whether it allows passing photos on
-    "License of a data set's photos."
+    "License of a data set's photos; that of a folder is unknown, whatever its name."
+    if Path(data).exists(): return '', False
     try: entry = info(data)
     except InputError: return '', False
     return entry.license, bool(_SHAREABLE.match(entry.license))

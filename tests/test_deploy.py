@@ -115,6 +115,19 @@ def test_weights_and_description(made):
     card, pinned = (exported.folder/'README.md').read_text(), (exported.folder/'requirements.txt').read_text()
     assert re.search(r'(?m)^sdk_version: "?\'?(\d+\.\d+\.\d+)', card)[1] == re.search(r'(?m)^gradio==(.*)$', pinned)[1]
 
+def test_other_weights_have_no_accuracy(made, tmp_path):
+    "The metrics of a run are of its best weights: neither page nor card may show them for others."
+    import shutil
+    from imgexp.checkpoints import read_index
+    run = Run(shutil.copytree(made[0].dir, tmp_path/made[0].name, ignore=shutil.ignore_patterns('export')))
+    index = read_index(run)
+    other = next(b['name'] for b in index['best'][::-1] if b['name'] != index['best'][0]['name'])
+    exported = export_run(run=str(run.dir), checkpoint=other)
+    assert exported.config['accuracy'] is None and made[1].config['accuracy']
+    assert exported.config['weights'] != made[1].config['weights']
+    claim = f"Top-1 on test images: {run.metrics['test']['top1']['value']:.1%}"
+    assert claim in (made[1].folder/'README.md').read_text() and claim not in (exported.folder/'README.md').read_text()
+
 def test_examples_carry_no_metadata(made):
     for file in (made[1].folder/'examples').iterdir():
         with Image.open(file) as im: assert not im.getexif() and not im.info.get('icc_profile')
