@@ -296,11 +296,14 @@ def _decode_pillow(raw):
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with without_warnings(), open_image(raw) as f:
-            image = ImageOps.exif_transpose(f)
+            f.load()
+            ImageOps.exif_transpose(f, in_place=True)
             def convert(top, bottom):
-                rows = np.asarray(image.crop((0, top, image.width, bottom)).convert('RGBA'))
+                rows = f.crop((0, top, f.width, bottom))
+                if rows.mode.startswith('I') and f.format == 'PNG': return _rows_to_rgb(np.asarray(rows).astype(np.uint16))
+                rows = np.asarray(rows.convert('RGBA'))
                 return _rows_to_rgb(np.ascontiguousarray(rows[..., [2, 1, 0, 3]]))
-            return _by_rows(convert, *image.size)
+            return _by_rows(convert, *f.size)
     except UnidentifiedImageError: raise BadImage(_why_unreadable(raw)) from None
     except Image.DecompressionBombError as e: raise BadImage(f'cannot be read: {e}') from None
     except Exception as e: raise BadImage(f'is damaged: {e}') from None
@@ -342,13 +345,16 @@ def _decode_other(raw):
     png, webp = kind == 'PNG', kind == 'WebP'
     if png: _check_png(raw)
     if kind == 'TIFF': _check_tiff(raw)
-    if png and b'eXIf' in raw or webp and b'EXIF' in raw or kind in ('GIF', 'AVIF', 'HEIC'): return _decode_pillow(raw)
+    alpha = png and raw[25:26] in (b'\4', b'\6')
+    if png and b'eXIf' in raw or alpha and raw[24] == 16 or webp and b'EXIF' in raw or kind in ('GIF', 'AVIF', 'HEIC'):
+        return _decode_pillow(raw)
+    unchanged = webp or png and (alpha or b'tRNS' in raw)  # without a background for what is transparent
     try:
         image = cv2.imdecode(np.frombuffer(raw, np.uint8),
-                             cv2.IMREAD_UNCHANGED if png or webp else cv2.IMREAD_COLOR_RGB)
+                             cv2.IMREAD_UNCHANGED if unchanged else cv2.IMREAD_COLOR_RGB)
     except cv2.error: image = None
     if image is None: return _decode_pillow(raw)
-    return _to_rgb(image) if png or webp else image
+    return _to_rgb(image) if unchanged else image
 
 # %% ../nbs/01b_decoding.ipynb #03be6100
 def _reduction(size, height, width):
