@@ -1,7 +1,7 @@
 """Phases beside one run of equal compute: the same plan with and without augmentation by class, with shrink and perturb, in one run, and in one run of growing images.
 
     python bench/phases.py path/to/images --classes cat,dog --seeds 3 --length 0.5
-    python bench/phases.py path/to/photos --plan bench/phases_96.yaml --length 0.5
+    python bench/phases.py path/to/photos --plan bench/phases_96.yaml
 
 Each finished plan is a row of results/phases.csv, and a row for each class of results/phases_classes.csv; the same command goes on after the last one. See bench/README.md.
 """
