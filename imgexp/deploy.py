@@ -6,7 +6,7 @@
 __all__ = ['exportable', 'Export', 'export_run', 'check_repo', 'push_export', 'exported_folder']
 
 # %% ../nbs/71_deploy.ipynb #1866e525
-import json, re, shutil
+import copy, json, re, shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +16,18 @@ import safetensors.torch
 
 from .bundle import check_installed, check_target, code_files, file_hashes, find_export, license_text, move_into_place, requirements
 from .deploy_params import DeployParams, photo_license, read_superclasses
+from .download import FetchError
 from .errors import InputError, RunFailed
 from .evaluate import load_run
 from .examples import folder_examples, split_examples
 from .experiments import EXPERIMENTS
 from .files import display_path, file_sha256, read_json, short_path, write_json, write_text
+from .imagenet_classes import are_wordnet_ids, imagenet_groups, imagenet_names
 from .model_card import license_fields, model_card, not_for
 from .onnx_export import export_onnx
 from .params import takes
 from .predictor import BadExport, Model, check_files, read_export
+from .retrieval import class_index
 from .start import find_run
 from .trained import Network, weights_path
 
@@ -61,15 +64,30 @@ def _sample(valid, size):
     return np.stack([valid.images[i] for i in chosen])
 
 # %% ../nbs/71_deploy.ipynb #2c9452fa
-def _examples(p, trained, valid, say):
-    "Files of examples: (name, bytes, class, group)"
-    classes = [str(c) for c in trained.classes]
-    groups = read_superclasses(p.superclasses, classes) if p.superclasses else {c: c for c in classes}
-    if p.examples: return folder_examples(p.examples, groups)
+def _names_and_groups(p, classes, say):
+    "For each class of the run, its name for people and the group of its examples"
+    names, groups = {c: c for c in classes}, None
+    if are_wordnet_ids(classes):
+        try:
+            index = class_index(tries=2, timeout=10)
+            names, groups = imagenet_names(classes, index), imagenet_groups(classes, index)
+        except FetchError as e: say(f"the names of ImageNet's classes cannot be fetched, so that the export has their ids: {e}")
+    return names, read_superclasses(p.superclasses, classes) if p.superclasses else groups or names
+
+def _named(trained, names):
+    "A network with other names for its classes"
+    out = copy.copy(trained)
+    out.metadata = trained.metadata | {'classes': [names[str(c)] for c in trained.classes]}
+    return out
+
+# %% ../nbs/71_deploy.ipynb #8b22c5e0
+def _examples(p, trained, valid, names, groups, say):
+    "Files of examples: (file name, bytes, name of the class, group)"
+    if p.examples: return folder_examples(p.examples, groups, names)
     if valid is None: return []
     license, shareable = photo_license(trained.run.params['data'])
     if shareable:
-        examples = split_examples(valid.images.table, valid.images.rows, valid.probs, groups)
+        examples = split_examples(valid.images.table, valid.images.rows, valid.probs, groups, names)
         missing = [g for g in dict.fromkeys(groups.values()) if g not in {group for *_, group in examples}]
         if missing:
             say(f'no example of {", ".join(missing[:5])}{" …" if len(missing) > 5 else ""}: no validation photo is right '
@@ -86,14 +104,15 @@ def _weights_id(trained, checkpoint):
 
 def _data_name(run): return Path(str(run.params['data'])).name or str(run.params['data'])
 
-def _config(trained, p, exported, examples):
+def _config(trained, p, names, exported, examples):
     "What config.json holds, without the hashes"
     run, metrics = trained.run, trained.run.metrics
+    ids = {'ids': [*names]} if [*names] != [*names.values()] else {}  # the classes of the run
     prepared, split = run.depends.get('prepared', ''), 'test' if metrics.get('test') else 'valid'
     evaluated = _weights_id(trained, p.checkpoint) == _weights_id(trained, metrics['checkpoint'])  # the metrics are of these weights
     return {'schema': 1, 'title': p.title or f'{trained.metadata["arch"]} on {_data_name(run)}', 'arch': trained.metadata['arch'],
-            'classes': [str(c) for c in trained.classes], 'size': trained.size, 'presize': int(prepared.partition('-')[2] or 0),
-            'crop': 1.0 if trained.size <= 64 else 0.875, 'norm': trained.metadata['norm'], 'stem': trained.metadata['stem'],
+            'classes': [*names.values()], **ids, 'size': trained.size, 'crop': 1.0 if trained.size <= 64 else 0.875,
+            'presize': int(prepared.partition('-')[2] or 0), 'norm': trained.metadata['norm'], 'stem': trained.metadata['stem'],
             'head': trained.metadata['head'], 'weights': _weights_id(trained, p.checkpoint), 'maps': exported['maps'],
             'run': run.name, 'checkpoint': p.checkpoint,
             'commit': (read_json(run.dir/'params.json') or {}).get('git', ''), 'license': p.license,
@@ -104,7 +123,7 @@ def _config(trained, p, exported, examples):
 # %% ../nbs/71_deploy.ipynb #237d60e6
 _LFS = ''.join(f'{pattern} filter=lfs diff=lfs merge=lfs -text\n' for pattern in ('*.onnx', '*.safetensors'))
 
-def _write_files(folder, p, trained, valid, examples, config):
+def _write_files(folder, p, trained, names, valid, examples, config):
     "Everything but the ONNX file and config.json"
     weights = {k: v.contiguous() for k, v in trained.model.state_dict().items()}
     safetensors.torch.save_file(weights, folder/'model.safetensors', {'imgexp': json.dumps(trained.metadata)})
@@ -112,7 +131,7 @@ def _write_files(folder, p, trained, valid, examples, config):
     for name, data, *_ in examples:
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_bytes(data)
-    card = model_card(trained, license=p.license, title=config['title'], examples=[Path(name).name for name, *_ in examples],
+    card = model_card(_named(trained, names), license=p.license, title=config['title'], examples=[Path(name).name for name, *_ in examples],
                       space={'sdk_version': version('gradio')} if p.space else None,
                       predictions=None if valid is None else (valid.probs, valid.labels))
     texts = code_files(p.space) | {'README.md': card, 'LICENSE': license_text(), 'requirements.txt': requirements(p.space)}
@@ -133,11 +152,12 @@ class Export:
 
 def _write(folder, p, trained, say):
     valid = _validation(trained, say)
-    examples = _examples(p, trained, valid, say)
+    names, groups = _names_and_groups(p, [*map(str, trained.classes)], say)
+    examples = _examples(p, trained, valid, names, groups, say)
     say(f'writing and comparing model.onnx of {trained.run.name}')
     exported = export_onnx(trained.model, trained.metadata['norm'], folder/'model.onnx', _sample(valid, trained.size), say=say)
-    config = _config(trained, p, exported, examples)
-    _write_files(folder, p, trained, valid, examples, config)
+    config = _config(trained, p, names, exported, examples)
+    _write_files(folder, p, trained, names, valid, examples, config)
     write_json(folder/'config.json', config | {'files': file_hashes(folder)})
 
 # %% ../nbs/71_deploy.ipynb #4a465694

@@ -22,7 +22,8 @@ class DeployParams(Parameters, heading='export'):
     title: str = param('', 'title of the model card and the page; empty is made from the network and the data')
     examples: str = param('', 'folder of photos for the page, in folders by class; empty takes validation photos if their '
                               'license allows it')
-    superclasses: str = param('', 'CSV file with columns class and superclass, by which the examples are grouped')
+    superclasses: str = param('', 'CSV file with columns class and superclass, which groups the examples; empty groups classes of ImageNet by '
+                                  'WordNet, others not at all')
     space: bool = param(False, 'add app.py and the header of a Hugging Face Space')
 
 # %% ../nbs/70a_deploy_params.ipynb #517d41de

@@ -54,20 +54,22 @@ def split_examples(
     rows,         # int [n], rows of the table
     probs,        # float [n, classes]
     groups: dict, # {class: its group}
-) -> list:        # of (file name, bytes, class, group)
+    names: dict,  # {class: its name for people}
+) -> list:        # of (file name, bytes, name of the class, group)
     "Examples from images of the data."
-    names, labels = [str(c) for c in table.classes], table.labels[rows]
+    classes, labels = [str(c) for c in table.classes], table.labels[rows]
     out = []
-    for number, i in enumerate(choose_examples(probs, labels, [groups[c] for c in names])):
-        name, data = names[labels[i]], encode_example(read(table, rows[i]))
-        out.append((_file_name(name, number, data), data, name, groups[name]))
+    for number, i in enumerate(choose_examples(probs, labels, [groups[c] for c in classes])):
+        label, data = classes[labels[i]], encode_example(read(table, rows[i]))
+        out.append((_file_name(names[label], number, data), data, names[label], groups[label]))
     return out
 
 def folder_examples(
     folder,       # of photos; a folder named like a class holds photos of it
     groups: dict, # {class: its group}
+    names: dict,  # {class: its name for people}
     limit: int = 100, # maximum number of photos
-) -> list:        # of (file name, bytes, class or '', group or '')
+) -> list:        # of (file name, bytes, name of the class or '', group or '')
     "Examples from a folder; raises `InputError` if it has no photos, too many, or one that cannot be read."
     folder = Path(folder).expanduser()
     files = image_files(folder) if folder.is_dir() else []
@@ -79,6 +81,6 @@ def folder_examples(
         try: data = encode_example(decode((folder/name).read_bytes()))
         except BadImage as e: raise InputError(f'examples: {str(folder/name)!r} {e}') from None
         label = Path(name).parent.name
-        label = label if label in groups else ''
-        out.append((_file_name(label or Path(name).stem, number, data), data, label, groups.get(label, label)))
+        title = names.get(label, '')
+        out.append((_file_name(title or Path(name).stem, number, data), data, title, groups.get(label, '')))
     return out

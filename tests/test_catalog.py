@@ -594,7 +594,7 @@ def synset(c, n=3): return pack({f'{c}_{i}.JPEG': f'{c}{i}'.encode() for i in ra
 @pytest.fixture
 def index(monkeypatch):
     names = dict(zip(IDS, ('tench', 'goldfish', 'golden_retriever', 'crane')))
-    monkeypatch.setattr(retrieval, '_class_index', lambda *a, **kw: names)
+    monkeypatch.setattr(retrieval, 'class_index', lambda *a, **kw: names)
 
 def test_classes_by_id_and_name(net, data, index):
     for c in IDS: net.serve(f'{c}.tar', synset(c))

@@ -10,6 +10,7 @@ from PIL import Image
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'imgexp[deploy]'")
 from imgexp.deploy import export_run, exported_folder, push_export
+from imgexp.download import FetchError
 from imgexp.errors import InputError, RunFailed
 from imgexp.evaluate import load_run
 from imgexp.models import build_model
@@ -82,6 +83,37 @@ def alone(folder, code, **env):
     "Run code in the folder of an export, where torch and imgexp cannot be imported."
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'imgexp', 'fastai', 'fastcore', 'pandas', 'matplotlib']));"
     return subprocess.run([sys.executable, '-c', blocked + code], cwd=folder, capture_output=True, text=True, env=os.environ | {'PYTHONDONTWRITEBYTECODE': '1'} | env)
+
+def test_classes_of_imagenet_have_names_and_groups(tmp_path, monkeypatch):
+    monkeypatch.setenv('IMGEXP_ROOT', str(tmp_path))
+    ids = {'n02012849': 'circle', 'n02123045': 'square', 'n03126707': 'star5'}  # a crane, a tabby, another crane
+    table = shapes(90, size=48)
+    for row in range(len(table)):
+        wnid = next((i for i, c in ids.items() if c == table.classes[table.labels[row]]), None)
+        if wnid is None: continue
+        path = tmp_path/'photos'/('train', 'valid', 'test')[table.splits[row]]/wnid
+        path.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path/f'{row}.png'), table.source.read(row)[..., ::-1])
+    run = train(data=str(tmp_path/'photos'), epochs=1, **SMALL | {'size': 32, 'arch': 'small_cnn'})
+    index = {f'n{k:08}': 'other' for k in range(1000)}
+    keys = [*index]
+    for number, wnid, name in ((134, 'n02012849', 'crane'), (281, 'n02123045', 'tabby'), (517, 'n03126707', 'crane')): keys[number] = wnid
+    index = {k: {'n02123045': 'tabby'}.get(k, 'crane' if k in ids else 'other') for k in keys}
+    monkeypatch.setattr('imgexp.deploy.class_index', lambda **kw: index)
+    exported = export_run(run=run.name, examples=str(tmp_path/'photos/valid'), out=str(tmp_path/'named'))
+    names = ['crane (n02012849)', 'tabby', 'crane (n03126707)']
+    assert exported.config['classes'] == names and exported.config['ids'] == [*ids]
+    assert {(e['class'], e['group']) for e in exported.config['examples']} == {*zip(names, ('birds', 'cats', 'things'))}
+    photo = next((tmp_path/'photos/valid').rglob('*.png'))
+    theirs, answer = load_run(str(run.dir), device='cpu').predict(photo), exported.model().predict(photo)
+    assert next(iter(answer)) == names[[*ids].index(theirs.predicted[0])]
+    assert 'tabby' in (tmp_path/'named/README.md').read_text() and 'n02123045' not in (tmp_path/'named/README.md').read_text()
+
+    def unreachable(**kw): raise FetchError('no network')
+    monkeypatch.setattr('imgexp.deploy.class_index', unreachable)
+    said = []
+    assert export_run(say=said.append, run=run.name, out=str(tmp_path/'ids')).config['classes'] == [*ids]
+    assert any('no network' in s for s in said)
 
 def test_the_folder_needs_neither_torch_nor_imgexp(made, tmp_path):
     run, exported = made

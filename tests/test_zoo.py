@@ -177,7 +177,7 @@ def web(project, monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('IMGEXP_DATA', str(project/'data'))
-    monkeypatch.setattr(retrieval, '_class_index', lambda *args, **kw: {c: c for c in IDS})
+    monkeypatch.setattr(retrieval, 'class_index', lambda *args, **kw: {c: c for c in IDS})
     yield folder, asked, dict(base_url=f'http://127.0.0.1:{server.server_port}', tries=1, pause=0)
     server.shutdown()
     server.server_close()
