@@ -34,7 +34,7 @@ SMALL = dict(size=32, epochs=3, precision='fp32', track='off', subset=0.2)
 @pytest.mark.parametrize('arch, retrain, head', [('resnet18', 0, 'linear'), ('resnet18', 1, 'linear'), ('resnet18', 0, 'mlp'), ('densenet121', 0, 'linear'), ('vgg11_bn', 0, 'linear')])
 def test_features_give_what_images_give(project, arch, retrain, head):
     "Same order, same seed: logits equal to 1e-5, the same predictions, the frozen part as it was, batch norm's statistics included."
-    run = train(arch=arch, retrain=retrain, head=head, **SMALL | dict(classes='0,1,2,3', epochs=2))
+    run = train(arch=arch, retrain=retrain, head=head, **SMALL | dict(classes='0,1,2,3', epochs=2, subset=0.1, size=16 if arch == 'resnet18' else 32))
     p = TransferParams.of(run.params)
     table = keep_subset(load_images('digits', p.classes), p.subset, p.seed)
     net = build_model(arch, 4, '', retrain, p.size, head=head)
@@ -70,7 +70,7 @@ def test_bf16_hardly_changes_predictions(project):
 def test_history_and_metrics_tell_the_same(project, capsys):
     "A head is trained and judged in fp32, whatever its features were computed in: bf16 logits are often equal, and any of them could come first."
     for head in ('linear', 'logistic'):
-        run = train(head=head, **SMALL | dict(precision='bf16'))
+        run = train(head=head, arch='compact_resnet', **SMALL | dict(precision='bf16'))
         assert 'has random weights: give weights=imagenet' in capsys.readouterr().out
         told = run.history.set_index('epoch').loc[run.metrics['epoch']]
         assert told.valid_top1 == pytest.approx(run.metrics['valid']['top1']['value'], abs=1e-6) and told.valid_loss == pytest.approx(run.metrics['valid']['loss'], rel=1e-5)
@@ -78,7 +78,7 @@ def test_history_and_metrics_tell_the_same(project, capsys):
 def test_logistic_sees_all_views_at_once(project):
     "And tells which weight decay it chose."
     from imgexp.transfer import FullBatchLoader, load_features
-    run = train(head='logistic', views=3, **SMALL)
+    run = train(head='logistic', arch='compact_resnet', views=3, **SMALL)
     p, seen = TransferParams.of(run.params), run.history
     assert (seen.images.diff().dropna() == 3*len(keep_subset(load_images('digits'), p.subset, p.seed).split('train'))).all()
     assert np.allclose(seen.weight_decay, 10.**np.arange(0, -5.5, -0.5)) and 'lr' not in seen, 'there is no learning rate'
