@@ -38,10 +38,10 @@ class BadPhoto(ValueError):
 def check_photo(
     raw: bytes, # a file's content
 ) -> float: # megapixels
-    "Size of a photo; raises `BadPhoto` for a file that is not to be decoded: no image, or too large a one."
+    "Size of a photo; raises `BadPhoto` for a file that is not to be decoded: not an image, or too large."
     kind = image_kind(raw[:16])
     if not raw: raise BadPhoto('This file is empty: please choose another one.')
-    if kind == 'HEIC': raise BadPhoto('HEIC photos cannot be read here: please save it as a JPEG first.')
+    if kind == 'HEIC': raise BadPhoto('HEIC photos cannot be read here: please save this one as a JPEG first.')
     if kind not in _KINDS: raise BadPhoto(_NO_PHOTO)
     try:
         with without_warnings(), open_image(raw) as f: pixels = f.width*f.height
@@ -128,8 +128,8 @@ def _log_line(events):
 def _accuracy_line(config):
     accuracy = config.get('accuracy')
     if not accuracy: return 'The accuracy of this network has not been measured.'
-    top1 = accuracy['top1']
-    return (f"Top-1 accuracy {top1['value']:.1%} (n = {top1['n']:,} {accuracy.get('split', 'test')} images, "
+    top1, split = accuracy['top1'], 'validation' if accuracy.get('split') == 'valid' else 'test'
+    return (f"Top-1 accuracy {top1['value']:.1%} (n = {top1['n']:,} {split} images, "
             f"95% interval {top1['low']:.1%} to {top1['high']:.1%}).")
 
 def _paragraphs(*lines): return ''.join(f'<p>{escape(_text(line))}</p>' for line in lines if line)
@@ -141,8 +141,9 @@ def _heading(title, config):
 
 def _notes(config):
     "The lines at the end of the page, as HTML"
-    return _paragraphs('The examples are photos that the network gets right with confidence: they say nothing about its accuracy.' if config.get('examples') else '',
-                       'Photos are used for the answer alone, and deleted within two minutes.',
+    chosen = 'The examples were chosen, so they say nothing about the accuracy.'
+    return _paragraphs(chosen if config.get('examples') else '',
+                       'Your photos are used for the answer alone, and deleted within two minutes.',
                        f"{config.get('arch', '')} at {config['size']} px, {len(config['classes'])} classes.".strip())
 
 def _groups(model):
@@ -203,7 +204,8 @@ def _add_examples(gr, photo, groups):
             rows = gr.Dataset(components=[photo], samples=[[f] for f in files], label=group, type='index',
                               samples_per_page=len(files))
             paths = [row[0]['path'] for row in rows.samples]  # copies that the page may show
-            rows.click(paths.__getitem__, rows, photo, concurrency_limit=None, show_progress='hidden', api_visibility='private')
+            rows.click(paths.__getitem__, rows, photo, concurrency_limit=None, show_progress='hidden',
+                       api_visibility='private')
             rows.click(None, js="() => { window.scrollTo({top: 0, behavior: 'smooth'}) }", api_visibility='private')
 
 # %% ../nbs/70d_app.ipynb #666b51e7
@@ -222,14 +224,15 @@ def make_app(
         gr.HTML(_heading(title, model.config), elem_id='title', padding=False)
         with gr.Row():
             with gr.Column():
-                photo = _photo_class(gr)(label='Photo', sources=['upload', 'clipboard'], type='filepath', height=320, buttons=[],
-                                         placeholder='Drop a photo here\n- or -\nclick to choose one', elem_id='photo')
+                photo = _photo_class(gr)(label='Photo', sources=['upload', 'clipboard'], type='filepath', height=320,
+                                         placeholder='Drop a photo here\n- or -\nclick to choose one', buttons=[],
+                                         elem_id='photo')
                 inputs = [photo] + [gr.Checkbox(label='Show where the network looks (Grad-CAM)', elem_id='switch')]*maps
             with gr.Column():
                 sentence = gr.HTML(elem_id='sentence', padding=False)
                 bars = gr.Label(label='Most probable classes', num_top_classes=_TOP, elem_id='bars')
-                picture = gr.Image(label='What the network sees', format='jpeg', interactive=False, buttons=[], elem_id='map',
-                                   alt_text='Map of the most probable class', render=maps)
+                picture = gr.Image(label='Where the network looks', format='jpeg', interactive=False, buttons=[],
+                                   elem_id='map', alt_text='Map of the most probable class', render=maps)
                 outputs = [bars, sentence] + [picture]*maps
         if groups: _add_examples(gr, photo, groups)
         app.load(None, js=_name_examples(groups), api_visibility='private')
@@ -240,7 +243,8 @@ def make_app(
 
 # %% ../nbs/70d_app.ipynb #7ac3f742
 _ROUTES = re.compile(r'/((assets|static)/[\w./-]*|theme\.css|favicon\.ico|manifest\.json|config|gradio_api/'
-                     r'(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|app_id))?/?')
+                     r'(upload|upload_progress|queue/join|queue/data|heartbeat/\w+|startup-events|reset|cancel|'
+                     r'app_id))?/?')
 _FILES = '/gradio_api/file='
 _HEADERS = [(b'content-security-policy', b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"),
             (b'referrer-policy', b'no-referrer'), (b'x-content-type-options', b'nosniff')]
@@ -299,7 +303,8 @@ class _Limits:
         if length > limit: return await refuse(413, _LARGE_FILE)
         receive = _bounded(receive, limit)
         if not upload: return await self.app(scope, receive, send_with_headers)
-        if self.arriving + length > _MAX_STORED/2: return await refuse(503, 'Too many uploads at the moment: please try again.')
+        if self.arriving + length > _MAX_STORED/2:
+            return await refuse(503, 'Too many uploads at the moment: please try again.')
         self.arriving += length
         self.stored += length  # at most this, until the folder is looked at
         try:
@@ -326,7 +331,7 @@ def _check_address(host, port):
             s.bind(address)
     except OSError as e:
         if e.errno == errno.EADDRINUSE: raise CannotServe(f'port {port} is in use: choose another one') from None
-        raise CannotServe(f'cannot listen at {host}, port {port}: {e.strerror}') from None
+        raise CannotServe(f'cannot listen on {host}, port {port}: {e.strerror}') from None
 
 # %% ../nbs/70d_app.ipynb #907e4f3d
 class _Silent(io.TextIOBase):
@@ -361,12 +366,13 @@ def _upload_folder():
 def _launch(app, host, port, folder, saved):
     import gradio as gr
     from starlette.middleware import Middleware
-    theme = gr.themes.Default(primary_hue='orange', neutral_hue='gray', font=(fonts := ['system-ui', 'sans-serif']), font_mono=fonts)
+    fonts = ['system-ui', 'sans-serif']
+    theme = gr.themes.Default(primary_hue='orange', neutral_hue='gray', font=fonts, font_mono=fonts)
     middleware = Middleware(_Limits, folder=Path(folder), saved=saved)
     app.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False, ssr_mode=False,
-        theme=theme, css=_CSS, footer_links=[], run_history=False, pwa=False, mcp_server=False, enable_monitoring=False,
-        show_error=False, max_file_size=MAX_MEGABYTES*2**20, state_session_capacity=256,
+        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=False, share=False,
+        ssr_mode=False, theme=theme, css=_CSS, footer_links=[], run_history=False, pwa=False, mcp_server=False,
+        enable_monitoring=False, show_error=False, max_file_size=MAX_MEGABYTES*2**20, state_session_capacity=256,
         app_kwargs={'middleware': [middleware], 'docs_url': None, 'openapi_url': None})
 
 def _warm_up(model):
@@ -378,14 +384,14 @@ def _warm_up(model):
 # %% ../nbs/70d_app.ipynb #7ff21202
 def serve_model(
     folder='',               # of an export; '' is the one that this file is in
-    host: str = '127.0.0.1', # address to listen at; '0.0.0.0' for all of the machine's
+    host: str = '127.0.0.1', # address to listen on; '0.0.0.0' for all of the machine's
     port: int = 7860,        # 1 to 65535
     threads: int = 1,        # CPU threads for one photo
 ):
     "Serve the page of an exported network until SIGINT or SIGTERM; raises `CannotServe` and `BadExport`."
     if not find_spec('gradio'): raise CannotServe('the page needs Gradio: pip install gradio')
     _check_address(host, port)
-    os.environ['ORT_DISABLE_TELEMETRY'] = '1'  # since 1.29, ONNX Runtime calls its maker
+    os.environ['ORT_DISABLE_TELEMETRY'] = '1'  # since 1.29, ONNX Runtime phones home
     model, events, out = Model(folder, threads), deque(), sys.stdout
     silent = _Silent(events)
     with _stop_signals() as stop, _upload_folder() as uploads, redirect_stdout(silent), redirect_stderr(silent):
@@ -393,7 +399,7 @@ def serve_model(
         saved = {str(p) for p in Path(uploads).rglob('*')}  # the examples
         try:
             try: _launch(app, host, port, uploads, saved)
-            except OSError as e: raise CannotServe(f'cannot listen at {host}, port {port}: {e}') from None
+            except OSError as e: raise CannotServe(f'cannot listen on {host}, port {port}: {e}') from None
             _warm_up(model)
             print(f'http://{host}:{port} (Ctrl+C stops)', file=out, flush=True)
             for tick in count(1):

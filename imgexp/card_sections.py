@@ -65,7 +65,7 @@ class DataOrigin:
     name: str
     entry: Entry | None = None # of the catalog
     hub: str = ''              # owner/name on the Hugging Face Hub
-    revision: str = ''         # there
+    revision: str = ''         # on the Hub
     @property
     def kind(self): return self.hub or (self.entry.name if self.entry else 'imagefolder')
 
@@ -240,7 +240,8 @@ def result_sections(
 def _trained_part(p):
     "What was trained, in words"
     k, epochs = p.get('retrain', -1), p.get('finetune_epochs')
-    part = 'all of it' if k < 0 else 'the head; the backbone is frozen' if k == 0 else f'the head and the last {k} blocks'
+    part = ('all of it' if k < 0 else 'the head; the backbone is frozen' if k == 0
+            else f'the head and the last {f"{k} blocks" if k > 1 else "block"}')
     return part + (f', then all of it for {epochs} epochs' if epochs else '')
 
 def _first_weights(run):
@@ -273,7 +274,7 @@ def _training(trained):
     facts = bullet_list({
         'Run': f'`{run.name}`',
         'Trained': _trained_part(p),
-        'First weights': _first_weights(run),
+        'Initial weights': _first_weights(run),
         'Recipe': f"{p['recipe']} ({recipe.source}; differences: {recipe.differs})" if recipe else 'none',
         'Parameters': ', '.join(f'{k} {markdown_text(_shown(k, p[k]))}' for k in _MAIN
                                 if p.get(k) and p[k] != -1),
@@ -281,8 +282,8 @@ def _training(trained):
         'Seed': f"{p['seed']}; one run, so the spread over seeds is unknown" if 'seed' in p else 'unknown',
         'Precision': printable(run.resolved.get('precision', p.get('precision', 'unknown'))),
         'Training time': duration(metrics['seconds']) if metrics.get('seconds') is not None else 'unknown'})
-    return (f'## Training\n\n{facts}\n\n```bash\n{_command(run)}\n```\n\nFolders and files are named by the last part of '
-            'their paths; what is not in the command has its default.')
+    return (f'## Training\n\n{facts}\n\n```bash\n{_command(run)}\n```\n\nFolders and files are named by the last part '
+            'of their paths; what is not in the command has its default.')
 
 # %% ../nbs/70c_card_sections.ipynb #cs046
 _PACKAGES = ('imgexp', 'torch', 'torchvision', 'fastai', 'numpy', 'opencv-python-headless', 'simplejpeg', 'pillow')
@@ -295,7 +296,7 @@ def _environment(run):
     texts = {'Python': a.get('python'), 'System': str(a.get('platform') or '').split('-')[0], 'Processor': a.get('cpu'),
              'Device': a.get('device'), 'Threads': a.get('threads'), 'Processes': a.get('processes'),
              'Packages': packages, 'Commit': a.get('git')}
-    note = f'\n\nOf the last of {len(run.attempts)} attempts.' if len(run.attempts) > 1 else ''
+    note = f'\n\nRecorded by the last of {len(run.attempts)} attempts.' if len(run.attempts) > 1 else ''
     return '## Environment\n\n' + bullet_list({k: markdown_text(v or 'unknown') for k, v in texts.items()}) + note
 
 def training_sections(

@@ -33,7 +33,8 @@ def export_command(
     else: say(f'next: imgexp serve {display_path(exported.folder)}')
 
 _Run = Annotated[str, typer.Argument(help="A run's name, part of it, or its directory.")]
-_Push = Annotated[Optional[str], typer.Option(help='Upload to this repository (owner/name) on Hugging Face, as a Space with --space.')]
+_Push = Annotated[Optional[str], typer.Option(help='Upload to this repository (owner/name) on Hugging Face, as a Space '
+                                                   'with --space.')]
 _Space = Annotated[bool, typer.Option('--space', help=DeployParams.table()['space'].metadata['help'])]
 export_command.__signature__ = inspect.Signature([
     inspect.Parameter('run', inspect.Parameter.KEYWORD_ONLY, annotation=_Run),
@@ -42,9 +43,13 @@ export_command.__signature__ = inspect.Signature([
     *(parameter_option(f) for n, f in DeployParams.table().items() if n not in ('run', 'space'))])
 
 # %% ../nbs/90a_cli_deploy.ipynb #c0becb50
+_Served = Annotated[str, typer.Argument(metavar='RUN|FOLDER',
+                                        help="A run's name or directory, or the folder of an export.")]
+_Host = Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 shows the page to the network.')]
+
 def serve_command(
-    name: Annotated[str, typer.Argument(metavar='RUN|FOLDER', help="A run's name or directory, or the folder of an export.")], # text
-    host: Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 shows the page to the network.')] = '127.0.0.1', # IP or name
+    name: _Served, # text
+    host: _Host = '127.0.0.1', # IP or name
     port: Annotated[int, typer.Option(help='Port to listen on.')] = 7860, # 1 to 65535
 ):
     "Show the web page of a run or of an export, until Ctrl+C."

@@ -28,7 +28,8 @@ _From = Annotated[Optional[int], typer.Option('--from', min=1, help=PhaseParams.
 
 def _with_parameters(command, own, leave_out=()):
     "Give a command the parameters of a plan as options"
-    options = (parameter_option(f) for n, f in PhaseParams.table().items() if n not in ('plan', 'from_phase', *leave_out))
+    left_out = ('plan', 'from_phase', *leave_out)
+    options = (parameter_option(f) for n, f in PhaseParams.table().items() if n not in left_out)
     command.__signature__ = inspect.Signature([
         *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a, default=d) for n, (a, d) in own.items()),
         *options])

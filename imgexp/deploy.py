@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from .bundle import check_installed, check_target, code_files, file_hashes, find_export, license_text, move_into_place, requirements
+from .bundle import (check_installed, check_target, code_files, file_hashes, find_export, license_text,
+    move_into_place, requirements)
 from .deploy_params import DeployParams, photo_license, read_superclasses
 from .download import FetchError
 from .errors import InputError, RunFailed
@@ -39,10 +40,11 @@ def exportable(
     "The network of a finished PyTorch run, on the CPU; raises `InputError` for any other."
     found = find_run(run)
     if EXPERIMENTS.get(found.notebook, ('', ''))[1] != 'torch':
-        raise InputError(f'run {found.name} is of {found.notebook}: only PyTorch networks can be exported: choose a run of '
-                         '03_train or 20_transfer')
+        raise InputError(f'run {found.name} is of {found.notebook}: only PyTorch networks can be exported: choose a '
+                         'run of 03_train or 20_transfer')
     if not found.metrics:
-        raise InputError(f'run {found.name} is not finished ({found.state}): repeat the command that trains it, then export it')
+        raise InputError(f'run {found.name} is not finished ({found.state}): repeat the command that trains it, then '
+                         'export it')
     return load_run(str(found.dir), checkpoint, 'cpu')
 
 @dataclass
@@ -55,7 +57,7 @@ class _Pass:
 def _validation(trained, say):
     try: return _Pass(*trained.predict_split('valid'))
     except InputError as e:
-        say(f'without validation images ({e}): the export is compared on noise, and has no examples of the data')
+        say(f'without validation images ({e}): the export is compared on noise, and has no examples from the data')
         return None
 
 def _sample(valid, size):
@@ -65,13 +67,14 @@ def _sample(valid, size):
 
 # %% ../nbs/71_deploy.ipynb #2c9452fa
 def _names_and_groups(p, classes, say):
-    "For each class of the run, its name for people and the group of its examples"
+    "For each class of the run, its display name and the group of its examples"
     names, groups = {c: c for c in classes}, None
     if are_wordnet_ids(classes):
         try:
             index = class_index(tries=2, timeout=10)
             names, groups = imagenet_names(classes, index), imagenet_groups(classes, index)
-        except FetchError as e: say(f"the names of ImageNet's classes cannot be fetched, so that the export has their ids: {e}")
+        except FetchError as e:
+            say(f"the names of ImageNet's classes cannot be fetched, so the export has their ids: {e}")
     return names, read_superclasses(p.superclasses, classes) if p.superclasses else groups or names
 
 def _named(trained, names):
@@ -90,10 +93,10 @@ def _examples(p, trained, valid, names, groups, say):
         examples = split_examples(valid.images.table, valid.images.rows, valid.probs, groups, names)
         missing = [g for g in dict.fromkeys(groups.values()) if g not in {group for *_, group in examples}]
         if missing:
-            say(f'no example of {", ".join(missing[:5])}{" …" if len(missing) > 5 else ""}: no validation photo is right '
-                'with more than 50%')
+            say(f'no example of {", ".join(missing[:5])}{" …" if len(missing) > 5 else ""}: no validation photo is '
+                'classified correctly with more than 50%')
         return examples
-    say(f'no examples: the license of the photos ({license or "unknown"}) may not allow passing them on '
+    say(f'no examples: the license of the photos ({license or "unknown"}) may not allow redistribution '
         '(--examples FOLDER takes your own)')
     return []
 
@@ -109,15 +112,15 @@ def _config(trained, p, names, exported, examples):
     run, metrics = trained.run, trained.run.metrics
     ids = {'ids': [*names]} if [*names] != [*names.values()] else {}  # the classes of the run
     prepared, split = run.depends.get('prepared', ''), 'test' if metrics.get('test') else 'valid'
-    evaluated = _weights_id(trained, p.checkpoint) == _weights_id(trained, metrics['checkpoint'])  # the metrics are of these weights
-    return {'schema': 1, 'title': p.title or f'{trained.metadata["arch"]} on {_data_name(run)}', 'arch': trained.metadata['arch'],
+    weights, m = _weights_id(trained, p.checkpoint), trained.metadata
+    evaluated = weights == _weights_id(trained, metrics['checkpoint'])  # the metrics are of these weights
+    return {'schema': 1, 'title': p.title or f'{m["arch"]} on {_data_name(run)}', 'arch': m['arch'],
             'classes': [*names.values()], **ids, 'size': trained.size, 'crop': 1.0 if trained.size <= 64 else 0.875,
-            'presize': int(prepared.partition('-')[2] or 0), 'norm': trained.metadata['norm'], 'stem': trained.metadata['stem'],
-            'head': trained.metadata['head'], 'weights': _weights_id(trained, p.checkpoint), 'maps': exported['maps'],
-            'run': run.name, 'checkpoint': p.checkpoint,
+            'presize': int(prepared.partition('-')[2] or 0), 'norm': m['norm'], 'stem': m['stem'], 'head': m['head'],
+            'weights': weights, 'maps': exported['maps'], 'run': run.name, 'checkpoint': p.checkpoint,
             'commit': (read_json(run.dir/'params.json') or {}).get('git', ''), 'license': p.license,
-            'accuracy': {'split': split, 'top1': metrics[split]['top1']} if evaluated else None, 'not_for': not_for(len(trained.classes)),
-            'differences': exported['differences'],
+            'accuracy': {'split': split, 'top1': metrics[split]['top1']} if evaluated else None,
+            'not_for': not_for(len(trained.classes)), 'differences': exported['differences'],
             'examples': [{'file': name, 'class': label, 'group': group} for name, _, label, group in examples]}
 
 # %% ../nbs/71_deploy.ipynb #237d60e6
@@ -131,11 +134,13 @@ def _write_files(folder, p, trained, names, valid, examples, config):
     for name, data, *_ in examples:
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_bytes(data)
-    card = model_card(_named(trained, names), license=p.license, title=config['title'], examples=[Path(name).name for name, *_ in examples],
+    card = model_card(_named(trained, names), license=p.license, title=config['title'],
+                      examples=[Path(name).name for name, *_ in examples],
                       space={'sdk_version': version('gradio')} if p.space else None,
                       predictions=None if valid is None else (valid.probs, valid.labels))
-    texts = code_files(p.space) | {'README.md': card, 'LICENSE': license_text(), 'requirements.txt': requirements(p.space)}
-    for name, text in (texts | ({'.gitattributes': _LFS} if p.space else {})).items(): write_text(folder/name, text)
+    texts = {'README.md': card, 'LICENSE': license_text(), 'requirements.txt': requirements(p.space)}
+    if p.space: texts['.gitattributes'] = _LFS
+    for name, text in (code_files(p.space) | texts).items(): write_text(folder/name, text)
 
 # %% ../nbs/71_deploy.ipynb #8914b3b2
 @dataclass
@@ -155,7 +160,8 @@ def _write(folder, p, trained, say):
     names, groups = _names_and_groups(p, [*map(str, trained.classes)], say)
     examples = _examples(p, trained, valid, names, groups, say)
     say(f'writing and comparing model.onnx of {trained.run.name}')
-    exported = export_onnx(trained.model, trained.metadata['norm'], folder/'model.onnx', _sample(valid, trained.size), say=say)
+    sample = _sample(valid, trained.size)
+    exported = export_onnx(trained.model, trained.metadata['norm'], folder/'model.onnx', sample, say=say)
     config = _config(trained, p, names, exported, examples)
     _write_files(folder, p, trained, names, valid, examples, config)
     write_json(folder/'config.json', config | {'files': file_hashes(folder)})
@@ -173,7 +179,7 @@ def export_run(
     folder = Path(p.out).expanduser() if p.out else trained.run.dir/'export'
     check_target(folder)
     if 'license_name' in license_fields(p.license):
-        say(f'license {p.license!r} is not one that Hugging Face lists: the card says `other` and its name')
+        say(f'license {p.license!r} is not one that Hugging Face lists: the card says `other`, with this name')
     if trained.precision != 'fp32':
         say(f'the run computed in {trained.precision}, the export computes in fp32: probabilities may differ slightly')
     part = folder.absolute().with_name(f'.{folder.name}.part')
@@ -199,7 +205,7 @@ def push_export(
     folder,    # of an export
     repo: str, # 'owner/name' on Hugging Face
 ) -> str:      # its URL
-    "Upload an export to Hugging Face, with the login of `hf auth login`; raises `RunFailed` without network or rights."
+    "Upload an export to Hugging Face, with the login of `hf auth login`; raises `RunFailed` if that is not possible."
     check_repo(repo)
     check_files(folder, read_export(folder))
     from huggingface_hub import HfApi
@@ -212,7 +218,8 @@ def push_export(
     except LocalTokenNotFoundError: raise RunFailed(f'not logged in to Hugging Face: `hf auth login`; {kept}') from None
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else 0
-        why = 'not logged in, or no right to write there: `hf auth login`' if status in (401, 403) else f'status {status}'
+        why = f'status {status}'
+        if status in (401, 403): why = 'not logged in, or no right to write there: `hf auth login`'
         raise RunFailed(f'Hugging Face refused {repo} ({why}); {kept}') from None
     except Exception as e:  # of the HTTP library that huggingface_hub has chosen
         raise RunFailed(f'Hugging Face cannot be reached ({type(e).__name__}); {kept}') from e
@@ -223,7 +230,7 @@ def exported_folder(
     name: str, # folder of an export; or a run's name, part of it, or its directory
     say=lambda text: None, # called with messages
 ) -> Path:
-    "The folder of an export; a run is exported unless its best weights were; raises `InputError`."
+    "The folder of an export; a run is exported unless its best weights already are; raises `InputError`."
     if (folder := find_export(name)) is not None: return folder
     trained = exportable(name)
     folder = trained.run.dir/'export'

@@ -18,20 +18,20 @@ class DeployParams(Parameters, heading='export'):
     run: str = param('', "a run's name, part of it, or its directory; empty trains a small example")
     out: str = param('', "folder to write; by default export/ in the run's directory")
     checkpoint: str = param('best', "best, last, or a checkpoint's name")
-    license: str = param('', 'license of the weights (for example cc-by-4.0); empty says that it is not stated')
-    title: str = param('', 'title of the model card and the page; empty is made from the network and the data')
-    examples: str = param('', 'folder of photos for the page, in folders by class; empty takes validation photos if their '
-                              'license allows it')
-    superclasses: str = param('', 'CSV file with columns class and superclass, which groups the examples; empty groups classes of ImageNet by '
-                                  'WordNet, others not at all')
-    space: bool = param(False, 'add app.py and the header of a Hugging Face Space')
+    license: str = param('', 'license of the weights (for example cc-by-4.0); empty says that it is unknown')
+    title: str = param('', 'title of the model card and the page; by default the names of network and data')
+    examples: str = param('', 'folder of photos for the page, in folders by class; empty takes validation photos if '
+                              'their license allows it')
+    superclasses: str = param('', 'CSV file with columns class and superclass, to group the examples; empty groups '
+                                  "ImageNet's classes by WordNet, and others by class")
+    space: bool = param(False, 'add app.py and the front matter of a Hugging Face Space')
 
 # %% ../nbs/70a_deploy_params.ipynb #517d41de
 _SHAREABLE = re.compile(r'(CC0|CC-BY|MIT|BSD|Apache)(?!.*ImageNet)|ships inside scikit-learn', re.IGNORECASE)
 
 def photo_license(
     data: str, # the run's parameter `data`: a catalog name, a folder, a file
-) -> tuple: # license as far as known, whether it allows passing photos on
+) -> tuple: # license as far as known, whether it allows redistribution
     "License of a data set's photos; that of a folder is unknown, whatever its name."
     if Path(data).exists(): return '', False
     try: entry = info(data)
@@ -48,7 +48,8 @@ def read_superclasses(
     try: rows = list(csv.DictReader(path.read_text(encoding='utf-8-sig').splitlines()))
     except (OSError, UnicodeDecodeError): raise InputError(f'superclasses={str(file)!r}: no such text file') from None
     if not rows or not {'class', 'superclass'} <= rows[0].keys():
-        raise InputError(f'superclasses={str(file)!r}: the first line must be class,superclass and at least one row must follow')
+        raise InputError(f'superclasses={str(file)!r}: the first line must be class,superclass, and at least one row '
+                         'must follow')
     groups = {(row['class'] or '').strip(): (row['superclass'] or '').strip() for row in rows}
     for name, group in groups.items():
         if name not in classes:

@@ -19,7 +19,7 @@ def not_for(
     n_classes: int, # number of classes
 ) -> str:
     "One sentence: for which images and decisions a classifier is not made."
-    return (f'Not intended for images that show none of its {n_classes:,} classes (they get one of them too), for '
+    return (f'Not intended for images that show none of its {n_classes:,} classes (it names one of them anyway), for '
             'images unlike those it was trained on, or for decisions about people.')
 
 # %% ../nbs/70c_model_card.ipynb #mc010
@@ -76,23 +76,24 @@ load().predict('photo.jpg')  # {{class: probability}}, most probable first
 ```
 
 This uses `model.onnx`, whose input is uint8 [n, {trained.size}, {trained.size}, 3] and whose outputs are logits,
-probabilities and Grad-CAM maps; `preprocess.py` makes the input from a photo. The weights for PyTorch,
-`model.safetensors`, load with {library}:
+probabilities and, unless `maps` in `config.json` is empty, Grad-CAM maps (if it is `target`, of the classes in a
+second input). `preprocess.py` makes the input from a photo. The weights for PyTorch, `model.safetensors`, load with
+{library}:
 
 ```python
 {_torch_code(trained)}
-```""" + (f'\n\nExamples, chosen because the network is right and confident:\n\n{shown}' if shown else '')
+```""" + (f'\n\nExamples (chosen, so they say nothing about the accuracy):\n\n{shown}' if shown else '')
 
 # %% ../nbs/70c_model_card.ipynb #mc017
 _PLAN = 'A Gradio Space on the Hugging Face Hub needs a paid plan (its basic hardware has 2 vCPU and 16 GB of memory)'
 
 def _app(space):
     if space is None:
-        return (f'## App\n\n`pip install gradio imgexp` and `imgexp serve .` show a page on your own machine; `imgexp export RUN --space` makes a Space. '
-                f'{_PLAN}; your own machine needs none.')
-    return (f"## App\n\n`python {space['app_file']}` opens a page that classifies photos and shows where the network "
-            f"looks (Gradio {space['sdk_version']}). {_PLAN}; on your own machine, where `imgexp serve RUN` opens the "
-            'same page, it needs none.')
+        return (f'## App\n\nWith Gradio and [imgexp]({_IMGEXP}) installed, `imgexp serve .` serves a page on your own '
+                f'machine; `imgexp export RUN --space` makes a Space. {_PLAN}; your own machine needs none.')
+    return (f"## App\n\n`python {space['app_file']}` serves a page that classifies photos and, if `model.onnx` gives "
+            f"maps, shows where the network looks (Gradio {space['sdk_version']}). {_PLAN}; your own machine needs "
+            'none.')
 
 # %% ../nbs/70c_model_card.ipynb #mc019
 _LICENSES = frozenset("""apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -121,7 +122,7 @@ def _license_section(license):
     return '## License\n\n' + bullet_list({
         'Weights': 'unknown; ask their owner before you use them' if name == 'unknown' else name,
         'Data': 'see above; it may also restrict the use of the weights',
-        'Code (`model.py`, `preprocess.py`)': f'part of [imgexp]({_IMGEXP}), Apache-2.0 (`LICENSE`)'})
+        'Code (`*.py`)': f'part of [imgexp]({_IMGEXP}), Apache-2.0 (`LICENSE`)'})
 
 def _bibtex(text):
     return re.sub(r'[{}\\]', '', printable(text)).translate({ord(c): f'\\{c}' for c in '&%$#_'})

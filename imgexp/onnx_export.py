@@ -22,7 +22,7 @@ from .networks import find_head
 
 # %% ../nbs/70a_onnx_export.ipynb #1aa11388
 def _weights_of_maps(model, cam, x):
-    "Weights [classes, channels] of the activations in a class's map, if pooling and one linear layer end the network; else None"
+    "Weights [classes, channels] of the activations in a map; None unless pooling and one linear layer end the network"
     cams, head = cam(x), find_head(model)[1]
     means = cams.activations.mean((2, 3))
     if not isinstance(head, nn.Linear) or head.in_features != means.shape[1]: return None
@@ -82,7 +82,7 @@ def _replace_adaptive_pooling(model):
 
 @contextmanager
 def _quiet():
-    "The exporter's progress and warnings are about its own internals"
+    "Silence the exporter, whose progress and warnings are about its own internals"
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -117,7 +117,7 @@ def _record(module, inputs):
     return graph
 
 def _multiply_by_single_matrices(graph):
-    "Replace batched products with a repeated matrix, which ONNX Runtime would keep in memory, by products with the matrix"
+    "Turn batched products with a repeated matrix, which ONNX Runtime would keep in memory, into products with it"
     aten = torch.ops.aten
     views = (aten.view.default, aten.expand.default, aten.alias.default, aten._unsafe_view.default)
     for node in [n for n in graph.graph.nodes if n.target is aten.bmm.default]:
@@ -134,7 +134,7 @@ def _multiply_by_single_matrices(graph):
 
 # %% ../nbs/70a_onnx_export.ipynb #43cb9aa4
 def _compute_constants(graph):
-    "Replace what depends neither on the input nor on weights (masks of shifted windows) by its value"
+    "Replace what depends neither on the input nor on weights (masks of shifted windows) with its value"
     values = {}
     for node in graph.graph.nodes:
         if node.op == 'call_function' and all(n in values for n in node.all_input_nodes):
@@ -152,7 +152,8 @@ def _write(graph, inputs, path, has_maps):
     names = ['images', 'targets'][:len(inputs)]
     n = torch.export.Dim('n', min=1, max=4096)
     torch.onnx.export(graph, inputs, path, dynamo=True, verbose=False, external_data=False, input_names=names,
-                      output_names=['logits', 'probabilities', 'maps'][:2 + has_maps], dynamic_shapes=({0: n},)*len(inputs))
+                      output_names=['logits', 'probabilities', 'maps'][:2 + has_maps],
+                      dynamic_shapes=({0: n},)*len(inputs))
 
 # %% ../nbs/70a_onnx_export.ipynb #af987b52
 TOLERANCE = 1e-4  # largest difference of a logit or map relative to the largest one, and of a probability
@@ -175,7 +176,7 @@ def _differences(session, module, images, takes_target):
 
 # %% ../nbs/70a_onnx_export.ipynb #ae77a1e5
 def _compare(path, module, images, takes_target):
-    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # its builds for Linux call home
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # its Linux builds phone home
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -183,8 +184,8 @@ def _compare(path, module, images, takes_target):
     differences = _differences(session, module, images, takes_target)
     name, worst = max(differences.items(), key=lambda item: item[1])
     if worst > TOLERANCE:
-        raise RunFailed(f'the exported network differs from the trained one (by {worst:.1g} in its {name}, allowed is '
-                        f'{TOLERANCE:g}), so nothing was written: this is an error of the exporter of torch '
+        raise RunFailed(f'the exported network differs from the trained one (by {worst:.1g} in its {name}; at most '
+                        f'{TOLERANCE:g} is allowed), so nothing was written: this is an error in the exporter of torch '
                         f'{torch.__version__}; try another version')
     return differences
 
@@ -200,7 +201,7 @@ def _export(module, inputs, path, images):
 
 # %% ../nbs/70a_onnx_export.ipynb #7f88c2de
 def export_onnx(
-    model,        # from `build_model`; it stays as it is
+    model,        # from `build_model`; not modified
     norm,         # (mean, std) of the channels
     path,         # .onnx file to write
     images,       # uint8 [n, size, size, 3], on which the file is compared with the network; 32 are enough
@@ -218,5 +219,5 @@ def export_onnx(
     try: return {'maps': 'target' if takes_target else 'all', 'differences': _export(module, inputs, path, images)}
     except Exception as e:  # of the exporter: some operations have no gradient there
         say(f'the maps of {getattr(model, "arch", "this network")} cannot be exported ({type(e).__name__}): '
-            'the file gives answers only')
+            'the file gives logits and probabilities only')
     return {'maps': '', 'differences': _export(_Answers(model, norm, n_classes), inputs[:1], path, images)}

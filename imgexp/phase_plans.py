@@ -58,8 +58,8 @@ PLANS = {
     'tiny': _phases(
         'small_cnn', dict(size=20, epochs=6, batch_size=32), dict(size=28, epochs=6, batch_size=32),
         dict(size=28, epochs=4, batch_size=32, augment='crop-flip', lr=0.003, ema=0.97), (0., 0., 0.5)),
-    'one-run': (Phase('one run', dict(
-        recipe='rn50-ffcv-88', arch='own_resnet50', size=256, sizes='160-192@0.739-0.864', epochs=88, batch_size=256)),)}
+    'one-run': (Phase('one run', dict(recipe='rn50-ffcv-88', arch='own_resnet50', size=256,
+                                      sizes='160-192@0.739-0.864', epochs=88, batch_size=256)),)}
 
 # %% ../nbs/55_phase_plans.ipynb #dfd0ef9f
 def equal_compute(
@@ -70,15 +70,16 @@ def equal_compute(
     last, total = plan[-1], sum(f.compute for f in plan)
     low, high = (side//32*32 for side in (plan[0].sides[0], last.sides[-1]))
     if growing and not 0 < low < high == last.sides[-1]:
-        raise InputError(f'images cannot grow from {plan[0].sides[0]} to {last.sides[-1]} px: growing images have sides that '
-                         'are multiples of 32')
+        raise InputError(f'images cannot grow from {plan[0].sides[0]} to {last.sides[-1]} px: growing images have '
+                         'sides that are multiples of 32')
     values = last.values | ({'sizes': f'{low}-{high}'} if growing else {})
     name = 'growing images' if growing else 'one run'
     by_epochs = (Phase(name, values | {'epochs': n}, last.target) for n in count(1))
     return (next(a for a, b in pairwise(by_epochs) if b.compute - total >= total - a.compute),)
 
 # %% ../nbs/55_phase_plans.ipynb #fcf1f7bc
-_FIXED = ('start', 'extend', 'resume', 'data', 'classes', *SOURCE_OPTIONS, 'seed', 'class_augment', 'lr_limit')  # of the plan
+_FIXED = ('start', 'extend', 'resume', 'data', 'classes', *SOURCE_OPTIONS, 'seed', 'class_augment',
+          'lr_limit')  # of the plan
 
 def _phase(path, k, entry):
     "A phase from an entry of a file"
@@ -111,7 +112,8 @@ def read_plan(
     try: entries = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise InputError(f"{path} is not a plan: {' '.join(str(e).split())[:200]}") from None
-    if not isinstance(entries, list) or not entries: raise InputError(f'{path} is not a plan: it must be a list of phases')
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f'{path} is not a plan: it must be a list of phases')
     return tuple(_phase(path, k, e) for k, e in enumerate(entries, 1))
 
 def find_plan(
@@ -119,7 +121,8 @@ def find_plan(
 ) -> tuple:    # of `Phase`
     "Find a plan; raises `InputError` for an unknown name."
     base, _, variant = name.partition(':')
-    if variant not in ('', 'one-run', 'growing'): raise unknown_name(variant, ['one-run', 'growing'], f'variant of {base}')
+    if variant not in ('', 'one-run', 'growing'):
+        raise unknown_name(variant, ['one-run', 'growing'], f'variant of {base}')
     if base not in PLANS and not Path(base).is_file():
         if base.endswith(('.yaml', '.yml')): raise InputError(f'plan={base!r}: no such file')
         raise unknown_name(base, list(PLANS), 'plan (or a YAML file, or a plan in runs/phases)')
@@ -128,8 +131,8 @@ def find_plan(
 
 # %% ../nbs/55_phase_plans.ipynb #6582a03d
 class PhaseOptions(Parameters, heading='phases'):
-    plan: str = param('tiny', 'tiny, small, seed, one-run, or a YAML file of phases; small:one-run or small:growing is the '
-                               'same compute in one run')
+    plan: str = param('tiny', 'tiny, small, seed, one-run, or a YAML file of phases; small:one-run or small:growing is '
+                              'the same compute in one run')
     length: float = param(1.0, 'factor on the epochs of all phases', '(0, 1000]')
     shrink: float = param(1.0, 'shrink and perturb between phases, the factor on the kernels; 1 takes them as they are',
                           '(0, 1]')
@@ -141,14 +144,16 @@ class PhaseOptions(Parameters, heading='phases'):
                       in_id=False)
     out: str = param('', 'folder of the plan; empty is one in runs/phases', in_id=False)
 
-_SHARED = ('data', 'classes', 'label_from', 'classes_at', 'columns', 'valid_fold', 'hold_out', 'resplit', 'arch', 'class_augment',
-           'seed', 'pack', 'workers', 'bad', 'threads', 'precision', 'compile', 'max_minutes', 'track', 'figures')
+_SHARED = ('data', 'classes', 'label_from', 'classes_at', 'columns', 'valid_fold', 'hold_out', 'resplit', 'arch',
+           'class_augment', 'seed', 'pack', 'workers', 'bad', 'threads', 'precision', 'compile', 'max_minutes',
+           'track', 'figures')
 _CHANGED = {'arch': {'default': '', 'allowed': None, 'help': 'architecture of all phases; empty is that of the plan'},
             'class_augment': {'help': 'explain, or recommendations.json of `imgexp explain`; policies by class for the '
                                       'phases that take them'},
             'figures': {'default': False}}
 SharedByPhases = from_declarations([d | _CHANGED.get(d['name'], {})
-                                    for d in declared_experiment('03_train').params.declarations() if d['name'] in _SHARED])
+                                    for d in declared_experiment('03_train').params.declarations()
+                                    if d['name'] in _SHARED])
 
 class PhaseParams(PhaseOptions, SharedByPhases):
     "Parameters of 60_phases."
@@ -160,7 +165,8 @@ def resolve_plan(
     "The plan that the parameters name, with their architecture and length."
     def resolved(phase):
         values = phase.values | ({'arch': p.arch} if p.arch else {})
-        return Phase(phase.name, values | {'epochs': max(1, round(values['epochs']*p.length))}, phase.target, phase.by_class)
+        values |= {'epochs': max(1, round(values['epochs']*p.length))}
+        return Phase(phase.name, values, phase.target, phase.by_class)
     plan = tuple(map(resolved, find_plan(p.plan)))
     if p.from_phase > len(plan): raise InputError(f'from_phase={p.from_phase}: plan {p.plan} has {len(plan)} phases')
     return plan
@@ -176,9 +182,10 @@ def plan_table(
         v, low, high = defaults | f.values, f.sides[0], f.sides[-1]
         mixed = [f'{m} {v[m]:g}' for m in ('mixup', 'cutmix', 'erase', 'label_smoothing', 'ema', 'drop_path', 'clip')
                  if m in f.values]
+        optimizer = f"{v['optimizer']} {v['lr']:g}" if v['lr'] else f"{v['optimizer']}, LR finder"
         rows.append({'phase': k, 'name': f.name, 'images': f"{v['subset']*n:,.0f}" if n else f"{v['subset']:.0%}",
                      'px': f'{low}-{high}' if low < high else low, 'epochs': v['epochs'], 'batch': v['batch_size'],
-                     'optimizer': v['recipe'] or f"{v['optimizer']} {v['lr']:g}" if v['lr'] or v['recipe'] else f"{v['optimizer']}, LR finder",
+                     'optimizer': v['recipe'] or optimizer,
                      'augmentation': v['augment'] + ', by class'*f.by_class, 'more': ', '.join(mixed),
                      'compute': f'{f.compute/total:.0%}', 'target': f'{f.target:.0%}' if f.target else ''})
     return pd.DataFrame(rows).set_index('phase')

@@ -68,7 +68,8 @@ def find_phases(
     found = sorted((f.parent for f in phases_dir().glob('*/plan.json')), key=lambda d: (d/'plan.json').stat().st_mtime)
     matching = [d for d in found if d.name == name] or [d for d in found if name in d.name]
     if not matching:
-        have = f': there are {", ".join(sorted(d.name for d in found)[:10])}' if found else ' yet: `imgexp phases run` begins one'
+        have = ' yet: `imgexp phases run` begins one'
+        if found: have = f': there are {", ".join(sorted(d.name for d in found)[:10])}'
         raise InputError((f'no plan {name!r}' if name else 'no plan') + have)
     if name and len(matching) > 1:
         raise InputError(f'{name!r} matches {len(matching)} plans ({", ".join(d.name for d in matching[:3])}): give a '
@@ -109,10 +110,10 @@ def _check_shared(folder, p):
     "InputError if what all phases share has changed since the first has run"
     if not folder.info['runs']: return
     for n, f in SharedByPhases.table().items():
-        if not f.metadata['in_id'] or n in ('data', 'arch', *_BY_PHASE): continue  # checked with the images and the phases
+        if not f.metadata['in_id'] or n in ('data', 'arch', *_BY_PHASE): continue  # checked with images and phases
         if p[n] != (was := folder.info['params'].get(n, f.default)):
-            raise InputError(f'plan {folder.name} has run with {n}={was!r}, here {p[n]!r}: give the same, or out=ANOTHER for a '
-                             'new folder')
+            raise InputError(f'plan {folder.name} has run with {n}={was!r}, here {p[n]!r}: give the same, or '
+                             'out=ANOTHER for a new folder')
 
 def _load(p): return load_images(p.data, p.classes, **source_options(p))
 
@@ -136,7 +137,8 @@ def open_phases(
     "The folder of a plan, made or brought up to date; raises `InputError` if phases that have run have changed."
     plan, table = resolve_plan(p), _load(p)
     path = plan_path(p)
-    info = {'data': table_id(table), 'n': len(table.split('train')), 'test': len(table.split('test')), 'plan': p.plan, 'created': f'{datetime.now():%Y-%m-%d %H:%M}',
+    info = {'data': table_id(table), 'n': len(table.split('train')), 'test': len(table.split('test')), 'plan': p.plan,
+            'created': f'{datetime.now():%Y-%m-%d %H:%M}',
             'params': {k: v for k, v in p.changed().items() if k != 'sync'}, 'phases': _described(plan, p), 'runs': {}}
     if not (path/'plan.json').is_file():
         if path.is_file(): raise InputError(f'out={str(path)!r} is a file: give a folder')
@@ -146,12 +148,14 @@ def open_phases(
         write_json(path/'plan.json', to_plain(info))
     folder = PhaseFolder(path)
     if folder.info['data'] != info['data'] and folder.info['runs']:
-        raise InputError(f'plan {folder.name}: the images have changed since phase 1: give out=ANOTHER for a new folder')
+        raise InputError(f'plan {folder.name}: the images have changed since phase 1: give '
+                         'out=ANOTHER for a new folder')
     _check_shared(folder, p)
     _merge(folder, plan, p)
     for k in range(1, p.from_phase):
         if not ((run := folder.run(k)) and run.finished):
-            raise InputError(f'from_phase={p.from_phase}: phase {k} is not finished, or its run is gone: leave from_phase out')
+            raise InputError(f'from_phase={p.from_phase}: phase {k} is not finished, or its run is gone: leave '
+                             'from_phase out')
     folder.info |= {k: info[k] for k in ('data', 'n', 'test', 'plan', 'params')}
     folder.save()
     _keep_rows(folder, table, p)
@@ -167,7 +171,8 @@ def recall_plan(
     if not found: return p  # an unknown plan: `find_plan` raises the error
     folder = PhaseFolder(found)
     given = {n: p[n] for n in p.given if n != 'plan'}
-    forgotten = ('out', 'from_phase') if given.keys() - {*p.not_in_id()} else ('out',)  # nothing else is trained again unasked
+    # with other values from_phase is forgotten, so that nothing is trained again unasked
+    forgotten = ('out', 'from_phase') if given.keys() - {*p.not_in_id()} else ('out',)
     again = PhaseParams.check({n: v for n, v in folder.info['params'].items() if n not in forgotten} | given)
     return again if again.out or plan_path(again).absolute() == folder.dir else again.replace(out=str(folder.dir))
 
@@ -209,8 +214,9 @@ def phase_values(
     class_augment: str = '', # recommendations.json
 ) -> dict:
     "Parameters of 03_train for a phase."
-    shared = {n: p[n] for n in SharedByPhases.table() if n not in ('arch', 'class_augment')}
-    values = phase['values'] | {n: v for n, v in shared.items() if v != SharedByPhases.table()[n].default or n in ('data', 'figures')}
+    table = SharedByPhases.table()
+    shared = {n: p[n] for n in table if n not in ('arch', 'class_augment')}
+    values = phase['values'] | {n: v for n, v in shared.items() if v != table[n].default or n in ('data', 'figures')}
     if class_augment and phase['by_class']: values['class_augment'] = class_augment
     if not parent: return values
     values |= {'start': parent.name} | ({'shrink': p.shrink} if p.shrink < 1 else {})
@@ -227,8 +233,8 @@ def judge(
     top1 = run.metrics['valid']['top1']
     if top1['value'] >= target: return ''
     within = ', which is within the interval' if top1['high'] >= target else ''
-    return (f'validation top-1 is {accuracy_text(top1)}, and the target is {target:.0%}{within}: train for longer (length), '
-            'with more images, or a larger network')
+    return (f'validation top-1 is {accuracy_text(top1)}, and the target is {target:.0%}{within}: train for longer '
+            '(length), with more images, or a larger network')
 
 # %% ../nbs/57_phase_runs.ipynb #8a988c50
 def _recommendations(folder, p, parent, recommend, say):
@@ -251,20 +257,22 @@ def run_phases(
 ) -> PhaseFolder:
     "Train the phases of a plan, or continue; raises `RunFailed` if one misses its target and `on_miss` is stop."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise InputError('a plan runs in one process: on several GPUs train phase by phase (torchrun … train --start RUN)')
+        raise InputError('a plan runs in one process: on several GPUs train phase by phase '
+                         '(torchrun … train --start RUN)')
     _check_phases(p, resolve_plan(p), recommend)
     path = plan_path(p)
     if path.is_file(): raise InputError(f'out={str(path)!r} is a file: give a folder')
     path.mkdir(parents=True, exist_ok=True)
-    with hold_lock(path/'lock', 1, RunBusy(f'plan {path.name} is being trained by another process: wait for it, or stop it')):
+    busy = RunBusy(f'plan {path.name} is being trained by another process: wait for it, or stop it')
+    with hold_lock(path/'lock', 1, busy):
         return _run_phases(p, say, recommend)
 
 # %% ../nbs/57_phase_runs.ipynb #dff65b74
 def _check_explain(by_class, p, recommend):
     "InputError if there is nothing to explain, or nobody who does"
     if p.from_phase == 1 and 1 in by_class:
-        raise InputError('class_augment=explain: phase 1 follows no run that could be explained: leave its class_augment out of '
-                         'the plan, or give recommendations.json')
+        raise InputError('class_augment=explain: phase 1 follows no run that could be explained: leave its '
+                         'class_augment out of the plan, or give recommendations.json')
     if recommend is None and any(k >= p.from_phase for k in by_class):
         raise InputError('class_augment=explain is for `imgexp phases run`: here, give recommendations.json, which '
                          '`imgexp explain RUN` writes')
@@ -278,14 +286,16 @@ def _check_phases(p, plan, recommend):
         except InputError as e: raise InputError(f'phase {k}, {f.name}: {e}') from None
     if p.class_augment == 'explain': _check_explain([k for k, f in enumerate(plan, 1) if f.by_class], p, recommend)
     elif p.class_augment and not Path(p.class_augment).is_file():
-        raise InputError(f'class_augment={p.class_augment!r}: no such file: `imgexp explain RUN` writes recommendations.json')
+        raise InputError(f'class_augment={p.class_augment!r}: no such file: `imgexp explain RUN` writes '
+                         'recommendations.json')
 
 # %% ../nbs/57_phase_runs.ipynb #c0d488fc
 def _run_phases(p, say, recommend):
     folder, experiment = open_phases(p), find_experiment('03_train')
     if not folder.info['test']:
-        say('there are no test images: the validation images choose the best epochs, so their accuracy is a little too high '
-            '(hold_out=10 chooses by 10 training images of each class, and keeps the validation images for the end)')
+        say('there are no test images: the validation images choose the best epochs, so their accuracy is a little '
+            'too high (hold_out=10 chooses by 10 training images of each class, and keeps the validation images for '
+            'the end)')
     if p.sync: os.environ['IMGEXP_SYNC'] = p.sync
     parent = None
     for k, phase in enumerate(folder.phases, 1):
@@ -295,7 +305,8 @@ def _run_phases(p, say, recommend):
             run = _train_phase(folder, experiment, k, phase_values(p, phase, parent, file), say)
         missed, parent = judge(run, phase['target']), run
         say(f'phase {k}, {phase["name"]}: validation top-1 {accuracy_text(run.metrics["valid"]["top1"])}')
-        if missed and p.on_miss == 'stop': raise RunFailed(f'phase {k}, {phase["name"]}: {missed}; on_miss=warn goes on')
+        if missed and p.on_miss == 'stop':
+            raise RunFailed(f'phase {k}, {phase["name"]}: {missed}; on_miss=warn goes on')
         if missed and p.on_miss == 'warn': say(f'phase {k}, {phase["name"]}, missed its target: {missed}')
     return folder
 
@@ -324,7 +335,8 @@ def table(
     rows = []
     for k, f in enumerate(self.phases, 1):
         run = self.run(k)
-        row = {'phase': k, 'name': f['name'], 'state': run.state if run else 'gone' if str(k) in self.info['runs'] else 'not begun', 'epoch': '', 'valid': '', 'test': '',
+        state = run.state if run else 'gone' if str(k) in self.info['runs'] else 'not begun'
+        row = {'phase': k, 'name': f['name'], 'state': state, 'epoch': '', 'valid': '', 'test': '',
                'target': f'{f["target"]:.0%}' if f['target'] else '', 'minutes': '', 'run': run.name if run else ''}
         if run:
             history, metrics = run.history, run.metrics
