@@ -137,7 +137,8 @@ def _compute_constants(graph):
     "Replace what depends neither on the input nor on weights (masks of shifted windows) with its value"
     values = {}
     for node in graph.graph.nodes:
-        if node.op == 'call_function' and all(n in values for n in node.all_input_nodes):
+        if node.op == 'get_attr' and node.target.startswith('_tensor_constant'): values[node] = getattr(graph, node.target)
+        elif node.op == 'call_function' and all(n in values for n in node.all_input_nodes):
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
     for k, (node, value) in enumerate(values.items()):
