@@ -94,7 +94,7 @@ MINE = '''from levels import low
 def dark(image): return image//low
 def invert(image): return 255 - image
 '''
-SMALL = dict(subset=0.1, epochs=1, track='off', resume='reuse')
+SMALL = dict(arch='small_cnn', size=20, subset=0.1, epochs=1, track='off', resume='reuse')
 
 @pytest.fixture
 def mine(project, monkeypatch):
