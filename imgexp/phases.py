@@ -65,7 +65,7 @@ def _paired(gains):
     "Mean of paired differences, and its 95% t interval"
     from scipy.stats import t
     n = len(gains)
-    half = t.ppf(0.975, n - 1)*gains.std(ddof=1)/n**0.5 if n > 1 else np.nan
+    half = t.ppf(0.975, n - 1)*gains.std(ddof=1)/n**0.5 if n > 1 and gains.std() > 1e-9 else np.nan
     return gains.mean(), gains.mean() - half, gains.mean() + half
 
 def compare_phases(
