@@ -129,7 +129,7 @@ def test_a_run_that_extends_another_holds_its_weights(project):
 
 def test_a_run_that_starts_with_another_holds_its_weights(project):
     "The parent counts by its best weights, not by its name; head and normalization come with them, and nothing else."
-    import json, torch
+    import torch
     from imgexp.evaluate import load_run
     from imgexp.train import train
     parent = train(**SMALL | dict(size=28))
