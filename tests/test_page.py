@@ -74,6 +74,7 @@ def test_paste(page):
 
 def test_keyboard_alone(page):
     "Tab reaches the upload, the switch and the examples in their order; Enter and Space do what a click does"
+    page.wait_for_timeout(2000)  # until the page listens to keys
     reached = []
     for _ in range(20):
         page.keyboard.press('Tab')
