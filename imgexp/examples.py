@@ -76,11 +76,12 @@ def folder_examples(
     if not 0 < len(files) <= limit:
         raise InputError(f'examples={str(folder)!r} has {len(files)} photos: give a folder with 1 to {limit}'
                          if folder.is_dir() else f'examples={str(folder)!r}: no such folder')
-    out = []
+    out, class_of = [], {name: c for c, name in names.items()}
     for number, name in enumerate(files):
         try: data = encode_example(decode((folder/name).read_bytes()))
         except BadImage as e: raise InputError(f'examples: {str(folder/name)!r} {e}') from None
-        label = Path(name).parent.name
+        label = Path(name).parent.name  # a class, or its display name
+        label = class_of.get(label, label)
         title = names.get(label, '')
         out.append((_file_name(title or Path(name).stem, number, data), data, title, groups.get(label, '')))
     return out

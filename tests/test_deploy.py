@@ -115,6 +115,19 @@ def test_classes_of_imagenet_have_names_and_groups(tmp_path, monkeypatch):
     assert export_run(say=said.append, run=run.name, out=str(tmp_path/'ids')).config['classes'] == [*ids]
     assert any('no network' in s for s in said)
 
+def test_groups_of_imagenet_hold_the_classes_that_they_name():
+    from pathlib import Path
+    from imgexp.imagenet_classes import imagenet_groups
+    path = Path(__file__).resolve().parents[2]/'shared/data/meta/imagenet/imagenet_class_index.json'
+    if not path.exists(): pytest.skip("ImageNet's class index is not here: the shared data are not part of the project")
+    index = dict(json.loads(path.read_text()).values())
+    group = {index[c]: g for c, g in imagenet_groups(index, index).items()}
+    for name, expected in {'goldfish': 'fish', 'puffer': 'fish', 'albatross': 'birds', 'axolotl': 'amphibians', 'sidewinder': 'reptiles', 'isopod': 'invertebrates',
+                           'lycaenid': 'insects', 'Mexican_hairless': 'dogs', 'timber_wolf': 'wild dogs', 'cheetah': 'cats', 'sloth_bear': 'bears', 'koala': 'other mammals',
+                           'giant_panda': 'other mammals', 'guinea_pig': 'rodents and rabbits', 'llama': 'hoofed mammals', 'indri': 'primates', 'dogsled': 'vehicles', 'yawl': 'vehicles',
+                           'violin': 'musical instruments', 'eggnog': 'food', 'volcano': 'landscapes', 'groom': 'people', 'ear': 'plants and fungi', 'abacus': 'things', 'bubble': 'things'}.items():
+        assert group[name] == expected, name
+
 def test_the_folder_needs_neither_torch_nor_imgexp(made, tmp_path):
     run, exported = made
     photo = next((exported.folder/'examples').iterdir())
