@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip('onnxruntime', reason="needs pip install 'imgexp[deploy]'")
-from imgexp.deploy import export_run, exported_folder, push_export
+from imgexp.deploy import export_run, exported_folder
 from imgexp.download import FetchError
 from imgexp.errors import InputError, RunFailed
 from imgexp.evaluate import load_run
